@@ -1,0 +1,28 @@
+# every target works from a fresh clone: `setup` comes first and is instant once done
+PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3,$(shell command -v $(v))))
+BIN := .venv/bin
+
+.PHONY: setup demo test test-slow lint bench clean
+
+setup:
+	@$(PYTHON) tools/setup.py
+
+demo: setup
+	$(BIN)/raymem demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+bench: setup
+	$(BIN)/raymem bench
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
