@@ -1,0 +1,1 @@
+"""Memory in front of a frozen language model: loading, mixing, gates, evaluation."""
