@@ -1,0 +1,36 @@
+"""The memory mechanisms, one file each, built by name."""
+
+from __future__ import annotations
+
+import importlib
+
+from pydantic import ValidationError
+
+from raymem.errors import InvalidSpec
+from raymem.memory.base import Dims, Memory
+
+_CLASSES = {"spalm": "Spalm", "titans": "Titans"}
+
+
+def kinds() -> list[str]:
+    """Names of the mechanisms that can be built."""
+    return sorted(_CLASSES)
+
+
+def build(kind: str, dims: Dims, options: dict[str, object], budget_bytes: int) -> Memory:
+    """The mechanism `kind` with checked options.
+
+    Raises:
+        InvalidSpec: unknown kind or option, naming the value and what there is.
+    """
+    if kind not in _CLASSES:
+        raise InvalidSpec(f"unknown kind {kind!r}; there is {', '.join(kinds())}")
+    cls: type[Memory] = getattr(importlib.import_module(f"raymem.memory.{kind}"), _CLASSES[kind])
+    try:
+        checked = cls.options_type.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "options"
+        known = ", ".join(cls.options_type.model_fields)
+        raise InvalidSpec(f"{kind} option {name}={first['input']!r}: {first['msg']}; options are {known}") from error
+    return cls(dims, checked, budget_bytes)

@@ -1,0 +1,110 @@
+"""What every memory mechanism is: pure tensor code, learned parameters in the module, state outside it.
+
+Shape legend: `B` banks, `T` or `N` rows, `Q` queries, `K` key width, `V` value width, `k` candidates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+
+
+class Options(BaseModel):
+    """Base of each kind's options: frozen, and an unknown option is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Dims(NamedTuple):
+    """Widths of keys and of the vector values that come with the rows (0: none)."""
+
+    key: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows of one bank, in the order in which the mechanism must see them.
+
+    `keys_NK` float32, unit length; `tokens_N` int64, the token that followed each row; `values_NV` float32 or None;
+    `pos_N`, `seq_N`, `source_N` int64: where each row came from.
+    """
+
+    keys_NK: Tensor
+    tokens_N: Tensor
+    values_NV: Tensor | None
+    pos_N: Tensor
+    seq_N: Tensor
+    source_N: Tensor
+
+    def __len__(self) -> int:
+        return int(self.keys_NK.shape[0])
+
+
+@dataclass(frozen=True)
+class Found:
+    """A mechanism's answer to queries [Q, K], before calibration turns similarity into relevance.
+
+    `values_QV` float32 blended vector; `similarity_Q` the highest cosine with the keys held, or with the seeded
+    reservoir of them (-1 when empty); `tokens_Qk` candidate next tokens (-1 where absent), best first, with `scores_Qk` (-inf where
+    absent); row kinds also say where each candidate came from (-1 where absent).
+    """
+
+    values_QV: Tensor
+    similarity_Q: Tensor
+    tokens_Qk: Tensor
+    scores_Qk: Tensor
+    pos_Qk: Tensor | None = None
+    seq_Qk: Tensor | None = None
+    source_Qk: Tensor | None = None
+
+
+class Memory(nn.Module, ABC):
+    """One mechanism; its parameters are the learned ones only, its state is a value handed in and out.
+
+    These five verbs are all that the runtime knows: one bank's state, whatever the family. `absorb` may reuse the
+    storage of the state it was given when gradients are off; the caller keeps only what it returns.
+    """
+
+    kind: ClassVar[str]
+    options_type: ClassVar[type[Options]] = Options
+
+    def __init__(self, dims: Dims, options: Options, budget_bytes: int) -> None:
+        super().__init__()
+        self.dims = dims
+        self.options = options
+        self.budget_bytes = budget_bytes
+
+    @abstractmethod
+    def empty(self) -> Any:
+        """The state of a bank that has seen nothing; reads zeros with similarity -1."""
+
+    @abstractmethod
+    def absorb(self, state: Any, rows: Rows) -> Any:
+        """Write rows in order; cutting them into other calls gives the same state."""
+
+    @abstractmethod
+    def lookup(self, state: Any, queries_QK: Tensor, k: int) -> Found:
+        """Read without changing the state."""
+
+    @abstractmethod
+    def dump(self, state: Any) -> State:
+        """The whole state as named tensors, ready for a snapshot."""
+
+    @abstractmethod
+    def load(self, tensors: State) -> Any:
+        """The state that `dump` wrote, bitwise.
+
+        Raises:
+            Corrupt: a tensor is missing or has another shape or dtype.
+        """
+
+    @abstractmethod
+    def nbytes(self, state: Any) -> int:
+        """Bytes the state holds; never more than the budget."""

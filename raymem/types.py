@@ -1,0 +1,259 @@
+"""The nouns of raymem: what crosses from one room to the next.
+
+Shape legend: `T` rows of a trace, `Q` queries, `L` layers, `D` hidden width, `K` key width, `V` value width,
+`k` neighbours, `B` banks. A tensor's name ends in its shape: `keys_TK`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
+
+from raymem.errors import FingerprintMismatch, InvalidName, InvalidTrace, NonFinite
+
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+_LABEL_MAX = 256
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Fingerprint(_Frozen):
+    """What made a bank's rows: a bank refuses rows and queries of another.
+
+    `layers` are 1-based decoder outputs; layer n = number of layers is the state before the final norm. `content`,
+    `tokenizer` and `calibration` are content hashes; `values` is the hash of the output embedding that vector values
+    live in ("" when the rows carry no vectors).
+    """
+
+    model: str
+    content: str
+    layers: tuple[int, ...] = Field(min_length=1)
+    width: int = Field(gt=0)
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    tokenizer: str
+    calibration: str = ""
+    values: str = ""
+
+    def require(self, other: Fingerprint) -> None:
+        """Raise FingerprintMismatch naming every field in which `other` differs."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        wrong = [f"{name}: bank has {mine[name]!r}, got {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]
+        if wrong:
+            raise FingerprintMismatch(
+                f"made by another model ({'; '.join(wrong)}); write to a bank created with this fingerprint",
+                fields=[line.split(":")[0] for line in wrong],
+            )
+
+
+class KeySpec(_Frozen):
+    """How rows become keys: which layers, and one state, a trailing-window mean, or one pooled key a span.
+
+    `layers` is a subset of the fingerprint's (all when empty); several layers are concatenated. `window` is in rows.
+    """
+
+    function: Literal["single", "window", "span"] = "single"
+    layers: tuple[int, ...] = ()
+    window: int = Field(default=8, ge=1, le=4096)
+
+
+class BankSpec(_Frozen):
+    """Everything that fixes what a bank is: its kind, whose states it holds, its keys and its byte budget."""
+
+    kind: str
+    fingerprint: Fingerprint
+    key: KeySpec = KeySpec()
+    options: dict[str, Any] = Field(default_factory=dict)
+    budget_bytes: int = Field(default=256 * 2**20, ge=1024)
+
+    @field_validator("options")
+    @classmethod
+    def _string_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return dict(sorted(value.items()))
+
+
+class RowRef(NamedTuple):
+    """Where a row came from: its identity (stream, run, seq) and its position in the bank's journal."""
+
+    stream: str
+    run: str
+    seq: int
+    pos: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass leaves behind.
+
+    `hidden` is [T, L, D] in the fingerprint's dtype, `tokens` the input ids [T] int64, `seq` the run's index of the
+    first row, `values` optional float vectors [T, V] in the output-embedding space, `time` seconds since the epoch.
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    stream: str
+    run: str
+    seq: int = 0
+    values: Tensor | None = None
+    time: float = field(default_factory=time.time)
+
+    def __len__(self) -> int:
+        return int(self.hidden.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors carried."""
+        extra = 0 if self.values is None else self.values.nbytes
+        return int(self.hidden.nbytes + self.tokens.nbytes + extra)
+
+    def validate(self, fingerprint: Fingerprint) -> None:
+        """Check shapes, dtype, names and finiteness against a bank's fingerprint.
+
+        Raises:
+            InvalidTrace, NonFinite, InvalidName: with the offending value; nothing has been changed.
+        """
+        check_label("stream", self.stream)
+        check_label("run", self.run)
+        check_hidden(self.hidden, fingerprint)
+        if self.seq < 0:
+            raise InvalidTrace(f"seq is {self.seq}; a run's rows count from 0")
+        if self.tokens.shape != (len(self),) or self.tokens.dtype != torch.int64:
+            raise InvalidTrace(
+                f"tokens are {self.tokens.dtype} {list(self.tokens.shape)}; expected torch.int64 [{len(self)}], one id a row"
+            )
+        if len(self) and int(self.tokens.min()) < 0:
+            raise InvalidTrace(f"token id {int(self.tokens.min())} is negative")
+        self._validate_values()
+
+    def _validate_values(self) -> None:
+        if self.values is None:
+            return
+        if self.values.dim() != 2 or self.values.shape[0] != len(self) or not self.values.is_floating_point():
+            raise InvalidTrace(
+                f"values are {self.values.dtype} {list(self.values.shape)}; expected floats [{len(self)}, V]"
+            )
+        if not bool(torch.isfinite(self.values).all()):
+            raise NonFinite("values hold NaN or Inf; the trace was refused whole")
+
+
+@dataclass(frozen=True)
+class Ack:
+    """What a write did: rows accepted and already there, the journal position after it, and whether it is durable."""
+
+    rows: int
+    duplicates: int
+    end: int
+    gaps: int
+    durable: bool
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a bank answers to Q queries.
+
+    `values_QV` blended vector (V may be 0), `relevance_Q` in [0, 1]. `tokens_Qk` are candidate next tokens (-1 where
+    fewer than k) with `scores_Qk` (cosine for row kinds, the memory's own score for state kinds; -inf where absent).
+    Where rows are held, `pos_Qk` and `seq_Qk` (int64), and `source_Qk` indexing `sources` say who wrote them.
+    """
+
+    values_QV: Tensor
+    relevance_Q: Tensor
+    tokens_Qk: Tensor | None = None
+    scores_Qk: Tensor | None = None
+    pos_Qk: Tensor | None = None
+    seq_Qk: Tensor | None = None
+    source_Qk: Tensor | None = None
+    sources: tuple[tuple[str, str], ...] = ()
+
+    def rows(self, query: int) -> list[RowRef]:
+        """Provenance of one query's neighbours, best first; empty for kinds that hold no rows."""
+        if self.pos_Qk is None or self.seq_Qk is None or self.source_Qk is None:
+            return []
+        triples = zip(self.pos_Qk[query].tolist(), self.seq_Qk[query].tolist(), self.source_Qk[query].tolist(), strict=True)
+        return [RowRef(*self.sources[source], seq, pos) for pos, seq, source in triples if pos >= 0]
+
+
+@dataclass(frozen=True)
+class BankInfo:
+    """One line of the catalog, with what its owner says of it when it is hot."""
+
+    name: str
+    spec: BankSpec
+    state: Literal["hot", "cold"]
+    epoch: int
+    owner: str | None
+    node: str | None
+    rows: int
+    bytes: int
+    tags: dict[str, int]
+    created: float
+
+
+@dataclass(frozen=True)
+class MigrationReport:
+    """What a migration did: from where to where, rows moved, and for how long writes paused and the whole took."""
+
+    bank: str
+    source: str
+    target: str
+    rows: int
+    pause_ms: float
+    total_ms: float
+
+
+def check_bank_name(name: str) -> str:
+    """Return `name` if it is `namespace/name`.
+
+    Raises:
+        InvalidName: naming the value (shortened) and the rule.
+    """
+    parts = name.split("/")
+    if len(parts) != 2 or not all(_PART.fullmatch(part) for part in parts):
+        raise InvalidName(
+            f"bank name {shorten(name)!r} must be namespace/name, each part 1 to 63 letters, digits, - or _, "
+            "starting with a letter or digit; for example research/alice"
+        )
+    return name
+
+
+def check_label(what: str, value: str) -> str:
+    """Return a stream, run or tag name if it is printable, not empty and at most 256 characters.
+
+    Raises:
+        InvalidName: naming the value (shortened) and the rule.
+    """
+    if not 0 < len(value) <= _LABEL_MAX or not value.isprintable():
+        raise InvalidName(f"{what} {shorten(value)!r} must be 1 to {_LABEL_MAX} printable characters")
+    return value
+
+
+def check_hidden(hidden: Tensor, fingerprint: Fingerprint) -> None:
+    """Check hidden states [T, L, D] against a fingerprint: shape, dtype, finiteness.
+
+    Raises:
+        InvalidTrace, NonFinite: with the offending value and what was expected.
+    """
+    layers, width = len(fingerprint.layers), fingerprint.width
+    if hidden.dim() != 3 or hidden.shape[1:] != (layers, width):
+        raise InvalidTrace(
+            f"hidden states are {list(hidden.shape)}; this bank holds [rows, {layers} layers, width {width}] "
+            f"of {fingerprint.model}"
+        )
+    if hidden.dtype != DTYPES[fingerprint.dtype]:
+        raise InvalidTrace(f"hidden states are {hidden.dtype}; this bank holds {fingerprint.dtype}: cast before writing")
+    if not bool(torch.isfinite(hidden).all()):
+        bad = int((~torch.isfinite(hidden)).flatten(1).any(1).nonzero()[0])
+        raise NonFinite(f"row {bad} holds NaN or Inf; it was refused whole, nothing was written")
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """`text`, cut in the middle of nothing: its head and its length when it is longer than `limit`."""
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
