@@ -2,7 +2,7 @@
 PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3,$(shell command -v $(v))))
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow lint bench wheel clean
 
 setup:
 	@$(PYTHON) tools/setup.py
@@ -23,6 +23,12 @@ test-slow: setup
 
 bench: setup
 	$(BIN)/raymem bench
+
+# from a clean copy: what an earlier build left behind would be shipped
+wheel: setup
+	rm -rf build dist *.egg-info
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+	cp constraints.txt dist/
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
