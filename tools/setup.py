@@ -7,6 +7,7 @@ cuda overrides that. Versions come from constraints.txt.
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def main() -> int:
     """Set up, or say why not; return the exit status."""
     try:
         check_python()
+        check_links()
         engine = pick_engine()
         fingerprint = fingerprint_of(engine)
         if STAMP.exists() and STAMP.read_text() == fingerprint and PYTHON.exists():
@@ -59,6 +61,14 @@ def check_python() -> None:
             f"this is Python {version[0]}.{version[1]} ({sys.executable}); raymem needs {OLDEST[0]}.{OLDEST[1]} to "
             f"{NEWEST[0]}.{NEWEST[1]}. Install one and say `make setup PYTHON=python3.11`."
         )
+
+
+def check_links() -> None:
+    """Refuse a checkout whose links are plain files, before minutes go into installing around it."""
+    try:
+        runpy.run_path(str(ROOT / "raymem" / "_layout.py"))["check"]()
+    except ImportError as error:
+        raise SetupError(str(error)) from None
 
 
 def pick_engine() -> str:

@@ -46,3 +46,10 @@ def test_a_checkout_without_symlinks_refuses_to_build(python, without_links, tmp
     assert ran.returncode != 0
     assert "checked out without symlinks" in ran.stdout + ran.stderr
     assert not list(tmp_path.glob("*.whl"))
+
+
+def test_a_checkout_without_symlinks_is_not_set_up(python, without_links):
+    ran = python("tools/setup.py", at=without_links)
+    assert ran.returncode == 1
+    assert "setup failed: raymem was checked out without symlinks" in ran.stderr
+    assert not (without_links / ".venv").exists()
