@@ -1,0 +1,1 @@
+"""Cold memory: what survives every process, in LanceDB and nowhere else."""
