@@ -46,7 +46,9 @@ class Fingerprint(_Frozen):
     def require(self, other: Fingerprint) -> None:
         """Raise FingerprintMismatch naming every field in which `other` differs."""
         mine, theirs = self.model_dump(), other.model_dump()
-        wrong = [f"{name}: bank has {mine[name]!r}, got {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]
+        wrong = [
+            f"{name}: bank has {mine[name]!r}, got {theirs[name]!r}" for name in mine if mine[name] != theirs[name]
+        ]
         if wrong:
             raise FingerprintMismatch(
                 f"made by another model ({'; '.join(wrong)}); write to a bank created with this fingerprint",
@@ -126,19 +128,23 @@ class Trace:
         if self.seq < 0:
             raise InvalidTrace(f"seq is {self.seq}; a run's rows count from 0")
         if self.tokens.shape != (len(self),) or self.tokens.dtype != torch.int64:
-            raise InvalidTrace(
-                f"tokens are {self.tokens.dtype} {list(self.tokens.shape)}; expected torch.int64 [{len(self)}], one id a row"
-            )
+            found = f"{self.tokens.dtype} {list(self.tokens.shape)}"
+            raise InvalidTrace(f"tokens are {found}; expected torch.int64 [{len(self)}], one id a row")
         if len(self) and int(self.tokens.min()) < 0:
             raise InvalidTrace(f"token id {int(self.tokens.min())} is negative")
-        self._validate_values()
+        self._validate_values(fingerprint)
 
-    def _validate_values(self) -> None:
+    def _validate_values(self, fingerprint: Fingerprint) -> None:
         if self.values is None:
+            if fingerprint.values:
+                raise InvalidTrace("this bank's rows carry vectors (its fingerprint names a value space): send values")
             return
-        if self.values.dim() != 2 or self.values.shape[0] != len(self) or not self.values.is_floating_point():
+        if not fingerprint.values:
+            raise InvalidTrace("this bank's fingerprint names no value space: leave values out, or create it with one")
+        expected = (len(self), fingerprint.width)
+        if self.values.shape != expected or not self.values.is_floating_point():
             raise InvalidTrace(
-                f"values are {self.values.dtype} {list(self.values.shape)}; expected floats [{len(self)}, V]"
+                f"values are {self.values.dtype} {list(self.values.shape)}; expected floats {list(expected)}"
             )
         if not bool(torch.isfinite(self.values).all()):
             raise NonFinite("values hold NaN or Inf; the trace was refused whole")
@@ -177,8 +183,10 @@ class Readout:
         """Provenance of one query's neighbours, best first; empty for kinds that hold no rows."""
         if self.pos_Qk is None or self.seq_Qk is None or self.source_Qk is None:
             return []
-        triples = zip(self.pos_Qk[query].tolist(), self.seq_Qk[query].tolist(), self.source_Qk[query].tolist(), strict=True)
-        return [RowRef(*self.sources[source], seq, pos) for pos, seq, source in triples if pos >= 0]
+        columns = (self.source_Qk[query], self.seq_Qk[query], self.pos_Qk[query])
+        found = zip(*(column.tolist() for column in columns), strict=True)
+        named = [(self.sources[source], seq, pos) for source, seq, pos in found if pos >= 0]
+        return [RowRef(stream, run, seq, pos) for (stream, run), seq, pos in named]
 
 
 @dataclass(frozen=True)
@@ -248,7 +256,9 @@ def check_hidden(hidden: Tensor, fingerprint: Fingerprint) -> None:
             f"of {fingerprint.model}"
         )
     if hidden.dtype != DTYPES[fingerprint.dtype]:
-        raise InvalidTrace(f"hidden states are {hidden.dtype}; this bank holds {fingerprint.dtype}: cast before writing")
+        raise InvalidTrace(
+            f"hidden states are {hidden.dtype}; this bank holds {fingerprint.dtype}: cast before writing"
+        )
     if not bool(torch.isfinite(hidden).all()):
         bad = int((~torch.isfinite(hidden)).flatten(1).any(1).nonzero()[0])
         raise NonFinite(f"row {bad} holds NaN or Inf; it was refused whole, nothing was written")

@@ -1,0 +1,190 @@
+"""Where memory lives: the seam under `Store`, and what the two backends that see the cold store share."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from raymem.cold.export import export_bank, import_bank
+from raymem.cold.store import ColdStore, Entry
+from raymem.encode.calibration import Calibration
+from raymem.errors import BankDetached, CalibrationNotFound, InvalidInput
+from raymem.types import Ack, BankInfo, BankSpec, MigrationReport, Readout, Trace, check_bank_name, check_label
+
+T = TypeVar("T")
+
+
+class Backend(Protocol):
+    """Every verb of a store. Names are checked before they come here."""
+
+    async def create(self, name: str, spec: BankSpec) -> BankInfo: ...
+    async def info(self, name: str) -> BankInfo: ...
+    async def banks(self, prefix: str) -> list[BankInfo]: ...
+    async def delete(self, name: str) -> None: ...
+    async def write(self, name: str, trace: Trace, durable: bool) -> Ack: ...
+    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int) -> Readout: ...
+    async def attach(self, name: str, node: str | None) -> BankInfo: ...
+    async def detach(self, name: str) -> BankInfo: ...
+    async def migrate(self, name: str, to: str) -> MigrationReport: ...
+    async def tag(self, name: str, tag: str) -> dict[str, int]: ...
+    async def digest(self, name: str) -> str: ...
+    async def export(self, name: str, path: Path) -> int: ...
+    async def import_(self, path: Path, name: str) -> BankInfo: ...
+    async def put_calibration(self, calibration: Calibration) -> str: ...
+    async def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration: ...
+    async def nodes(self) -> list[str]: ...
+    async def stats(self) -> dict[str, Any]: ...
+    async def close(self) -> None: ...
+
+
+class ColdBackend(ABC):
+    """The verbs that need the catalog and the cold store alone; placing banks is left to the backends."""
+
+    def __init__(self, cold: ColdStore) -> None:
+        self.cold = cold
+
+    @abstractmethod
+    async def attach(self, name: str, node: str | None) -> BankInfo:
+        """Load a bank on `node`, or wherever there is room."""
+
+    @abstractmethod
+    async def detach(self, name: str) -> BankInfo:
+        """Settle, snapshot and free a hot bank."""
+
+    @abstractmethod
+    async def hot_bytes(self) -> dict[str, int]:
+        """Bytes of each hot bank's state."""
+
+    @abstractmethod
+    def node_of(self, owner: str) -> str | None:
+        """The node an owner lives on, if known."""
+
+    async def create(self, name: str, spec: BankSpec) -> BankInfo:
+        """Enter a bank in the catalog and attach it.
+
+        Raises:
+            CalibrationNotFound: the store has none for the fingerprint's model and layers.
+            InvalidSpec, BankExists: nothing was created.
+        """
+        checked = await asyncio.to_thread(self._complete, spec)
+        await asyncio.to_thread(self.cold.catalog.create, name, checked)
+        return await self.attach(name, None)
+
+    async def info(self, name: str) -> BankInfo:
+        """One bank's line."""
+        entry = await asyncio.to_thread(self.cold.catalog.get, name)
+        hot = await self.hot_bytes() if entry.state == "hot" else {}
+        return await asyncio.to_thread(self._info, entry, hot)
+
+    async def banks(self, prefix: str) -> list[BankInfo]:
+        """The catalog's lines whose names begin with `prefix`, by name."""
+        entries = await asyncio.to_thread(self.cold.catalog.list, prefix)
+        hot = await self.hot_bytes()
+        return [await asyncio.to_thread(self._info, entry, hot) for entry in entries]
+
+    async def delete(self, name: str) -> None:
+        """Remove a bank with all its rows, snapshots and tags."""
+        entry = await asyncio.to_thread(self.cold.catalog.get, name)
+        if entry.state == "hot":
+            await self.detach(name)
+        await asyncio.to_thread(self.cold.remove, name)
+
+    async def tag(self, name: str, tag: str) -> dict[str, int]:
+        """Name the journal's present position."""
+
+        def put() -> dict[str, int]:
+            entry = self.cold.catalog.get(name)
+            self.cold.catalog.tag(name, tag, self.cold.journal(entry).end())
+            return self.cold.catalog.get(name).tags
+
+        return await asyncio.to_thread(put)
+
+    async def export(self, name: str, path: Path) -> int:
+        """Write the bank to one file; return its bytes."""
+        await asyncio.to_thread(export_bank, self.cold, name, path)
+        return path.stat().st_size
+
+    async def import_(self, path: Path, name: str) -> BankInfo:
+        """Create a bank from an exported file, checked whole before anything becomes visible; it starts cold."""
+        await asyncio.to_thread(import_bank, self.cold, path, name)
+        return await self.info(name)
+
+    async def put_calibration(self, calibration: Calibration) -> str:
+        """Keep a calibration; return its hash."""
+        blob = calibration.to_bytes()
+        put = self.cold.calibrations.put
+        await asyncio.to_thread(put, calibration.hash, calibration.model, calibration.layers, blob)
+        return calibration.hash
+
+    async def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration:
+        """The store's calibration for a model's content hash and layers."""
+
+        def find() -> Calibration:
+            found = self.cold.calibrations.find(content, layers)
+            if found is None:
+                raise _no_calibration(content, layers)
+            return Calibration.from_bytes(self.cold.calibrations.get(found))
+
+        return await asyncio.to_thread(find)
+
+    def _complete(self, spec: BankSpec) -> BankSpec:
+        from raymem.runtime import assemble
+
+        fingerprint = spec.fingerprint
+        found = fingerprint.calibration or self.cold.calibrations.find(fingerprint.content, fingerprint.layers)
+        if found is None:
+            raise _no_calibration(fingerprint.model, fingerprint.layers)
+        calibration = Calibration.from_bytes(self.cold.calibrations.get(found))
+        spec = spec.model_copy(update={"fingerprint": fingerprint.model_copy(update={"calibration": found})})
+        assemble(spec, calibration)
+        return spec
+
+    def _info(self, entry: Entry, hot: dict[str, int]) -> BankInfo:
+        return BankInfo(
+            name=entry.name,
+            spec=entry.spec,
+            state=entry.state,
+            epoch=entry.epoch,
+            owner=entry.owner,
+            node=self.node_of(entry.owner) if entry.owner else None,
+            rows=self.cold.journal(entry).end(),
+            bytes=hot.get(entry.name, 0),
+            tags=entry.tags,
+            created=entry.created,
+        )
+
+
+def detached(name: str) -> BankDetached:
+    """The error for a read or write of a cold bank."""
+    return BankDetached(f"bank {name!r} is detached; attach it first: bank.attach() or `raymem bank attach {name}`")
+
+
+def check_read(k: int, start: int) -> None:
+    """Refuse a k or a start position that can't be meant.
+
+    Raises:
+        InvalidInput: naming the value.
+    """
+    if not 1 <= k <= 4096:
+        raise InvalidInput(f"k is {k}; ask for 1 to 4096 neighbours")
+    if start < 0:
+        raise InvalidInput(f"start is {start}; positions count from 0")
+
+
+def check_names(name: str, tag: str | None = None) -> None:
+    """Check a bank's name, and a tag's."""
+    check_bank_name(name)
+    if tag is not None:
+        check_label("tag", tag)
+
+
+def _no_calibration(model: str, layers: tuple[int, ...]) -> CalibrationNotFound:
+    numbers = ",".join(map(str, layers))
+    return CalibrationNotFound(
+        f"no calibration for {model} layers {numbers} in this store; make one: "
+        f"`raymem calibrate --model {model} --layers {numbers} --store …`"
+    )

@@ -1,0 +1,122 @@
+"""Settings: nested, typed, frozen; an unknown key is an error.
+
+Read from a TOML file (`raymem.toml`, or `$RAYMEM_CONFIG`) and from environment variables, which win over the file:
+`RAYMEM_GATEWAY__PORT` is `port` of the section `gateway`.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from raymem.errors import ConfigError
+
+PREFIX = "RAYMEM_"
+# read elsewhere: where the file is, and where models are unpacked
+_OTHER_VARIABLES = {"RAYMEM_CONFIG", "RAYMEM_CACHE", "RAYMEM_API_KEY", "RAYMEM_STORE"}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ColdSettings(_Section):
+    """The durable store: when a commit is synced, and how many journal bytes may pass before a snapshot."""
+
+    sync: Literal["disk", "none"] | None = None
+    snapshot_bytes: int = Field(default=64 * 2**20, ge=2**10)
+
+
+class HostSettings(_Section):
+    """One process with banks: its threads, what a caller may have in flight, and the bytes of one commit."""
+
+    threads: int = Field(default=4, ge=1, le=256)
+    caller_requests: int = Field(default=256, ge=1)
+    caller_bytes: int = Field(default=256 * 2**20, ge=1024)
+    group_bytes: int = Field(default=32 * 2**20, ge=1024)
+
+
+class GatewaySettings(_Section):
+    """Memory over HTTP. Loopback unless told otherwise; an empty `api_keys` leaves the door to loopback callers."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8765, ge=0, le=65535)
+    max_body_bytes: int = Field(default=512 * 2**20, ge=1024)
+    api_keys: tuple[str, ...] = Field(default=(), repr=False)
+    model: str = "smollm2-135m"
+
+
+class ActorSettings(_Section):
+    """Shard actors on a Ray cluster: how many a node gets, and what each asks of Ray."""
+
+    shards_per_node: int = Field(default=1, ge=1, le=64)
+    cpus_per_shard: float = Field(default=0.1, ge=0)
+    gpus_per_shard: float = Field(default=0.0, ge=0)
+    retry_s: float = Field(default=60.0, gt=0)
+
+
+class Settings(_Section):
+    """Everything that can be set."""
+
+    cold: ColdSettings = ColdSettings()
+    host: HostSettings = HostSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    actors: ActorSettings = ActorSettings()
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+        """Settings from a TOML file and the environment.
+
+        Args:
+            path: the file; by default `$RAYMEM_CONFIG`, else `raymem.toml` in the working directory if there is one.
+            environ: variables to read; the process's own by default.
+
+        Raises:
+            ConfigError: an unreadable file, an unknown key or a value that does not fit, naming it.
+        """
+        environ = os.environ if environ is None else environ
+        data = _read_file(path, environ)
+        for name, value in environ.items():
+            if name.startswith(PREFIX) and name not in _OTHER_VARIABLES:
+                _put(data, name, value)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, cls)) from error
+
+
+def _read_file(path: str | Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
+    chosen = Path(path or environ.get("RAYMEM_CONFIG") or "raymem.toml")
+    asked_for = path is not None or "RAYMEM_CONFIG" in environ
+    if not chosen.exists() and not asked_for:
+        return {}
+    try:
+        return tomllib.loads(chosen.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"can't read settings from {chosen}: {error}") from error
+
+
+def _put(data: dict[str, Any], name: str, value: str) -> None:
+    section, _, key = name.removeprefix(PREFIX).lower().partition("__")
+    if not key:
+        raise ConfigError(f"{name} is no setting; write {PREFIX}SECTION__KEY, for example {PREFIX}GATEWAY__PORT")
+    target = data.setdefault(section, {})
+    target[key] = value.split(",") if key == "api_keys" else value
+
+
+def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        # a secret must not travel in an error text
+        shown = "" if "api_keys" in where else f"={first['input']!r}"
+        return f"setting {where}{shown}: {first['msg']}"
+    model: Any = cls
+    for part in first["loc"][:-1]:
+        model = model.model_fields[str(part)].annotation
+    return f"unknown setting {where}; there is {', '.join(model.model_fields)}"

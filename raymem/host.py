@@ -1,0 +1,224 @@
+"""Many banks at work in one process: what a local store and a shard actor both are."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import structlog
+from torch import Tensor
+
+from raymem.cold.store import ColdStore, Entry
+from raymem.config import Settings
+from raymem.errors import Moved, RaymemError
+from raymem.limits import Limiter
+from raymem.runtime import Runtime
+from raymem.types import Ack, Readout, Trace
+from raymem.worker import BankWorker
+
+T = TypeVar("T")
+log = structlog.get_logger("raymem.host")
+
+
+class Host:
+    """Banks owned by one process, each behind its own queue.
+
+    Args:
+        cold: the durable store.
+        settings: limits and sizes.
+        owner: the name under which banks are claimed in the catalog.
+        device: where states live, "cpu" or "cuda:N".
+    """
+
+    def __init__(self, cold: ColdStore, settings: Settings, owner: str, device: str = "cpu") -> None:
+        self.cold = cold
+        self.settings = settings
+        self.owner = owner
+        self.device = device
+        self._pool = ThreadPoolExecutor(settings.host.threads, thread_name_prefix="raymem")
+        self._limiter = Limiter(settings.host)
+        self._workers: dict[str, BankWorker] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._moved: dict[str, str] = {}
+        self._arriving: dict[str, Runtime] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether the bank is hot here."""
+        return name in self._workers
+
+    def names(self) -> list[str]:
+        """The banks that are hot here."""
+        return sorted(self._workers)
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes of each hot bank's state."""
+        return {name: worker.runtime.nbytes for name, worker in self._workers.items()}
+
+    async def attach(self, name: str) -> None:
+        """Claim a bank in the catalog and load it: snapshot, then the journal's tail."""
+        async with self._locks[name]:
+            if name in self._workers:
+                return
+            entry = await self._thread(lambda: self._claim(name))
+            try:
+                runtime = await self._thread(lambda: Runtime.open(self.cold, entry, device=self.device))
+            except Exception:
+                await self._thread(lambda: self.cold.catalog.release(name, entry.epoch, state="cold"))
+                raise
+            self._serve(name, runtime)
+
+    async def detach(self, name: str, state: str = "cold") -> None:
+        """Finish queued writes, snapshot, release the bank in the catalog as `state`, free its memory."""
+        async with self._locks[name]:
+            worker = self._worker(name)
+            await worker.call(worker.runtime.snapshot)
+            self._workers.pop(name)
+            await worker.close()
+            await self._thread(lambda: self.cold.catalog.release(name, worker.runtime.entry.epoch, state=state))
+
+    async def write(self, name: str, trace: Trace, *, durable: bool = True, caller: str = "") -> Ack:
+        """Journal and apply a trace.
+
+        With `durable=False` the Ack comes once the trace is checked and queued; its commit may still fail, which is
+        counted in `stats`.
+
+        Raises:
+            Overloaded: the caller has too much in flight.
+            InvalidTrace, NonFinite, SequenceConflict: refused, nothing written.
+        """
+        worker = self._worker(name)
+        if durable:
+            with self._limiter.admit(caller, trace.nbytes):
+                return await self._committed(name, worker, trace)
+        trace.validate(worker.runtime.spec.fingerprint)
+        admitted = self._limiter.admit(caller, trace.nbytes)
+        admitted.__enter__()
+        task = asyncio.get_running_loop().create_task(worker.write(trace))
+        task.add_done_callback(lambda done: self._finish_later(name, admitted, done))
+        return Ack(rows=len(trace), duplicates=0, end=-1, gaps=0, durable=False)
+
+    async def read(self, name: str, hidden_QLD: Tensor, k: int = 32, start: int = 1, *, caller: str = "") -> Readout:
+        """Read a bank; runs beside writers."""
+        worker = self._worker(name)
+        with self._limiter.admit(caller, hidden_QLD.nbytes):
+            return await worker.read(hidden_QLD, k, start)
+
+    async def digest(self, name: str) -> str:
+        """sha256 of the bank's whole state, after the writes queued so far."""
+        worker = self._worker(name)
+        return await worker.call(worker.runtime.digest)
+
+    async def snapshot(self, name: str) -> int:
+        """Snapshot a bank after the writes queued so far; return the position it stands at."""
+        worker = self._worker(name)
+        return await worker.call(worker.runtime.snapshot)
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of this process and of each hot bank."""
+        banks = {name: await self._bank_stats(worker) for name, worker in sorted(self._workers.items())}
+        return {"owner": self.owner, "device": self.device, "refused_overload": self._limiter.refused, "banks": banks}
+
+    async def close(self) -> None:
+        """Snapshot and release every bank; they stay attached in the catalog and load on next use."""
+        for name in self.names():
+            try:
+                await self.detach(name, state="hot")
+            except RaymemError as error:
+                # every row is in the journal already; the next owner replays it
+                log.warning("bank not settled on close", bank=name, error=str(error))
+                self._workers.pop(name, None)
+        self._pool.shutdown(wait=True)
+
+    async def prepare(self, name: str) -> int:
+        """Migration, at the target: copy a snapshot and the tail while the source still serves; return the position."""
+        entry = await self._thread(lambda: self.cold.catalog.get(name))
+        runtime = self._arriving.get(name)
+        if runtime is None:
+            runtime = Runtime(self.cold, entry, self.device)
+            await self._thread(runtime.recover)
+            self._arriving[name] = runtime
+        else:
+            await self._thread(runtime.catch_up)
+        return runtime.pos
+
+    async def yield_writes(self, name: str, to: str) -> None:
+        """Migration, at the source: finish queued writes, answer later ones with Moved, go on answering reads."""
+        worker = self._worker(name)
+        self._moved[name] = to
+        await worker.call(lambda: None)
+        entry = worker.runtime.entry
+        await self._thread(lambda: self.cold.catalog.release(name, entry.epoch, state="hot"))
+
+    async def adopt(self, name: str) -> int:
+        """Migration, at the target: claim the prepared bank, apply the last of its tail and serve it."""
+        runtime = self._arriving.pop(name)
+        entry = await self._thread(lambda: self._claim(name))
+        await self._thread(lambda: runtime.own(entry))
+        self._moved.pop(name, None)
+        self._serve(name, runtime)
+        return runtime.pos
+
+    async def resume(self, name: str) -> None:
+        """Migration, at the source: the target failed, so take the bank back."""
+        worker = self._worker(name, moved=False)
+        entry = await self._thread(lambda: self._claim(name))
+        await worker.call(lambda: worker.runtime.own(entry))
+        self._moved.pop(name, None)
+
+    async def forget_moved(self, name: str) -> None:
+        """Migration, at the source: the target serves, so free the bank."""
+        worker = self._workers.pop(name)
+        await worker.close()
+
+    def abandon(self, name: str) -> None:
+        """Migration, at the target: drop what was prepared."""
+        self._arriving.pop(name, None)
+
+    def _claim(self, name: str) -> Entry:
+        return self.cold.catalog.claim(name, self.owner, self.cold.catalog.get(name).epoch)
+
+    def _serve(self, name: str, runtime: Runtime) -> None:
+        self._moved.pop(name, None)
+        self._workers[name] = BankWorker(runtime, self._pool, self.settings)
+
+    def _worker(self, name: str, *, moved: bool = True) -> BankWorker:
+        worker = self._workers.get(name)
+        if worker is not None and worker.lost:
+            del self._workers[name]
+            worker = None
+        if worker is None:
+            raise Moved(f"bank {name!r} is not hot on {self.owner}", to=self._moved.get(name, ""))
+        return worker
+
+    async def _committed(self, name: str, worker: BankWorker, trace: Trace) -> Ack:
+        if name in self._moved:
+            raise Moved(f"bank {name!r} has moved to {self._moved[name]}", to=self._moved[name])
+        return await worker.write(trace)
+
+    def _finish_later(self, name: str, admitted: Any, done: asyncio.Task[Ack]) -> None:
+        admitted.__exit__(None, None, None)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.warning("a write that was not waited for failed", bank=name, error=str(error))
+
+    async def _bank_stats(self, worker: BankWorker) -> dict[str, Any]:
+        runtime = worker.runtime
+        journal = await self._thread(runtime.journal.stats)
+        return {
+            "kind": runtime.spec.kind,
+            "rows": runtime.pos,
+            "bytes": runtime.nbytes,
+            "budget_bytes": runtime.spec.budget_bytes,
+            "epoch": runtime.entry.epoch,
+            "snapshot_pos": runtime.snapshot_pos,
+            "queued": worker.queued,
+            "upkeep_errors": worker.upkeep_errors,
+            "journal": journal,
+            **dataclasses.asdict(runtime.counters),
+        }
+
+    async def _thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)

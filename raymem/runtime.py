@@ -1,0 +1,246 @@
+"""One bank at work: journal, encoder and mechanism, kept in step.
+
+A runtime is used by one owner at a time. Writes are journaled first and applied after; a read waits for an
+application, never for a commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+import torch
+from torch import Tensor
+
+from raymem.cold.rows import JournalRows
+from raymem.cold.store import ColdStore, Entry
+from raymem.encode.calibration import Calibration
+from raymem.encode.encoder import Encoder
+from raymem.errors import Corrupt, RaymemError
+from raymem.memory import build
+from raymem.memory.base import Dims, Found, Memory, Rows, State
+from raymem.prefetch import prefetch
+from raymem.staging import Staging
+from raymem.types import Ack, BankSpec, Readout, Trace, check_hidden
+
+Progress = Callable[[int, int], None]
+log = structlog.get_logger("raymem.runtime")
+
+
+@dataclass
+class Counters:
+    """What has happened to a bank since it was opened, in rows unless named otherwise."""
+
+    rows_written: int = 0
+    duplicates: int = 0
+    gaps: int = 0
+    commits: int = 0
+    reads: int = 0
+    queries: int = 0
+    refused: int = 0
+
+
+def assemble(spec: BankSpec, calibration: Calibration) -> tuple[Encoder, Memory]:
+    """The encoder and the mechanism that a spec asks for.
+
+    Raises:
+        InvalidSpec: unknown kind, option or layer, or a budget too small, naming the value.
+        FingerprintMismatch: the calibration belongs to another model or other layers.
+    """
+    encoder = Encoder(spec, calibration)
+    # vector values live in the output-embedding space, which is as wide as the hidden states
+    dims = Dims(encoder.key_width, spec.fingerprint.width if spec.fingerprint.values else 0)
+    return encoder, build(spec.kind, dims, spec.options, spec.budget_bytes)
+
+
+class Replica:
+    """A bank's encoder and mechanism in this process, brought up to date from its journal, read-only.
+
+    This is what an owner's runtime builds on and what a follower in a vLLM worker tails.
+    """
+
+    def __init__(self, cold: ColdStore, entry: Entry, device: str = "cpu") -> None:
+        self.cold = cold
+        self.entry = entry
+        self.spec: BankSpec = entry.spec
+        self.device = torch.device(device)
+        self.calibration = Calibration.from_bytes(cold.calibrations.get(self.spec.fingerprint.calibration))
+        self.encoder, self.memory = assemble(self.spec, self.calibration)
+        self.memory.to(self.device).requires_grad_(False)
+        self.lock = threading.Lock()
+        self.pos = 0
+        self.snapshot_pos = 0
+        with torch.device(self.device):
+            self.state = self.memory.empty()
+
+    def recover(self, progress: Progress | None = None) -> None:
+        """Load the newest sound snapshot, then replay the journal's tail."""
+        found = self.cold.snapshots(self.entry).latest()
+        if found is not None:
+            self._restore(*found)
+        self.catch_up(progress)
+
+    def catch_up(self, progress: Progress | None = None) -> int:
+        """Apply the rows journaled since the last call; return how many. The scan runs ahead of the encoder."""
+        journal = self.cold.journal(self.entry)
+        before, end = self.pos, journal.end()
+        if end > before:
+            for rows in prefetch(journal.scan(before)):
+                self.apply(rows)
+                if progress is not None:
+                    progress(self.pos - before, end - before)
+        return self.pos - before
+
+    def apply(self, rows: JournalRows) -> None:
+        """Encode journaled rows and let the mechanism absorb them."""
+        encoded = self.encoder.push(rows)
+        with self.lock, torch.no_grad(), torch.device(self.device):
+            if len(encoded):
+                self.state = self.memory.absorb(self.state, _to(encoded, self.device))
+            self.pos = int(rows.pos_T[-1]) + 1
+
+    def read(self, hidden_QLD: Tensor, k: int = 32, start: int = 1) -> Readout:
+        """Answer Q consecutive states of one context, the first of which stood at position `start`.
+
+        Raises:
+            InvalidTrace, NonFinite: the states don't fit the bank's fingerprint.
+        """
+        check_hidden(hidden_QLD, self.spec.fingerprint)
+        with torch.no_grad(), torch.device(self.device):
+            queries_QK = self.encoder.keys(hidden_QLD, start).to(self.device)
+            with self.lock:
+                found = self.memory.lookup(self.state, queries_QK, k)
+        return self._readout(found)
+
+    def _readout(self, found: Found) -> Readout:
+        def cpu(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.cpu()
+
+        return Readout(
+            values_QV=found.values_QV.cpu(),
+            relevance_Q=self.calibration.relevance(found.similarity_Q.cpu(), self.spec.key),
+            tokens_Qk=cpu(found.tokens_Qk),
+            scores_Qk=cpu(found.scores_Qk),
+            pos_Qk=cpu(found.pos_Qk),
+            seq_Qk=cpu(found.seq_Qk),
+            source_Qk=cpu(found.source_Qk),
+            sources=tuple(self.encoder.sources) if found.source_Qk is not None else (),
+        )
+
+    def tensors(self) -> State:
+        """The whole state as named tensors on the CPU: the encoder's and the mechanism's."""
+        encoder, _ = self.encoder.dump()
+        with self.lock, torch.no_grad():
+            memory = self.memory.dump(self.state)
+        named = {f"memory.{name}": tensor for name, tensor in memory.items()}
+        named |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+
+    def digest(self) -> str:
+        """sha256 over the names, dtypes, shapes and bytes of the whole state."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.tensors().items()):
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the mechanism's state holds."""
+        return self.memory.nbytes(self.state)
+
+    def _restore(self, pos: int, tensors: State, meta: dict[str, object]) -> None:
+        def part(prefix: str) -> State:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        try:
+            encoder_meta = meta["encoder"]
+            assert isinstance(encoder_meta, dict)
+            self.encoder.load(part("encoder."), encoder_meta)
+            with torch.device(self.device):
+                self.state = self.memory.load({n: t.to(self.device) for n, t in part("memory.").items()})
+        except (KeyError, AssertionError) as error:
+            raise Corrupt(f"snapshot of {self.entry.name} at {pos} lacks a part: {error}") from error
+        self.pos = self.snapshot_pos = pos
+
+
+class Runtime(Replica):
+    """A bank and its owner: a replica that also writes the journal."""
+
+    def __init__(self, cold: ColdStore, entry: Entry, device: str = "cpu") -> None:
+        super().__init__(cold, entry, device)
+        self.journal = cold.journal(entry)
+        self.counters = Counters()
+        self.unsaved_bytes = 0
+
+    @classmethod
+    def open(cls, cold: ColdStore, entry: Entry, *, device: str = "cpu", progress: Progress | None = None) -> Runtime:
+        """A recovered runtime of a bank that this process owns."""
+        runtime = cls(cold, entry, device)
+        runtime.recover(progress)
+        runtime.own(entry)
+        return runtime
+
+    def own(self, entry: Entry) -> None:
+        """Take the journal over under a newly claimed entry: fence off earlier owners, then apply what they added."""
+        self.entry = entry
+        self.journal = self.cold.journal(entry)
+        self.journal.fence()
+        self.catch_up()
+
+    def write(self, traces: Sequence[Trace]) -> list[Ack | RaymemError]:
+        """Journal the new rows of all traces in one commit, then apply them.
+
+        Returns:
+            For each trace its Ack, or the error that refused it; a refused trace changes nothing and does not keep
+            the others back. When the commit fails, nothing is applied and no trace is acknowledged.
+        """
+        staging = Staging(self.entry, self.encoder.next_seq, self.journal.find, self.pos)
+        outcomes = [staging.add(trace) for trace in traces]
+        rows = staging.rows()
+        if rows is not None:
+            try:
+                self.journal.append(rows)
+            except RaymemError as error:
+                return [error if isinstance(outcome, Ack) else outcome for outcome in outcomes]
+            self.apply(rows)
+            self.counters.commits += 1
+            self.unsaved_bytes += rows.hidden_TLD.nbytes
+        self._count(outcomes)
+        return outcomes
+
+    def read(self, hidden_QLD: Tensor, k: int = 32, start: int = 1) -> Readout:
+        """As `Replica.read`, counted."""
+        readout = super().read(hidden_QLD, k, start)
+        self.counters.reads += 1
+        self.counters.queries += len(hidden_QLD)
+        return readout
+
+    def snapshot(self) -> int:
+        """Write the whole state to the cold store; return the position it stands at."""
+        if self.pos > self.snapshot_pos:
+            _, meta = self.encoder.dump()
+            self.cold.snapshots(self.entry).save(self.pos, self.tensors(), {"encoder": meta})
+            self.snapshot_pos = self.pos
+        self.unsaved_bytes = 0
+        return self.pos
+
+    def _count(self, outcomes: Sequence[Ack | RaymemError]) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome, Ack):
+                self.counters.rows_written += outcome.rows
+                self.counters.duplicates += outcome.duplicates
+                self.counters.gaps += outcome.gaps
+            else:
+                self.counters.refused += 1
+
+
+def _to(rows: Rows, device: torch.device) -> Rows:
+    if device.type == "cpu":
+        return rows
+    values = None if rows.values_NV is None else rows.values_NV.to(device)
+    moved = (rows.pos_N.to(device), rows.seq_N.to(device), rows.source_N.to(device))
+    return Rows(rows.keys_NK.to(device), rows.tokens_N.to(device), values, *moved)

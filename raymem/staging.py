@@ -1,0 +1,123 @@
+"""Deciding which rows of arriving traces are new, before they go into one commit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from raymem.cold.rows import JournalRows
+from raymem.cold.store import Entry
+from raymem.errors import RaymemError, SequenceConflict
+from raymem.types import Ack, Trace
+
+NextSeq = Callable[[str, str], int]
+Find = Callable[[str, str, int, int], dict[int, int]]
+
+
+class Staging:
+    """One group of traces on its way into the journal.
+
+    A row's identity is (stream, run, seq). Rows already there with the same checksum are acknowledged and left out;
+    with another checksum, or out of order, the whole trace is refused.
+
+    Args:
+        entry: the bank.
+        next_seq: the seq after the last one journaled of (stream, run).
+        find: checksums of journaled rows of (stream, run) with seq in [from, to).
+        pos: the journal position the first new row gets.
+    """
+
+    def __init__(self, entry: Entry, next_seq: NextSeq, find: Find, pos: int) -> None:
+        self._entry = entry
+        self._next_seq = next_seq
+        self._find = find
+        self._pos = pos
+        self._staged: list[JournalRows] = []
+        self._heads: dict[tuple[str, str], int] = {}
+        self._sums: dict[tuple[str, str], dict[int, int]] = {}
+
+    def add(self, trace: Trace) -> Ack | RaymemError:
+        """Stage a trace's new rows; return the Ack it gets once the group is committed, or why it is refused."""
+        try:
+            trace.validate(self._entry.spec.fingerprint)
+            return self._stage(trace)
+        except RaymemError as error:
+            return error
+
+    def rows(self) -> JournalRows | None:
+        """The group's new rows in order, or None if there are none."""
+        return _concat(self._staged) if self._staged else None
+
+    def _stage(self, trace: Trace) -> Ack:
+        run = (trace.stream, trace.run)
+        head = self._heads.get(run) or self._next_seq(*run)
+        rows = JournalRows.of(trace, self._pos, self._entry.epoch)
+        known = max(0, min(head - trace.seq, len(trace)))
+        if known:
+            self._check(rows, known, run)
+        new = _from(rows, known, self._pos)
+        if len(new):
+            self._staged.append(new)
+            self._heads[run] = trace.seq + len(trace)
+            self._sums.setdefault(run, {}).update(zip(new.seq_T.tolist(), new.crc_T.tolist(), strict=True))
+            self._pos += len(new)
+        gap = int(trace.seq > head and len(trace) > 0)
+        return Ack(rows=len(new), duplicates=known, end=self._pos, gaps=gap, durable=True)
+
+    def _check(self, rows: JournalRows, known: int, run: tuple[str, str]) -> None:
+        first = int(rows.seq_T[0])
+        there = self._find(*run, first, first + known) | self._sums.get(run, {})
+        for seq, crc in zip(rows.seq_T[:known].tolist(), rows.crc_T[:known].tolist(), strict=True):
+            if seq not in there:
+                raise SequenceConflict(
+                    f"row {seq} of stream {run[0]!r} run {run[1]!r} comes after later rows of that run; "
+                    "rows of a run must arrive in order: start a new run",
+                    seq=seq,
+                )
+            if there[seq] != crc:
+                raise SequenceConflict(
+                    f"row {seq} of stream {run[0]!r} run {run[1]!r} is already there with other content; "
+                    "use a new run for a new pass",
+                    seq=seq,
+                )
+
+
+def _from(rows: JournalRows, first: int, pos: int) -> JournalRows:
+    """The rows from index `first` on, numbered from `pos`."""
+    if first == 0:
+        return rows
+    value_TV = None if rows.value_TV is None else rows.value_TV[first:]
+    return dataclasses.replace(
+        rows,
+        pos_T=torch.arange(pos, pos + len(rows) - first, dtype=torch.int64),
+        streams=rows.streams[first:],
+        runs=rows.runs[first:],
+        seq_T=rows.seq_T[first:],
+        token_T=rows.token_T[first:],
+        hidden_TLD=rows.hidden_TLD[first:],
+        value_TV=value_TV,
+        time_T=rows.time_T[first:],
+        crc_T=rows.crc_T[first:],
+    )
+
+
+def _concat(parts: Sequence[JournalRows]) -> JournalRows:
+    """Consecutive parts of one epoch as one; a bank's fingerprint says whether all or none carry values."""
+    if len(parts) == 1:
+        return parts[0]
+    cat = torch.cat
+    values = [part.value_TV for part in parts if part.value_TV is not None]
+    return JournalRows(
+        pos_T=cat([part.pos_T for part in parts]),
+        epoch=parts[0].epoch,
+        streams=[stream for part in parts for stream in part.streams],
+        runs=[run for part in parts for run in part.runs],
+        seq_T=cat([part.seq_T for part in parts]),
+        token_T=cat([part.token_T for part in parts]),
+        hidden_TLD=cat([part.hidden_TLD for part in parts]),
+        value_TV=cat(values) if values else None,
+        time_T=cat([part.time_T for part in parts]),
+        crc_T=cat([part.crc_T for part in parts]),
+    )

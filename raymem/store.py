@@ -1,0 +1,327 @@
+"""The public face: `connect()` gives a Store, a Store gives Banks; written once, async, with a blocking face."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from raymem.backend import Backend, check_names, check_read
+from raymem.config import Settings
+from raymem.encode.calibration import Calibration
+from raymem.errors import ConfigError
+from raymem.types import Ack, BankInfo, BankSpec, MigrationReport, Readout, Trace
+
+T = TypeVar("T")
+
+
+def connect(
+    uri: str | Path, *, cold: str | None = None, api_key: str | None = None, settings: Settings | None = None
+) -> Store:
+    """Open memory.
+
+    Args:
+        uri: a folder or object-store address (banks in this process), `"ray"` or `ray://host:port` (shards are actors
+            of that Ray cluster), or `http://…` / `https://…` (through a gateway).
+        cold: with Ray, the cold store that all nodes share.
+        api_key: with HTTP, the key to send.
+        settings: limits and sizes; read from file and environment by default.
+
+    Raises:
+        ConfigError: arguments that don't go together.
+        BackendUnavailable: no Ray cluster or gateway there.
+    """
+    loop = _Loop()
+    try:
+        store = loop.run(AsyncStore.connect(uri, cold=cold, api_key=api_key, settings=settings))
+    except BaseException:
+        loop.close()
+        raise
+    return Store(store, loop)
+
+
+class AsyncStore:
+    """Named memory banks, wherever they live; see `connect` for the addresses."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    @classmethod
+    async def connect(
+        cls, uri: str | Path, *, cold: str | None = None, api_key: str | None = None, settings: Settings | None = None
+    ) -> AsyncStore:
+        """As `raymem.connect`, on the running event loop."""
+        settings = settings or Settings.load()
+        address = str(uri)
+        if api_key is not None and not address.startswith(("http://", "https://")):
+            raise ConfigError(f"api_key goes with an http:// address, not with {address!r}")
+        if cold is not None and not _is_ray(address):
+            raise ConfigError(f"cold={cold!r} goes with 'ray'; {address!r} is its own cold store")
+        return cls(await _backend(address, cold, api_key, settings))
+
+    async def create(self, name: str, spec: BankSpec) -> AsyncBank:
+        """Create a bank and attach it.
+
+        Raises:
+            InvalidName, InvalidSpec, BankExists, CalibrationNotFound: nothing was created.
+        """
+        check_names(name)
+        await self.backend.create(name, spec)
+        return AsyncBank(self.backend, name)
+
+    def bank(self, name: str) -> AsyncBank:
+        """A handle on a bank; it is looked up on first use."""
+        check_names(name)
+        return AsyncBank(self.backend, name)
+
+    async def banks(self, prefix: str = "") -> list[BankInfo]:
+        """The catalog, by name; `prefix` may be a namespace with its slash."""
+        return await self.backend.banks(prefix)
+
+    async def delete(self, name: str) -> None:
+        """Remove a bank with all its rows, snapshots and tags."""
+        check_names(name)
+        await self.backend.delete(name)
+
+    async def import_(self, path: str | Path, name: str) -> AsyncBank:
+        """Create a bank from an exported file; it starts detached.
+
+        Raises:
+            Corrupt: the file is damaged or cut short; nothing was created.
+        """
+        check_names(name)
+        await self.backend.import_(Path(path), name)
+        return AsyncBank(self.backend, name)
+
+    async def put_calibration(self, calibration: Calibration) -> str:
+        """Keep a calibration in the store; return its hash."""
+        return await self.backend.put_calibration(calibration)
+
+    async def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration:
+        """The store's calibration for a model's content hash and layers.
+
+        Raises:
+            CalibrationNotFound: naming the command that makes one.
+        """
+        return await self.backend.calibration(content, tuple(layers))
+
+    async def nodes(self) -> list[str]:
+        """Where banks can live."""
+        return await self.backend.nodes()
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of the backend, its shards and their banks."""
+        return await self.backend.stats()
+
+    async def close(self) -> None:
+        """Let go: a local store settles its banks, other backends just disconnect."""
+        await self.backend.close()
+
+
+class AsyncBank:
+    """A handle on one bank."""
+
+    def __init__(self, backend: Backend, name: str) -> None:
+        self._backend = backend
+        self.name = name
+
+    async def info(self) -> BankInfo:
+        """The bank's line in the catalog, with its size if it is hot."""
+        return await self._backend.info(self.name)
+
+    async def write(self, trace: Trace, *, durable: bool = True) -> Ack:
+        """Write a trace; it is durable when this returns, unless `durable=False`.
+
+        Raises:
+            InvalidTrace, NonFinite, SequenceConflict, BankDetached, Overloaded, StorageError: nothing was written.
+        """
+        return await self._backend.write(self.name, trace, durable)
+
+    async def read(self, queries: Tensor, k: int = 32, *, start: int = 1) -> Readout:
+        """Read with Q consecutive hidden states [Q, L, D] of one context.
+
+        Args:
+            queries: in the fingerprint's layers and dtype.
+            k: neighbours or candidates a query.
+            start: position of the first in its context; the state at position 0 is an attention sink and finds nothing.
+        """
+        check_read(k, start)
+        return await self._backend.read(self.name, queries, k, start)
+
+    async def attach(self, node: str | None = None) -> BankInfo:
+        """Load the bank from the cold store, on `node` if named."""
+        return await self._backend.attach(self.name, node)
+
+    async def detach(self) -> BankInfo:
+        """Settle the bank, write its state down, free its memory."""
+        return await self._backend.detach(self.name)
+
+    async def migrate(self, to: str) -> MigrationReport:
+        """Move the bank to another node while it is read."""
+        return await self._backend.migrate(self.name, to)
+
+    async def tag(self, tag: str) -> dict[str, int]:
+        """Name the present position; return all tags."""
+        check_names(self.name, tag)
+        return await self._backend.tag(self.name, tag)
+
+    async def digest(self) -> str:
+        """sha256 of the bank's whole state; equal digests mean byte-identical states."""
+        return await self._backend.digest(self.name)
+
+    async def export(self, path: str | Path) -> int:
+        """Write the bank to one file; return its bytes."""
+        return await self._backend.export(self.name, Path(path))
+
+
+class Store:
+    """The blocking face of AsyncStore, for scripts and threads; a context manager that closes itself."""
+
+    def __init__(self, store: AsyncStore, loop: _Loop) -> None:
+        self._store = store
+        self._loop = loop
+
+    def create(self, name: str, spec: BankSpec) -> Bank:
+        """As `AsyncStore.create`."""
+        return Bank(self._loop.run(self._store.create(name, spec)), self._loop)
+
+    def bank(self, name: str) -> Bank:
+        """As `AsyncStore.bank`."""
+        return Bank(self._store.bank(name), self._loop)
+
+    def banks(self, prefix: str = "") -> list[BankInfo]:
+        """As `AsyncStore.banks`."""
+        return self._loop.run(self._store.banks(prefix))
+
+    def delete(self, name: str) -> None:
+        """As `AsyncStore.delete`."""
+        self._loop.run(self._store.delete(name))
+
+    def import_(self, path: str | Path, name: str) -> Bank:
+        """As `AsyncStore.import_`."""
+        return Bank(self._loop.run(self._store.import_(path, name)), self._loop)
+
+    def put_calibration(self, calibration: Calibration) -> str:
+        """As `AsyncStore.put_calibration`."""
+        return self._loop.run(self._store.put_calibration(calibration))
+
+    def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration:
+        """As `AsyncStore.calibration`."""
+        return self._loop.run(self._store.calibration(content, layers))
+
+    def nodes(self) -> list[str]:
+        """As `AsyncStore.nodes`."""
+        return self._loop.run(self._store.nodes())
+
+    def stats(self) -> dict[str, Any]:
+        """As `AsyncStore.stats`."""
+        return self._loop.run(self._store.stats())
+
+    def close(self) -> None:
+        """As `AsyncStore.close`; closing twice is fine."""
+        if not self._loop.closed:
+            try:
+                self._loop.run(self._store.close())
+            finally:
+                self._loop.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Bank:
+    """The blocking face of AsyncBank."""
+
+    def __init__(self, bank: AsyncBank, loop: _Loop) -> None:
+        self._bank = bank
+        self._loop = loop
+        self.name = bank.name
+
+    def info(self) -> BankInfo:
+        """As `AsyncBank.info`."""
+        return self._loop.run(self._bank.info())
+
+    def write(self, trace: Trace, *, durable: bool = True) -> Ack:
+        """As `AsyncBank.write`."""
+        return self._loop.run(self._bank.write(trace, durable=durable))
+
+    def read(self, queries: Tensor, k: int = 32, *, start: int = 1) -> Readout:
+        """As `AsyncBank.read`."""
+        return self._loop.run(self._bank.read(queries, k, start=start))
+
+    def attach(self, node: str | None = None) -> BankInfo:
+        """As `AsyncBank.attach`."""
+        return self._loop.run(self._bank.attach(node))
+
+    def detach(self) -> BankInfo:
+        """As `AsyncBank.detach`."""
+        return self._loop.run(self._bank.detach())
+
+    def migrate(self, to: str) -> MigrationReport:
+        """As `AsyncBank.migrate`."""
+        return self._loop.run(self._bank.migrate(to))
+
+    def tag(self, tag: str) -> dict[str, int]:
+        """As `AsyncBank.tag`."""
+        return self._loop.run(self._bank.tag(tag))
+
+    def digest(self) -> str:
+        """As `AsyncBank.digest`."""
+        return self._loop.run(self._bank.digest())
+
+    def export(self, path: str | Path) -> int:
+        """As `AsyncBank.export`."""
+        return self._loop.run(self._bank.export(path))
+
+
+class _Loop:
+    """An event loop on a thread of its own, for blocking callers."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="raymem-store", daemon=True)
+        self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        return self._loop.is_closed()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self.closed:
+            work.close()
+            raise ConfigError("this store is closed; connect again")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _is_ray(address: str) -> bool:
+    return address == "ray" or address.startswith("ray://")
+
+
+async def _backend(address: str, cold: str | None, api_key: str | None, settings: Settings) -> Backend:
+    # the one place that names rooms above its own: each is imported only when it is asked for
+    if address.startswith(("http://", "https://")):
+        from raymem.remote import HttpBackend
+
+        return await HttpBackend.connect(address, api_key, settings)
+    if _is_ray(address):
+        from raymem.actors.backend import RayBackend
+
+        return await RayBackend.connect(address, cold, settings)
+    from raymem.local import LocalBackend
+
+    return await asyncio.to_thread(LocalBackend, address, settings)
