@@ -56,6 +56,13 @@ def test_the_wheel_has_one_top_level_name(wheel):
     assert {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" not in name} == {"raymem"}
 
 
+def test_the_wheel_alone_imports_with_its_rooms(wheel, python, tmp_path):
+    wheel.extractall(tmp_path)
+    ran = python("-c", "import raymem.actors, raymem.kernels, raymem.serving; print(raymem.__file__)", at=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith(str(tmp_path))
+
+
 def test_the_wheel_registers_the_command_and_the_plugin(wheel):
     (record,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
     entries = wheel.read(record).decode()
