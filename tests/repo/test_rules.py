@@ -33,7 +33,7 @@ def _library(path: Path) -> bool:
 # torch.load may fall back to pickle; numpy's does so when asked. none of them reads disk or wire here
 UNPICKLERS = (
     r"\b(pickle|cloudpickle|dill|joblib)\.(load|loads|Unpickler)\b"
-    r"|\btorch\.load\((?!.*weights_only=True)"
+    r"|(?<![\w.])torch\.load\((?!.*weights_only=True)"
     r"|allow_pickle\s*=\s*True"
     r"|\bimport (pickle|dill|shelve|marshal)\b"
 )
@@ -42,6 +42,11 @@ UNPICKLERS = (
 @pytest.mark.parametrize("line", ["pickle.loads(b)", "torch.load(p)", "np.load(p, allow_pickle=True)", "import pickle"])
 def test_the_rule_against_unpickling_bites(line):
     assert re.search(UNPICKLERS, line)
+
+
+@pytest.mark.parametrize("line", ["safetensors.torch.load(b)", "torch.load(p, weights_only=True)", "json.loads(b)"])
+def test_the_rule_against_unpickling_lets_the_safe_ways_pass(line):
+    assert not re.search(UNPICKLERS, line)
 
 
 def test_nothing_is_unpickled_from_disk_or_wire(root, committed):
