@@ -58,7 +58,10 @@ def test_the_wheel_has_one_top_level_name(wheel):
 
 def test_the_wheel_alone_imports_with_its_rooms(wheel, python, tmp_path):
     wheel.extractall(tmp_path)
-    ran = python("-c", "import raymem.actors, raymem.kernels, raymem.serving; print(raymem.__file__)", at=tmp_path)
+    # -S: without site-packages, where an editable installation would lend its rooms
+    ran = python(
+        "-S", "-c", "import raymem.actors, raymem.kernels, raymem.serving; print(raymem.__file__)", at=tmp_path
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith(str(tmp_path))
 
