@@ -1,0 +1,180 @@
+"""What a model's states look like: the fixed statistics that turn states into keys and similarity into relevance.
+
+Shape legend: `L` layers, `D` hidden width, `Q` queries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from raymem.errors import Corrupt, InvalidSpec
+from raymem.types import KeySpec
+
+_FORMAT = "raymem-calibration-1"
+
+
+class Range(NamedTuple):
+    """Best cosines of a key function: `lo` 50th percentile of unrelated, `hi` 99.9th of matching queries."""
+
+    lo: float
+    hi: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of one model and some of its layers, made once from text that no bank holds; a value.
+
+    `model` is the model's content hash, `layers` the 1-based layer ids, `mean_LD` float32, `whiten_LDD` float32 or
+    None (the inverse square root of the covariance, shrunk by `shrink` towards its mean eigenvalue), `ranges` what
+    related and unrelated look like for a few key functions (`key_id` names them).
+    """
+
+    model: str
+    layers: tuple[int, ...]
+    mean_LD: Tensor
+    whiten_LDD: Tensor | None = None
+    shrink: float = 0.0
+    ranges: Mapping[KeySpec, Range] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """The hidden width D."""
+        return int(self.mean_LD.shape[1])
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over everything above: part of the fingerprint of the banks that use it."""
+        digest = hashlib.sha256(self._head().encode())
+        for tensor in self._tensors().values():
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+    def relevance(self, similarity_Q: Tensor, key: KeySpec) -> Tensor:
+        """How much a query with this best cosine concerns the bank: `clip((s - lo) / (hi - lo), 0, 1)`.
+
+        Args:
+            similarity_Q: highest cosine with the keys held, -1 for an empty bank.
+            key: the bank's key function, see `range_of`.
+        """
+        lo, hi = self.range_of(key)
+        return ((similarity_Q - lo) / (hi - lo)).clamp(0.0, 1.0)
+
+    def range_of(self, key: KeySpec) -> Range:
+        """The range of a key function, or of the nearest one measured.
+
+        Nearest is: a span counts as a window; the window whose length has the nearest logarithm; for a concatenation
+        that was not measured, the mean over its layers, since its cosine is the mean of theirs.
+
+        Raises:
+            InvalidSpec: the calibration does not know a layer of the key.
+        """
+        layers = key.layers or self.layers
+        self.places(layers)
+        window = 1 if key.function == "single" else key.window
+        measured = [known for known in self.ranges if sorted(known.layers) == sorted(layers)]
+        if measured:
+            return self.ranges[min(measured, key=lambda known: abs(math.log(_window(known) / window)))]
+        if len(layers) == 1:
+            raise InvalidSpec(f"the calibration measured no key function of layer {layers[0]}; make it again")
+        parts = [self.range_of(key.model_copy(update={"layers": (layer,)})) for layer in layers]
+        return Range(*(sum(ends) / len(parts) for ends in zip(*parts, strict=True)))
+
+    def places(self, layers: tuple[int, ...]) -> list[int]:
+        """Where these layers lie among the calibration's.
+
+        Raises:
+            InvalidSpec: naming the layers that it was not made for.
+        """
+        missing = [layer for layer in layers if layer not in self.layers]
+        if missing:
+            raise InvalidSpec(
+                f"layers {missing} are not in the calibration, which was made for {list(self.layers)}; "
+                "run `raymem calibrate` for them or choose among those"
+            )
+        return [self.layers.index(layer) for layer in layers]
+
+    def to_bytes(self) -> bytes:
+        """The calibration as one safetensors file that carries its own hash."""
+        metadata = {"format": _FORMAT, "head": self._head(), "sha256": self.hash}
+        return safetensors.torch.save(self._tensors(), metadata)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Calibration:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            Corrupt: not such a file, or its contents do not match its hash.
+        """
+        try:
+            metadata = _metadata(data)
+            found = _build(json.loads(metadata["head"]), safetensors.torch.load(data))
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise Corrupt(f"not a calibration ({type(error).__name__}: {error}); make it again") from error
+        if metadata.get("format") != _FORMAT or found.hash != metadata.get("sha256"):
+            raise Corrupt(
+                f"a calibration of format {metadata.get('format')!r} does not match its hash "
+                f"{str(metadata.get('sha256'))[:12]!r}; make it again"
+            )
+        return found
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"mean": self.mean_LD.contiguous()}
+        if self.whiten_LDD is not None:
+            tensors["whiten"] = self.whiten_LDD.contiguous()
+        return tensors
+
+    def _head(self) -> str:
+        ranges = sorted([[*_identity(key), *bounds] for key, bounds in self.ranges.items()])
+        head = {
+            "model": self.model,
+            "layers": self.layers,
+            "width": self.width,
+            "shrink": self.shrink,
+            "ranges": ranges,
+        }
+        return json.dumps(head, sort_keys=True)
+
+
+def measured_keys(layers: tuple[int, ...]) -> list[KeySpec]:
+    """The key functions whose ranges a calibration holds: single and window 8 of each layer, and of all layers."""
+    choices = [(layer,) for layer in layers] + ([layers] if len(layers) > 1 else [])
+    singles = [KeySpec(function="single", layers=choice, window=1) for choice in choices]
+    return singles + [KeySpec(function="window", layers=choice, window=8) for choice in choices]
+
+
+def _window(key: KeySpec) -> int:
+    return 1 if key.function == "single" else key.window
+
+
+def _identity(key: KeySpec) -> list[Any]:
+    return [list(key.layers), key.function, key.window]
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    length = int.from_bytes(data[:8], "little")
+    head: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return head
+
+
+def _build(head: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
+    ranges = {
+        KeySpec.model_validate({"function": function, "layers": layers, "window": window}): Range(float(lo), float(hi))
+        for layers, function, window, lo, hi in head["ranges"]
+    }
+    mean_LD, whiten_LDD = tensors["mean"], tensors.get("whiten")
+    layers, width = tuple(head["layers"]), head["width"]
+    for tensor, shape in [(mean_LD, (len(layers), width)), (whiten_LDD, (len(layers), width, width))]:
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
+            raise ValueError(f"a tensor is {tensor.dtype} {list(tensor.shape)} where float32 {list(shape)} was said")
+    return Calibration(head["model"], layers, mean_LD, whiten_LDD, head["shrink"], ranges)

@@ -1,0 +1,159 @@
+"""Making a calibration: from a model, by reading text that ships with Python.
+
+The text is `pydoc_data.topics`, the language reference, without its twelve largest topics: the six largest are what
+`raymem eval lm` reports on, the next six are for tuning and for the demo, and neither may leak into what is fixed here.
+
+Shape legend: `T` rows of one text, `N` rows of many, `L` layers, `D` hidden width, `K` key width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from raymem.encode.calibration import Calibration, Range, measured_keys
+from raymem.encode.maker import KeyMaker
+from raymem.errors import InvalidInput
+from raymem.types import KeySpec
+
+RESERVED_TOPICS = 12
+_TOPIC_TOKENS = 200
+_PREFIX_TOKENS = 48
+# where the passage that is read again starts in its topic, and how many of its rows still see the prefix in a window
+_PASSAGE_START = 64
+_SETTLE = 16
+_MIN_GAP = 1e-3
+
+Progress = Callable[[int, int], None]
+
+
+class States(Protocol):
+    """What a pass leaves behind, as far as a calibration reads it."""
+
+    @property
+    def hidden_TLd(self) -> Tensor:
+        """States of the chosen layers."""
+        ...
+
+
+class Reader(Protocol):
+    """The part of a language model that calibrating needs; `raymem.lm.models.LanguageModel` has it."""
+
+    content_hash: str
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids [T] of a text."""
+        ...
+
+    def run(self, tokens_T: Tensor, layers: Sequence[int]) -> States:
+        """One causal pass."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """States [T, L, D] by text, each read as a context of its own, its row 0 first.
+
+    `bank` is what is remembered, `unrelated` other texts, `matching` passages of the bank's texts read after a piece
+    of another text, cut to the passage's rows.
+    """
+
+    bank: list[Tensor]
+    unrelated: list[Tensor]
+    matching: list[Tensor]
+
+
+def calibrate(
+    model: Reader,
+    layers: Sequence[int],
+    *,
+    whiten: bool = False,
+    shrink: float = 0.1,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Read the bundled text with a model and keep what its states look like; about 9,000 tokens are read.
+
+    Args:
+        model: the frozen model.
+        layers: 1-based layer ids, in the order in which traces will carry them.
+        whiten: also fit a whitening matrix a layer (D² floats each).
+        shrink: how far the covariance is moved towards its mean eigenvalue, in (0, 1].
+        progress: called with texts read and texts in all.
+    """
+    sample = read_sample(model, layers, bundled_texts(), progress)
+    return fit(model.content_hash, tuple(layers), sample, shrink=shrink if whiten else None)
+
+
+def bundled_texts() -> list[str]:
+    """The calibration's topics in name order, without the reserved largest ones."""
+    from pydoc_data.topics import topics
+
+    by_size = sorted(topics, key=lambda name: (-len(topics[name]), name))
+    return [topics[name] for name in sorted(by_size[RESERVED_TOPICS:])]
+
+
+def read_sample(model: Reader, layers: Sequence[int], texts: Sequence[str], progress: Progress | None = None) -> Sample:
+    """Read texts with a model: every other one is the bank's, and read again in part after a piece of its neighbour.
+
+    Raises:
+        InvalidInput: fewer than two texts are long enough.
+    """
+    tokens = [model.encode(text)[:_TOPIC_TOKENS] for text in texts]
+    tokens = [ids for ids in tokens if len(ids) >= _PASSAGE_START + _SETTLE * 2]
+    pairs = list(zip(tokens[::2], tokens[1::2], strict=False))
+    if not pairs:
+        raise InvalidInput(f"{len(tokens)} texts of enough tokens; a calibration needs two or more")
+    sample = Sample([], [], [])
+    for done, (mine, other) in enumerate(pairs):
+        sample.bank.append(model.run(mine, layers).hidden_TLd)
+        sample.unrelated.append(model.run(other, layers).hidden_TLd)
+        again = torch.cat([other[-_PREFIX_TOKENS:], mine[_PASSAGE_START:]])
+        sample.matching.append(model.run(again, layers).hidden_TLd[_PREFIX_TOKENS:])
+        if progress is not None:
+            progress(done + 1, len(pairs))
+    return sample
+
+
+def fit(model: str, layers: tuple[int, ...], sample: Sample, *, shrink: float | None = None) -> Calibration:
+    """A calibration from states; pure.
+
+    Args:
+        model: the model's content hash.
+        layers: the layers of the states.
+        sample: states in any float dtype.
+        shrink: None for no whitening.
+
+    Raises:
+        InvalidInput: `shrink` is not in (0, 1].
+    """
+    rows_NLD = torch.cat([hidden[1:] for hidden in [*sample.bank, *sample.unrelated]]).double()
+    mean_LD = rows_NLD.mean(0).float()
+    whiten_LDD = None if shrink is None else _whitening(rows_NLD - mean_LD.double(), shrink)
+    plain = Calibration(model, layers, mean_LD, whiten_LDD, shrink or 0.0)
+    ranges = {key: _range(plain, key, sample) for key in measured_keys(layers)}
+    return Calibration(model, layers, mean_LD, whiten_LDD, shrink or 0.0, ranges)
+
+
+def _whitening(centred_NLD: Tensor, shrink: float) -> Tensor:
+    if not 0 < shrink <= 1:
+        raise InvalidInput(f"shrink is {shrink}; choose above 0 (0.1 is usual) and at most 1")
+    covariance_LDD = torch.einsum("nld,nle->lde", centred_NLD, centred_NLD) / len(centred_NLD)
+    level_L11 = covariance_LDD.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    mixed_LDD = (1 - shrink) * covariance_LDD + shrink * level_L11 * torch.eye(covariance_LDD.shape[-1])
+    values_LD, vectors_LDD = torch.linalg.eigh(mixed_LDD)
+    root_LDD: Tensor = vectors_LDD * values_LD.rsqrt()[:, None, :] @ vectors_LDD.transpose(1, 2)
+    return root_LDD.float()
+
+
+def _range(plain: Calibration, key: KeySpec, sample: Sample) -> Range:
+    maker = KeyMaker(plain, key)
+    bank_NK = torch.cat([maker.of_run(hidden)[1:] for hidden in sample.bank])
+    unrelated_NK = torch.cat([maker.of_run(hidden)[1:] for hidden in sample.unrelated])
+    matching_NK = torch.cat([maker.of_run(hidden, start=1)[_SETTLE:] for hidden in sample.matching])
+    lo = float((unrelated_NK @ bank_NK.T).amax(1).quantile(0.5))
+    hi = float((matching_NK @ bank_NK.T).amax(1).quantile(0.999))
+    return Range(lo, max(hi, lo + _MIN_GAP))
