@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from raymem import _layout
+
+_layout.check()
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
