@@ -1,0 +1,174 @@
+"""The KV connector: hidden states of opted-in requests leave a running vLLM engine for their banks.
+
+vLLM makes two of it: one beside the scheduler, which keeps the book of rows, and one in each worker, which copies the
+rows off the device and hands them to the sender. Nothing is ever loaded, and nothing here waits for a bank.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from raymem.errors import InvalidInput, RaymemError
+from raymem.serving.vllm import insides
+from raymem.serving.vllm.copier import RowCopier
+from raymem.serving.vllm.counters import Counters, growth
+from raymem.serving.vllm.metrics import RaymemPromMetrics, RaymemStats
+from raymem.serving.vllm.params import ConnectorConfig, write_target
+from raymem.serving.vllm.sender import Chunk, Sender, Sink
+from raymem.serving.vllm.tracker import Piece, Tracker
+
+log = structlog.get_logger("raymem.vllm")
+
+
+@dataclass
+class Rows(KVConnectorMetadata):
+    """From the scheduler's side to the workers', once a step: the rows to send, and the requests that were refused."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    refused: list[tuple[str, RaymemError]] = field(default_factory=list)
+
+
+class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
+    """Streams the layers that `extract_hidden_states` extracts into raymem banks, while requests run.
+
+    Raises:
+        ConfigError: the engine runs without that speculative method, or a setting is unknown.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        self.layers = insides.streamed_layers(vllm_config)
+        self.config = ConnectorConfig.parse(self._kv_transfer_config.kv_connector_extra_config)
+        group, self._block_size = insides.hidden_group(kv_cache_config)
+        self._tracker = Tracker(group, self._block_size)
+        self._refused: list[tuple[str, RaymemError]] = []
+        self._copier: RowCopier | None = None
+        self._finished: set[str] = set()
+        self._reported = Counters()
+        self.sender: Sender | None = None
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Rows leave in the step that computes them: a preemption has nothing to take back."""
+        return False
+
+    def open_sink(self) -> Sink:
+        """Connect to the store; called on the sender's thread, when there is something to write."""
+        # the scheduler and vLLM's front end load this module too, and need no store
+        from raymem.serving.vllm.sink import StoreSink
+
+        return StoreSink(self.config, self._vllm_config, self.layers)
+
+    # on the scheduler's side
+
+    def on_new_request(self, request: Any) -> None:
+        try:
+            target = write_target(request.kv_transfer_params)
+            if target is None:
+                return
+            if request.prompt_token_ids is None:
+                raise InvalidInput("a prompt of embeddings has no token ids to store: send the prompt as text or ids")
+        except InvalidInput as error:
+            self._refused.append((request.request_id, error))
+        else:
+            self._tracker.admit(request, target)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        refused, self._refused = self._refused, []
+        return Rows(self._tracker.step(scheduler_output), refused)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._tracker.finish(request), None
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self._tracker.finish(request), None
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    # in each worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
+        if insides.writes_rows():
+            width = int(self._vllm_config.model_config.get_hidden_size())
+            cache = insides.hidden_cache(kv_caches, self._block_size, len(self.layers), width)
+            self._copier = RowCopier(cache)
+            self.sender = Sender(self.open_sink, self.config)
+
+    def wait_for_save(self) -> None:
+        if self._copier is None or self.sender is None or not self.has_connector_metadata():
+            return
+        rows = self._get_connector_metadata()
+        assert isinstance(rows, Rows)
+        for request, error in rows.refused:
+            self.sender.refuse(request, error)
+        self._send(self._copier, self.sender, rows.pieces)
+        # only now: a run's last rows may come in the very step that reports its end
+        self.sender.end(self._finished)
+        self._finished = set()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        self._finished |= finished_req_ids
+        if not self.has_connector_metadata():
+            return None, None
+        rows = self._get_connector_metadata()
+        assert isinstance(rows, Rows)
+        # every rank reports, because vLLM waits for all of them before it frees the blocks
+        return {piece.run for piece in rows.pieces} & finished_req_ids or None, None
+
+    def get_kv_connector_stats(self) -> RaymemStats | None:
+        if self.sender is None:
+            return None
+        now = self.sender.stats()
+        gained, self._reported = growth(now, self._reported), now
+        return RaymemStats(data=gained) if gained else None
+
+    def shutdown(self) -> None:
+        if self.sender is not None:
+            self.sender.close()
+            self.sender = None
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        pass
+
+    @staticmethod
+    def _send(copier: RowCopier, sender: Sender, pieces: list[Piece]) -> None:
+        """Copy the rows for which there is room, all in one go, and queue them."""
+        taken = [piece for piece in pieces if sender.reserve(piece, len(piece.tokens) * copier.row_bytes)]
+        if not taken:
+            return
+        rows_TLD, ready = copier.copy([slot for piece in taken for slot in piece.slots])
+        parts = torch.split(rows_TLD, [len(piece.tokens) for piece in taken])
+        now = time.time()
+        sender.put([Chunk(piece, part, ready, now) for piece, part in zip(taken, parts, strict=True)])
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> RaymemStats:
+        return RaymemStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> RaymemPromMetrics:
+        return RaymemPromMetrics(*args)
