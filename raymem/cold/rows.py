@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from raymem.errors import Corrupt
-from raymem.types import Trace
+from raymem.types import DTYPES, BankSpec, Trace
 
 _LAYERS = b"raymem.layers"
 _HIDDEN_TYPES: dict[torch.dtype, pa.DataType] = {
@@ -154,6 +154,12 @@ def journal_schema(dtype: torch.dtype, layers: int, width: int) -> pa.Schema:
         [pa.field(name, kind, nullable=name == "value") for name, kind in fields],
         metadata={_LAYERS: str(layers).encode()},
     )
+
+
+def bank_schema(spec: BankSpec) -> pa.Schema:
+    """The Arrow schema of a bank's journal."""
+    fingerprint = spec.fingerprint
+    return journal_schema(DTYPES[fingerprint.dtype], len(fingerprint.layers), fingerprint.width)
 
 
 def checksums(

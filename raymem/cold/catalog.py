@@ -1,0 +1,264 @@
+"""The catalog: one LanceDB table that says which banks there are and who owns each."""
+
+from __future__ import annotations
+
+import builtins
+import difflib
+import json
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+
+from raymem.cold.failures import reading, writing
+from raymem.cold.rows import bank_schema
+from raymem.cold.tables import Tables, journal_table, quote
+from raymem.errors import BankExists, BankNotFound, Conflict, NotOwner, Overloaded, StorageError, TagNotFound
+from raymem.types import BankSpec, check_bank_name, check_label, shorten
+
+_TABLE = "catalog"
+# no bank can have this name: the row holds the store's nonce, and each creation rewrites it so that two can't cross
+_STORE_ROW = ""
+_SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("spec", pa.string()),
+        pa.field("epoch", pa.int64(), nullable=False),
+        pa.field("owner", pa.string()),
+        pa.field("state", pa.string()),
+        pa.field("created", pa.float64(), nullable=False),
+        pa.field("tags", pa.string(), nullable=False),
+    ]
+)
+_ATTEMPTS = 12
+_COMPACT_EVERY = 128
+# longer than any process takes from opening the catalog to the end of its read
+_KEEP_VERSIONS = timedelta(minutes=5)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One bank's line in the catalog; `id` names its tables and never changes, `epoch` counts its owners."""
+
+    id: str
+    name: str
+    spec: BankSpec
+    epoch: int = 0
+    owner: str | None = None
+    state: Literal["hot", "cold"] = "cold"
+    created: float = 0.0
+    tags: dict[str, int] = field(default_factory=dict)
+
+
+class Catalog:
+    """Banks by name; every read is up to date and every change is a compare-and-swap, also between processes."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._sync = tables.folder_sync(_TABLE)
+        first = {"name": _STORE_ROW, "id": uuid.uuid4().hex, "epoch": 0, "created": time.time(), "tags": "{}"}
+        tables.create(_TABLE, pa.Table.from_pylist([first], schema=_SCHEMA))
+        self._make_durable()
+
+    def nonce(self) -> str:
+        """What the store's creator wrote: the same for everyone who sees this store."""
+        return str(self._store_row()["id"])
+
+    def create(self, name: str, spec: BankSpec) -> Entry:
+        """Add a cold bank with an empty journal.
+
+        Raises:
+            BankExists: the name is taken; also for all but one of several processes that create it at once.
+        """
+        entry = Entry(id=uuid.uuid4().hex, name=check_bank_name(name), spec=spec, created=time.time())
+        return self.add(entry, [])
+
+    def add(self, entry: Entry, journal: Iterable[pa.RecordBatch]) -> Entry:
+        """Add an entry as it is, with the rows of its journal; see `create`.
+
+        The table comes first and the row last: a bank that the catalog names has a journal, and one whose journal is
+        missing has lost it.
+        """
+        if self._rows(f"name = {quote(entry.name)}"):
+            raise _bank_exists(entry.name)
+        table = journal_table(entry.id)
+        self._tables.fill(table, bank_schema(entry.spec), journal)
+        self._swap(f"create {entry.name}", lambda: self._insert(_entry_row(entry)))
+        if self.get(entry.name).id != entry.id:
+            self._tables.drop(table)
+            raise _bank_exists(entry.name)
+        return entry
+
+    def get(self, name: str) -> Entry:
+        """The bank of that name.
+
+        Raises:
+            BankNotFound: naming the nearest banks.
+        """
+        rows = self._rows(f"name = {quote(name)}") if name != _STORE_ROW else []
+        if not rows:
+            raise BankNotFound(f"no bank {shorten(name)!r}; {self._nearest(name)}")
+        return _entry(rows[0])
+
+    def list(self, prefix: str = "") -> builtins.list[Entry]:
+        """All banks whose name starts with `prefix`, by name."""
+        rows = self._rows(f"name != '' AND starts_with(name, {quote(prefix)})")
+        return sorted((_entry(row) for row in rows), key=lambda entry: entry.name)
+
+    def claim(self, name: str, owner: str, expect_epoch: int) -> Entry:
+        """Become the owner of a bank whose epoch is `expect_epoch`: the epoch grows by one, the bank is hot.
+
+        Raises:
+            NotOwner: the epoch has moved on. BankNotFound: there is no such bank.
+        """
+        values = {"epoch": expect_epoch + 1, "owner": owner, "state": "hot"}
+        self._change(name, expect_epoch, values)
+        entry = self.get(name)
+        if (entry.epoch, entry.owner) != (expect_epoch + 1, owner):
+            raise _not_owner(entry, expect_epoch + 1)
+        return entry
+
+    def release(self, name: str, epoch: int) -> None:
+        """Give a bank up: it is cold, without an owner, and keeps its epoch.
+
+        Raises:
+            NotOwner: another epoch owns it. BankNotFound: there is no such bank.
+        """
+        self._change(name, epoch, {"owner": None, "state": "cold"})
+
+    def require(self, name: str, id: str, epoch: int) -> None:
+        """Raise NotOwner unless the bank is still this one, at this epoch."""
+        entry = self.get(name)
+        if (entry.id, entry.epoch) != (id, epoch):
+            raise _not_owner(entry, epoch)
+
+    def tag(self, name: str, tag: str, pos: int) -> None:
+        """Name a journal position; a tag of that name moves."""
+        check_label("tag", tag)
+        self._retag(name, lambda tags: tags | {tag: pos})
+
+    def untag(self, name: str, tag: str) -> None:
+        """Forget a tag.
+
+        Raises:
+            TagNotFound: naming the tags there are.
+        """
+
+        def without(tags: dict[str, int]) -> dict[str, int]:
+            if tag not in tags:
+                raise TagNotFound(f"bank {name} has no tag {shorten(tag)!r}; it has {sorted(tags) or 'none'}")
+            return {key: pos for key, pos in tags.items() if key != tag}
+
+        self._retag(name, without)
+
+    def tags(self, name: str) -> dict[str, int]:
+        """A bank's tags and their positions."""
+        return self.get(name).tags
+
+    def drop(self, entry: Entry) -> None:
+        """Take a bank out of the catalog: from here on it does not exist."""
+        self._swap(f"remove {entry.name}", lambda: self._tables.open(_TABLE).delete(f"id = {quote(entry.id)}"))
+
+    def _store_row(self) -> dict[str, Any]:
+        return self._rows(f"name = {quote(_STORE_ROW)}")[0]
+
+    def _rows(self, where: str) -> builtins.list[dict[str, Any]]:
+        with reading("read the catalog"):
+            found: builtins.list[dict[str, Any]] = (
+                self._tables.open(_TABLE).search().where(where).to_arrow().to_pylist()
+            )
+        return found
+
+    def _insert(self, row: dict[str, Any]) -> None:
+        # a merge alone lets two processes insert the same name (measured); rewriting a row they share makes one repeat
+        store = self._store_row()
+        rows = pa.Table.from_pylist([store | {"epoch": store["epoch"] + 1}, row], schema=_SCHEMA)
+        merge = self._tables.open(_TABLE).merge_insert("name").when_matched_update_all(where="target.name = ''")
+        merge.when_not_matched_insert_all().execute(rows)
+
+    def _change(self, name: str, epoch: int, values: dict[str, Any]) -> None:
+        if not self._update(f"name = {quote(name)} AND epoch = {epoch}", values):
+            raise _not_owner(self.get(name), epoch)
+
+    def _update(self, where: str, values: dict[str, Any]) -> int:
+        """Change the row that matches, if it does: says how many did."""
+        return self._swap(
+            "update the catalog", lambda: int(self._tables.open(_TABLE).update(where, values).rows_updated)
+        )
+
+    def _retag(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
+        for _ in range(_ATTEMPTS):
+            entry = self.get(name)
+            values = {"tags": json.dumps(change(entry.tags))}
+            if self._update(f"id = {quote(entry.id)} AND tags = {quote(json.dumps(entry.tags))}", values):
+                return
+        raise Overloaded(f"the tags of {name} keep changing; try again", retry_after_s=0.1)
+
+    def _swap(self, what: str, change: Callable[[], T]) -> T:
+        for attempt in range(_ATTEMPTS):
+            try:
+                with writing(what):
+                    result = change()
+                break
+            except Conflict:
+                time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 5)))
+        else:
+            raise Overloaded(f"{what}: the catalog is too busy; try again", retry_after_s=0.5)
+        self._make_durable()
+        self._compact()
+        return result
+
+    def _make_durable(self) -> None:
+        if self._sync:
+            with writing("sync the catalog"):
+                self._sync.sync()
+
+    def _compact(self) -> None:
+        table = self._tables.open(_TABLE)
+        if table.version % _COMPACT_EVERY:
+            return
+        try:
+            with writing("compact the catalog"):
+                table.optimize(cleanup_older_than=_KEEP_VERSIONS)
+        except (Conflict, StorageError):
+            # somebody changed the catalog meanwhile: the next multiple comes soon
+            return
+        self._make_durable()
+
+    def _nearest(self, name: str) -> str:
+        names = [entry.name for entry in self.list()]
+        near = difflib.get_close_matches(name[:200], names, n=3, cutoff=0.5)
+        if near:
+            return f"nearest: {', '.join(near)}"
+        return f"there are {len(names)} banks; list them to see their names" if names else "the store holds no banks"
+
+
+def _entry_row(entry: Entry) -> dict[str, Any]:
+    parsed = {"spec": entry.spec.model_dump_json(), "tags": json.dumps(entry.tags)}
+    return {name: getattr(entry, name) for name in _SCHEMA.names} | parsed
+
+
+def _bank_exists(name: str) -> BankExists:
+    return BankExists(f"bank {name} exists already; choose another name or remove it first")
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    with reading(f"read the catalog's entry for {row['name']}"):
+        parsed = {"spec": BankSpec.model_validate_json(row["spec"]), "tags": json.loads(row["tags"])}
+    return Entry(**(row | parsed))
+
+
+def _not_owner(entry: Entry, epoch: int) -> NotOwner:
+    return NotOwner(
+        f"bank {entry.name} is at epoch {entry.epoch}, owned by {entry.owner or 'nobody'}, not at epoch {epoch}; "
+        "look it up again and go to its present owner",
+        epoch=entry.epoch,
+    )

@@ -1,0 +1,209 @@
+"""A bank's snapshots: the state of its encoder and mechanism at a journal position, as checksummed tensors."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import pyarrow as pa
+import structlog
+import torch
+from crc32c import crc32c
+from torch import Tensor
+
+from raymem.cold.catalog import Entry
+from raymem.cold.failures import reading, writing
+from raymem.cold.tables import Tables, quote, snapshot_table
+from raymem.errors import Corrupt
+
+_PART_BYTES = 4 * 2**20
+# a part's number; the manifest is the commit marker and has none
+_MANIFEST = -1
+_SCHEMA = pa.schema(
+    [
+        pa.field("snapshot", pa.string(), nullable=False),
+        pa.field("pos", pa.int64(), nullable=False),
+        pa.field("part", pa.int32(), nullable=False),
+        pa.field("crc32c", pa.uint32(), nullable=False),
+        pa.field("data", pa.large_binary(), nullable=False),
+    ]
+)
+_log = structlog.get_logger(__name__)
+
+Snapshot = tuple[int, dict[str, Tensor], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What one snapshot holds: its tensors' bytes follow each other in the order of `tensors`."""
+
+    snapshot: str
+    pos: int
+    tensors: dict[str, dict[str, Any]]
+    meta: dict[str, Any]
+
+
+class Snapshots:
+    """The newest snapshots of one bank; one without a manifest row was cut short and does not exist.
+
+    `fallbacks` counts how often `latest` had to pass over a corrupt one.
+    """
+
+    def __init__(self, tables: Tables, entry: Entry, keep: int = 2) -> None:
+        self._tables = tables
+        self._bank = entry.name
+        self._name = snapshot_table(entry.id)
+        self._sync = tables.folder_sync(self._name)
+        self._keep = keep
+        self.fallbacks = 0
+
+    def save(self, pos: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Write the state at journal position `pos`, then drop all but the newest snapshots.
+
+        Args:
+            pos: rows before this position are part of the state.
+            tensors: of any dtype, shape and device.
+            meta: plain JSON data.
+
+        Raises:
+            StorageError: nothing of it is visible.
+        """
+        snapshot = uuid.uuid4().hex
+        headers = {name: _header(tensor) for name, tensor in tensors.items()}
+        body = json.dumps({"tensors": headers, "meta": meta}, allow_nan=False).encode()
+        with writing(f"save a snapshot of {self._bank}"):
+            table = self._tables.create(self._name, _SCHEMA.empty_table())
+            table.add(pa.RecordBatchReader.from_batches(_SCHEMA, _batches(snapshot, pos, tensors)))
+            self._make_durable()
+            table.add(pa.Table.from_batches([_batch(snapshot, pos, _MANIFEST, body)]))
+            self._make_durable()
+        self._prune()
+
+    def latest(self, strict: bool = False) -> Snapshot | None:
+        """The newest snapshot, or None: its position, tensors of its own and meta.
+
+        A corrupt one is passed over for the one before, because the journal can redo the rest, unless `strict`.
+
+        Raises:
+            Corrupt: `strict`, and the newest does not hold its checksums.
+        """
+        for row in self._manifests():
+            try:
+                return self._load(self._parse(row))
+            except Corrupt as error:
+                if strict:
+                    raise
+                self.fallbacks += 1
+                _log.warning("snapshot passed over", bank=self._bank, pos=row["pos"], reason=error.message)
+        return None
+
+    def _manifests(self) -> list[dict[str, Any]]:
+        """Manifest rows, newest first."""
+        try:
+            table = self._tables.open(self._name)
+        except Corrupt as error:
+            if not error.details.get("missing"):
+                raise
+            # none was ever saved
+            return []
+        with reading(f"list the snapshots of {self._bank}"):
+            rows: list[dict[str, Any]] = table.search().where(f"part = {_MANIFEST}").to_arrow().to_pylist()
+        # a stable sort: of two at one position, the one that was written later comes first
+        return sorted(reversed(rows), key=lambda row: -row["pos"])
+
+    def _parse(self, row: dict[str, Any]) -> _Manifest:
+        if crc32c(row["data"]) != row["crc32c"]:
+            raise Corrupt(f"the manifest of {self._bank}'s snapshot at {row['pos']} does not match its checksum")
+        return _Manifest(row["snapshot"], row["pos"], **json.loads(row["data"]))
+
+    def _load(self, manifest: _Manifest) -> Snapshot:
+        what = f"{self._bank}'s snapshot at position {manifest.pos}"
+        sizes = [header["bytes"] for header in manifest.tensors.values()]
+        buffer = torch.zeros(sum(sizes), dtype=torch.uint8)
+        filled = 0
+        for data in self._parts(manifest, what):
+            if filled + len(data) > len(buffer):
+                raise Corrupt(f"{what} holds more bytes than its manifest says")
+            buffer[filled : filled + len(data)].numpy()[:] = memoryview(data)
+            filled += len(data)
+        if filled != len(buffer):
+            raise Corrupt(f"{what} holds {filled} of {len(buffer)} bytes")
+        pieces = zip(manifest.tensors.items(), torch.split(buffer, sizes), strict=True)
+        tensors = {name: _tensor(what, name, header, piece) for (name, header), piece in pieces}
+        return manifest.pos, tensors, manifest.meta
+
+    def _parts(self, manifest: _Manifest, what: str) -> Iterator[pa.Buffer]:
+        where = f"snapshot = {quote(manifest.snapshot)} AND part >= 0"
+        with reading(f"read {what}"):
+            batches = iter(self._tables.open(self._name).search().where(where).to_batches(1))
+        number = 0
+        while True:
+            with reading(f"read {what}"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            for part, data in zip(batch["part"].to_pylist(), batch["data"], strict=True):
+                if part != number:
+                    raise Corrupt(f"{what} has part {part} where {number} belongs")
+                number += 1
+                yield data.as_buffer()
+
+    def _prune(self) -> None:
+        old = [quote(row["snapshot"]) for row in self._manifests()[self._keep :]]
+        if not old:
+            return
+        with writing(f"drop old snapshots of {self._bank}"):
+            table = self._tables.open(self._name)
+            table.delete(f"snapshot IN ({', '.join(old)})")
+            self._make_durable()
+            table.to_lance().cleanup_old_versions(older_than=timedelta(0))
+
+    def _make_durable(self) -> None:
+        if self._sync:
+            self._sync.sync()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def _header(tensor: Tensor) -> dict[str, Any]:
+    data = _bytes(tensor)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(tensor.shape), "bytes": len(data), "crc32c": crc32c(data)}
+
+
+def _batches(snapshot: str, pos: int, tensors: dict[str, Tensor]) -> Iterator[pa.RecordBatch]:
+    pending = bytearray()
+    part = 0
+    for tensor in tensors.values():
+        data = _bytes(tensor)
+        while data:
+            room = _PART_BYTES - len(pending)
+            pending += data[:room]
+            data = data[room:]
+            if len(pending) == _PART_BYTES:
+                yield _batch(snapshot, pos, part, bytes(pending))
+                part += 1
+                pending.clear()
+    if pending:
+        yield _batch(snapshot, pos, part, bytes(pending))
+
+
+def _batch(snapshot: str, pos: int, part: int, data: bytes) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pydict(
+        {"snapshot": [snapshot], "pos": [pos], "part": [part], "crc32c": [crc32c(data)], "data": [data]}, schema=_SCHEMA
+    )
+
+
+def _tensor(what: str, name: str, header: dict[str, Any], data: Tensor) -> Tensor:
+    if crc32c(_bytes(data)) != header["crc32c"]:
+        raise Corrupt(f"tensor {name!r} of {what} does not match its checksum", tensor=name)
+    dtype: torch.dtype = getattr(torch, header["dtype"])
+    # a copy of its own: aligned, and not keeping the others' memory alive
+    return data.clone().view(dtype).reshape(header["shape"])

@@ -1,0 +1,81 @@
+"""Where tables are: names, opening, creating and dropping them, and filters that can't be broken out of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import lancedb
+import pyarrow as pa
+
+from raymem.cold.durable import FolderSync
+from raymem.cold.failures import reading, writing
+from raymem.errors import ConfigError
+
+Sync = Literal["disk", "none"]
+
+
+class Tables:
+    """A cold store's tables: a folder or an object store, and whether commits are synced to disk.
+
+    Every `open` sees the latest version; a handle stays at the version that it opened or wrote, because nothing here
+    sets a read consistency interval.
+    """
+
+    def __init__(self, uri: str, sync: Sync | None) -> None:
+        local = "://" not in uri or uri.startswith("file://")
+        if sync == "disk" and not local:
+            raise ConfigError(f'sync="disk" needs a local path, and {uri} is an object store: leave sync out there')
+        self.uri = str(Path(uri.removeprefix("file://")).expanduser().absolute()) if local else uri
+        self.sync: Sync = sync or ("disk" if local else "none")
+        with writing(f"open the cold store at {self.uri}"):
+            if local:
+                os.makedirs(self.uri, exist_ok=True)
+            self._connection = lancedb.connect(self.uri)
+
+    def open(self, name: str) -> Any:
+        """A handle on the table's latest version.
+
+        Raises:
+            Corrupt: the table is gone or its metadata can't be read.
+        """
+        with reading(f"open {name} in {self.uri}"):
+            return self._connection.open_table(name)
+
+    def create(self, name: str, rows: pa.Table) -> Any:
+        """Create a table holding `rows`, in one commit; if another process was first, open what it made."""
+        with writing(f"create {name} in {self.uri}"):
+            return self._connection.create_table(name, rows, exist_ok=True)
+
+    def fill(self, name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+        """Create a table from a stream of batches in one commit, durable when it returns."""
+        with writing(f"create {name} in {self.uri}"):
+            self._connection.create_table(name, pa.RecordBatchReader.from_batches(schema, batches))
+            if sync := self.folder_sync(name):
+                sync.sync()
+
+    def drop(self, name: str) -> None:
+        """Delete a table and its files; nothing happens if there is none."""
+        with writing(f"drop {name} in {self.uri}"):
+            self._connection.drop_table(name, ignore_missing=True)
+
+    def folder_sync(self, name: str) -> FolderSync | None:
+        """What makes this table's commits durable, or None where the store does that itself or nobody asked."""
+        return FolderSync(Path(self.uri) / f"{name}.lance") if self.sync == "disk" else None
+
+
+def journal_table(bank_id: str) -> str:
+    """The name of the table that holds a bank's journal."""
+    return f"journal-{bank_id}"
+
+
+def snapshot_table(bank_id: str) -> str:
+    """The name of the table that holds a bank's snapshots."""
+    return f"snapshots-{bank_id}"
+
+
+def quote(text: str) -> str:
+    """`text` as an SQL string literal: the only way in which a value gets into a filter."""
+    return "'" + text.replace("'", "''") + "'"
