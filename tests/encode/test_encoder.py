@@ -1,3 +1,4 @@
+import itertools
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ def histories(draw: st.DrawFn) -> tuple[list[tuple[str, int]], list[int]]:
 
 def pieces(kit: Kit, rows: JournalRows, cuts: list[int]) -> list[JournalRows]:
     ends = [0, *cuts, len(rows)]
-    return [kit.cut(rows, start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+    return [kit.cut(rows, start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def joined(found: list[Rows]) -> dict[str, torch.Tensor]:
@@ -208,6 +209,11 @@ def test_a_closed_run_loses_its_pair_but_not_its_place(encoder: Make, kit: Kit) 
     assert found.seq_N.tolist() == [1, 3]
     assert [maker.next_seq("stream", run) for run in "abcd"] == [5, 2, 2, 0]
     assert maker.sources == [("stream", "a"), ("stream", "b"), ("stream", "c")]
+
+
+def test_touching_a_run_keeps_it_open(encoder: Make, kit: Kit) -> None:
+    where = [("a", 1), ("b", 1), ("a", 2), ("c", 1), ("a", 3), ("b", 2)]
+    assert encoder(max_open_runs=2).push(kit.journal(where)).seq_N.tolist() == [1, 2]
 
 
 def test_the_states_kept_do_not_grow_with_runs(encoder: Make, kit: Kit) -> None:

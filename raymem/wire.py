@@ -1,0 +1,283 @@
+"""Bytes between processes: msgpack with tensors in it, and Arrow for rows in bulk. Nothing is ever unpickled.
+
+A tensor is msgpack extension 1: a little-endian uint16 with the length of a msgpack head `[dtype, shape]`, the head,
+the elements in C order, little-endian. A raymem noun is a map of its fields with its name under the key `$`. Everything
+else is plain msgpack: nil, booleans, integers, floats, strings, bytes, arrays (tuples become lists), maps of strings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import msgpack
+import pyarrow as pa
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from raymem.cold.rows import JournalRows
+from raymem.errors import Corrupt, InvalidInput, RaymemError, TooLarge
+from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
+
+MAX_BYTES = 2**30
+
+_TAG = "$"
+_TENSOR = 1
+_ERROR = "RaymemError"
+_NOUNS: dict[str, type[Any]] = {
+    noun.__name__: noun for noun in (Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace)
+}
+_FIELDS = {name: typing.get_type_hints(noun) for name, noun in _NOUNS.items()}
+# all that torch has, but the quantised ones: their scales live outside their bytes
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
+}
+_PLAIN = (type(None), bool, int, float, str, bytes)
+_DEEPEST = 32
+_MOST_ELEMENTS = 2**48
+
+assert sys.byteorder == "little", "tensors travel in the byte order of the machine"
+
+
+def pack(obj: Any, max_bytes: int = MAX_BYTES) -> bytes:
+    """Write plain data, tensors and raymem's nouns as bytes.
+
+    Args:
+        obj: None, bool, int of 64 bits, float, str, bytes, list, tuple, dict with str keys, Tensor (any dtype but the
+            quantised; gradients and device are lost), a noun, a RaymemError, nested up to 32 deep.
+        max_bytes: most bytes of tensors and of the result.
+
+    Raises:
+        InvalidInput: anything else, numpy's scalars and arrays too.
+        TooLarge: naming both sizes.
+    """
+    plain = _plain(obj, max_bytes, 0)
+    try:
+        data: bytes = msgpack.packb(plain, strict_types=True)
+    except (OverflowError, ValueError) as error:
+        raise InvalidInput(f"can't be sent: {error}; integers have 64 bits and text is UTF-8") from error
+    _within(data, max_bytes)
+    return data
+
+
+def unpack(data: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES) -> Any:
+    """Read what `pack` wrote; tensors are new, writable and on the CPU.
+
+    Raises:
+        TooLarge: more bytes than allowed, naming both numbers.
+        Corrupt: not msgpack, an unknown extension or noun, a tensor or field that does not hold what it says.
+    """
+    _within(data, max_bytes)
+    try:
+        return msgpack.unpackb(
+            data,
+            ext_hook=_from_extension,
+            object_hook=_from_map,
+            strict_map_key=True,
+            # a timestamp is a float to those who have no business sending one
+            timestamp=1,
+        )
+    except (ValueError, OverflowError, TypeError) as error:
+        raise Corrupt(f"not a raymem message: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def traces_to_arrow(traces: Sequence[Trace]) -> bytes:
+    """Traces of one bank as an Arrow IPC stream in the journal's layout, checksums included; for bulk writes.
+
+    Raises:
+        InvalidInput: no trace, or traces of different layers, width or dtype.
+    """
+    if not traces:
+        raise InvalidInput("no trace to send: give at least one")
+    tables = [JournalRows.of(trace, 0, 0).to_arrow() for trace in traces]
+    if any(table.schema != tables[0].schema for table in tables):
+        raise InvalidInput("traces of different layers, widths or dtypes can't travel together: send them one by one")
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def traces_from_arrow(data: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES) -> list[Trace]:
+    """Read what `traces_to_arrow` wrote, each row checked against its checksum.
+
+    A trace ends where the run or the time changes or seq jumps; neighbours that follow each other come as one.
+
+    Raises:
+        TooLarge: more bytes than allowed, naming both numbers.
+        Corrupt: not such a stream, or a row that does not match its checksum.
+    """
+    _within(data, max_bytes)
+    try:
+        with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
+            table = reader.read_all()
+        table.validate(full=True)
+        pieces = JournalRows.from_arrow(table)
+    except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        raise Corrupt(f"not an Arrow stream of rows: {type(error).__name__}: {str(error)[:200]}") from error
+    return [trace for piece in pieces for trace in _traces(piece.verify())]
+
+
+def _within(data: Any, max_bytes: int) -> None:
+    size = memoryview(data).nbytes
+    if size > max_bytes:
+        raise TooLarge(f"{size:,} bytes; the limit is {max_bytes:,}: send less at once", size=size, limit=max_bytes)
+
+
+def _plain(obj: Any, room: int, depth: int) -> Any:
+    """`obj` as what msgpack knows by itself; `room` is the most bytes one tensor may have."""
+    if type(obj) in _PLAIN:
+        return obj
+    if depth == _DEEPEST:
+        raise InvalidInput(f"nested more than {_DEEPEST} deep: flatten it before sending")
+    if isinstance(obj, Tensor):
+        return _from_tensor(obj, room)
+    if isinstance(obj, RaymemError):
+        # details are for people and JSON: what JSON doesn't know goes as text
+        return {_TAG: _ERROR} | json.loads(json.dumps(obj.to_wire(), default=str))
+    if type(obj).__name__ in _NOUNS and type(obj) is _NOUNS[type(obj).__name__]:
+        named = (
+            obj.model_dump()
+            if isinstance(obj, BaseModel)
+            else {item.name: getattr(obj, item.name) for item in fields(obj)}
+        )
+        return {_TAG: type(obj).__name__} | {name: _plain(value, room, depth + 1) for name, value in named.items()}
+    if type(obj) is dict:
+        return {_key(key): _plain(value, room, depth + 1) for key, value in obj.items()}
+    if type(obj) is list or isinstance(obj, tuple):
+        return [_plain(value, room, depth + 1) for value in obj]
+    kind = f"{type(obj).__module__}.{type(obj).__name__}"
+    raise InvalidInput(f"a {kind} can't be sent: convert numpy scalars with .item() and arrays with torch.from_numpy")
+
+
+def _key(key: Any) -> str:
+    if type(key) is not str or key == _TAG:
+        raise InvalidInput(f"map key {key!r} can't be sent: keys are strings other than {_TAG!r}")
+    return key
+
+
+def _from_tensor(tensor: Tensor, room: int) -> msgpack.ExtType:
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in _DTYPES or tensor.layout != torch.strided:
+        raise InvalidInput(f"a {tensor.layout} tensor of {tensor.dtype} can't be sent: make it dense and dequantised")
+    if tensor.nbytes > room:
+        raise TooLarge(
+            f"a tensor of {tensor.nbytes:,} bytes; the limit is {room:,}: send less at once",
+            size=tensor.nbytes,
+            limit=room,
+        )
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    head = msgpack.packb([name, list(tensor.shape)])
+    return msgpack.ExtType(
+        _TENSOR, b"".join([len(head).to_bytes(2, "little"), head, flat.view(torch.uint8).numpy().data])
+    )
+
+
+def _from_extension(code: int, data: bytes) -> Tensor:
+    if code != _TENSOR:
+        raise Corrupt(f"message extension {code} is unknown; raymem sends {_TENSOR} alone")
+    start = 2 + int.from_bytes(data[:2], "little")
+    head = msgpack.unpackb(data[2:start])
+    if not isinstance(head, list) or len(head) != 2:
+        raise Corrupt(f"a tensor's head is {str(head)[:80]}; expected [dtype, shape]")
+    dtype, shape = _DTYPES.get(str(head[0])), head[1]
+    if dtype is None or not isinstance(shape, list) or len(shape) > _DEEPEST or not all(map(_is_size, shape)):
+        raise Corrupt(f"a tensor's head is {str(head)[:80]}; expected a torch dtype and its sizes")
+    # sizes beside a zero count too: torch can't lay out [0, 2**62, 2**62]
+    if math.prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:
+        raise Corrupt(f"a tensor's shape is {str(shape)[:80]}: too large to be true")
+    if math.prod(shape) * dtype.itemsize != len(data) - start:
+        raise Corrupt(f"a tensor of {head[0]} {shape} came with {len(data) - start} bytes")
+    return _to_tensor(bytearray(memoryview(data)[start:]), dtype, shape)
+
+
+def _to_tensor(raw: bytearray, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    if not raw:
+        return torch.zeros(0, dtype=torch.uint8).view(dtype).reshape(shape)
+    if dtype == torch.bool and max(raw) > 1:
+        raise Corrupt(f"a bool tensor holds the byte {max(raw)}")
+    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+def _is_size(size: Any) -> bool:
+    return type(size) is int and size >= 0
+
+
+def _from_map(found: dict[Any, Any]) -> Any:
+    if not all(type(key) is str for key in found):
+        raise Corrupt("a map has keys that are not text")
+    name = found.pop(_TAG, None)
+    if name is None:
+        return found
+    if name == _ERROR:
+        return RaymemError.from_wire(found)
+    noun = _NOUNS.get(name) if isinstance(name, str) else None
+    if noun is None:
+        raise Corrupt(f"unknown noun {str(name)[:80]!r}; this raymem knows {sorted(_NOUNS)}")
+    return _noun(noun, found)
+
+
+def _noun(noun: type[Any], found: dict[str, Any]) -> Any:
+    if issubclass(noun, BaseModel):
+        return noun.model_validate(found)
+    hints = _FIELDS[noun.__name__]
+    unknown = sorted(set(found) - set(hints))
+    if unknown:
+        raise Corrupt(f"{noun.__name__} has no field {unknown[0]!r}; it has {sorted(hints)}")
+    return noun(**{name: _fit(value, hints[name], f"{noun.__name__}.{name}") for name, value in found.items()})
+
+
+def _fit(value: Any, hint: Any, where: str) -> Any:
+    """`value` as a field of this type; lists become the tuples that they were."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is float and type(value) is int:
+        return float(value)
+    if origin is types.UnionType:
+        return None if value is None else _fit(value, inner[0], where)
+    if origin is typing.Literal and value in inner:
+        return value
+    if origin is tuple and isinstance(value, list):
+        kinds = [inner[0]] * len(value) if inner[1:] == (...,) else inner
+        if len(kinds) == len(value):
+            return tuple(_fit(part, kind, where) for part, kind in zip(value, kinds, strict=True))
+    if origin is dict and type(value) is dict:
+        return {key: _fit(part, inner[1], where) for key, part in value.items()}
+    if isinstance(hint, type) and (type(value) is hint or (hint is Tensor and isinstance(value, Tensor))):
+        return value
+    raise Corrupt(f"{where} is a {type(value).__name__}; expected {hint}")
+
+
+def _traces(rows: JournalRows) -> list[Trace]:
+    return [_trace(rows, start, stop) for start, stop in _runs(rows)]
+
+
+def _runs(rows: JournalRows) -> list[tuple[int, int]]:
+    """Where rows of one run, one time and consecutive seq start and stop."""
+    jumps_T = (rows.seq_T.diff() != 1) | (rows.time_T.diff() != 0)
+    names = list(zip(rows.streams, rows.runs, strict=True))
+    cuts = [row + 1 for row, jump in enumerate(jumps_T.tolist()) if jump or names[row] != names[row + 1]]
+    return list(itertools.pairwise([0, *cuts, len(rows)]))
+
+
+def _trace(rows: JournalRows, start: int, stop: int) -> Trace:
+    return Trace(
+        hidden=rows.hidden_TLD[start:stop],
+        tokens=rows.token_T[start:stop],
+        stream=rows.streams[start],
+        run=rows.runs[start],
+        seq=int(rows.seq_T[start]),
+        values=None if rows.value_TV is None else rows.value_TV[start:stop],
+        time=float(rows.time_T[start]),
+    )
