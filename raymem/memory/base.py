@@ -52,8 +52,8 @@ class Found:
     """A mechanism's answer to queries [Q, K], before calibration turns similarity into relevance.
 
     `values_QV` float32 blended vector; `similarity_Q` the highest cosine with the keys held, or with the seeded
-    reservoir of them (-1 when empty); `tokens_Qk` candidate next tokens (-1 where absent), best first, with `scores_Qk` (-inf where
-    absent); row kinds also say where each candidate came from (-1 where absent).
+    reservoir of them (-1 when empty); `tokens_Qk` candidate next tokens (-1 where absent), best first, with
+    `scores_Qk` (-inf where absent); row kinds also say where each candidate came from (-1 where absent).
     """
 
     values_QV: Tensor
@@ -68,8 +68,8 @@ class Found:
 class Memory(nn.Module, ABC):
     """One mechanism; its parameters are the learned ones only, its state is a value handed in and out.
 
-    These five verbs are all that the runtime knows: one bank's state, whatever the family. `absorb` may reuse the
-    storage of the state it was given when gradients are off; the caller keeps only what it returns.
+    These verbs are all that the runtime knows: one bank's state, whatever the family. `absorb` may reuse the storage
+    of the state it was given when gradients are off; the caller keeps only what it returns.
     """
 
     kind: ClassVar[str]
@@ -95,7 +95,7 @@ class Memory(nn.Module, ABC):
 
     @abstractmethod
     def dump(self, state: Any) -> State:
-        """The whole state as named tensors, ready for a snapshot."""
+        """The whole state as named tensors of its own, which later writes don't touch."""
 
     @abstractmethod
     def load(self, tensors: State) -> Any:

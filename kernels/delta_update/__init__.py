@@ -1,0 +1,79 @@
+"""Online regression of values on keys with momentum and decay, over banks. The maths is in README.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raymem.kernels.delta_update.chunk import Transition, chunk_delta_update, transition
+from raymem.kernels.delta_update.reference import recurrent_delta_update_reference
+from raymem.kernels.dispatch import use_triton
+
+__all__ = [
+    "Transition",
+    "chunk_delta_update",
+    "recurrent_delta_update",
+    "recurrent_delta_update_reference",
+    "transition",
+]
+
+
+def recurrent_delta_update(
+    weight_BKV: Tensor,
+    momentum_BKV: Tensor | None,
+    keys_BTK: Tensor,
+    values_BTV: Tensor,
+    gates: tuple[Tensor, Tensor, Tensor],
+    active_BT: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """One step of `S = eta S - theta grad |k M - v|^2`, `M = (1 - alpha) M + S` for each token in turn.
+
+    Args:
+        weight_BKV: `[B, K, V]` memory, float32 (float64 in torch only).
+        momentum_BKV: `[B, K, V]`, or None where eta is 0.
+        keys_BTK: `[B, T, K]`.
+        values_BTV: `[B, T, V]`.
+        gates: theta, eta and alpha, each `[B, T]`.
+        active_BT: bool `[B, T]`; a row that is False changes nothing. Default: all are active.
+        backend: "torch", "triton" or "auto". Default: by device.
+
+    Returns:
+        Weight and momentum after the last token, and each token's error before its own write `[B, T, V]`.
+
+    Reference:
+        Titans (2501.00663) equations 9, 10 and 13, loss summed over features.
+    """
+    if not use_triton(weight_BKV, backend) or weight_BKV.dtype != torch.float32:
+        return recurrent_delta_update_reference(weight_BKV, momentum_BKV, keys_BTK, values_BTV, gates, active_BT)
+    weight, momentum, errors = _Recurrent.apply(weight_BKV, momentum_BKV, keys_BTK, values_BTV, *gates, active_BT)
+    return weight, momentum, errors
+
+
+class _Recurrent(torch.autograd.Function):
+    """Triton forward; the backward pass runs the reference again and differentiates that."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        from raymem.kernels.delta_update.triton import recurrent_delta_update_fwd
+
+        weight, momentum, keys, values, theta, eta, alpha, active = inputs
+        ctx.save_for_backward(*inputs)
+        return recurrent_delta_update_fwd(weight, momentum, keys, values, (theta, eta, alpha), active)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        saved = [None if x is None else x.detach() for x in ctx.saved_tensors]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed and saved[i] is not None]
+        for i in wanted:
+            saved[i] = saved[i].requires_grad_()
+        weight, momentum, keys, values, theta, eta, alpha, active = saved
+        with torch.enable_grad():
+            outputs = recurrent_delta_update_reference(weight, momentum, keys, values, (theta, eta, alpha), active)
+        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out is not None and grad is not None]
+        found = torch.autograd.grad([p[0] for p in pairs], [saved[i] for i in wanted], [p[1] for p in pairs], allow_unused=True)
+        by_input = dict(zip(wanted, found, strict=True))
+        return tuple(by_input.get(i) for i in range(len(saved)))

@@ -1,0 +1,154 @@
+"""Base of the kinds that keep rows: growable columns of one bank, a ring once the budget is full.
+
+Shape legend: `N` rows, `Q` queries, `K` key width, `k` candidates.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raymem.errors import Corrupt, InvalidSpec
+from raymem.memory.base import Dims, Found, Memory, Options, Rows, State
+from raymem.memory.spec import StateSpec, TensorSpec, check_state
+
+_FIRST_ROWS = 256
+
+
+@dataclass
+class RowState:
+    """One bank's rows.
+
+    `columns` are buffers [allocated, ...] of which the first `count` rows are held, in no particular order: their
+    column `pos` says the order. `head` is the slot that the next row takes.
+    """
+
+    columns: State
+    count: int = 0
+    head: int = 0
+
+    def held(self) -> State:
+        """Views of the rows held, valid until the next append or drop."""
+        return {name: column[: self.count] for name, column in self.columns.items()}
+
+
+class RowMemory(Memory):
+    """A mechanism that keeps rows, one bank at a time; nothing already held is copied per write.
+
+    A kind says what a row's columns are (`columns_spec`), how rows fill them (`encode`), and how to `read`. Capacity
+    follows from the budget; at capacity the oldest row makes room.
+    """
+
+    def __init__(self, dims: Dims, options: Options, budget_bytes: int) -> None:
+        super().__init__(dims, options, budget_bytes)
+        row_bytes = sum(spec.nbytes for spec in self.columns_spec().values())
+        self.capacity = budget_bytes // row_bytes
+        if self.capacity < 1:
+            raise InvalidSpec(
+                f"one row of a {self.kind} bank takes {row_bytes} bytes and its budget_bytes is {budget_bytes}; "
+                "raise the budget, or lower key_dims"
+            )
+
+    @abstractmethod
+    def columns_spec(self) -> StateSpec:
+        """Shape and dtype of one row's entry in each column; `pos` is among them."""
+
+    @abstractmethod
+    def encode(self, rows: Rows) -> State:
+        """Rows as columns, the leading axis being the row."""
+
+    @abstractmethod
+    def read(self, state: RowState, queries_QK: Tensor, k: int, mask: Tensor | None = None) -> Found:
+        """Read without changing the state.
+
+        Args:
+            state: of one bank.
+            queries_QK: `[Q, K]` unit queries.
+            k: neighbours a query gets.
+            mask: bool `[N]` or `[Q, N]` over `state.held()`; a row that is False is hidden inside the search.
+        """
+
+    def append(self, state: RowState, rows: Rows) -> RowState:
+        """Add rows, each over the oldest once the bank is full; changes and returns `state`."""
+        added = len(rows)
+        skipped = max(0, added - self.capacity)
+        columns = self.encode(_tail(rows, skipped))
+        self._grow(state, min(self.capacity, state.count + added))
+        slots = (state.head + skipped + torch.arange(added - skipped)) % self.capacity
+        for name, values in columns.items():
+            state.columns[name][slots] = values.to(state.columns[name].device)
+        state.head = (state.head + added) % self.capacity
+        state.count = min(self.capacity, state.count + added)
+        return state
+
+    def drop(self, state: RowState, positions: Tensor) -> RowState:
+        """The state without the rows at these journal positions; what is left keeps its order and its values."""
+        held = state.held()
+        kept = torch.nonzero(~torch.isin(held["pos"], positions.to(held["pos"].device)))[:, 0]
+        kept = kept[torch.argsort(held["pos"][kept])]
+        return RowState({name: column[kept] for name, column in held.items()}, len(kept), len(kept) % self.capacity)
+
+    def forget(self, state: RowState, positions: Tensor) -> RowState:
+        """Exact: no trace of the rows at these positions is left in the state."""
+        return self.drop(state, positions)
+
+    def state_spec(self) -> StateSpec:
+        """Shapes and dtypes of a dumped state; -1 is the number of rows."""
+        columns = {name: TensorSpec((-1, *spec.shape), spec.dtype) for name, spec in self.columns_spec().items()}
+        return columns | {"head": TensorSpec((), torch.int64)}
+
+    def empty(self) -> RowState:
+        """A bank without rows."""
+        return RowState({n: torch.empty(0, *spec.shape, dtype=spec.dtype) for n, spec in self.columns_spec().items()})
+
+    def absorb(self, state: RowState, rows: Rows) -> RowState:
+        """Append the rows."""
+        return self.append(state, rows) if len(rows) else state
+
+    def lookup(self, state: RowState, queries_QK: Tensor, k: int) -> Found:
+        """Read all rows."""
+        return self.read(state, queries_QK, k)
+
+    def dump(self, state: RowState) -> State:
+        """The rows held, copied, and the slot that the next one takes."""
+        held = {name: column.detach().clone() for name, column in sorted(state.held().items())}
+        return held | {"head": torch.tensor(state.head)}
+
+    def load(self, tensors: State) -> RowState:
+        """The state that `dump` wrote; see Memory.load."""
+        check_state(self.kind, tensors, self.state_spec())
+        columns = {name: tensor.clone() for name, tensor in tensors.items() if name != "head"}
+        lengths = {len(column) for column in columns.values()}
+        head, count = int(tensors["head"]), max(lengths)
+        # below capacity the next slot follows the last row; a full ring may stand anywhere
+        sound = len(lengths) == 1 and count <= self.capacity
+        if not sound or not (head == count or (count == self.capacity and 0 <= head < count)):
+            raise Corrupt(
+                f"a {self.kind} bank with columns of {sorted(lengths)} rows, next slot {head} and room for "
+                f"{self.capacity} does not fit together; it was made with another budget or damaged"
+            )
+        return RowState(columns, count, head)
+
+    def nbytes(self, state: RowState) -> int:
+        """Bytes allocated."""
+        return sum(column.nbytes for column in state.columns.values())
+
+    def _grow(self, state: RowState, rows: int) -> None:
+        allocated = len(state.columns["pos"])
+        if rows <= allocated:
+            return
+        size = min(self.capacity, max(rows, 2 * allocated, _FIRST_ROWS))
+        for name, old in state.columns.items():
+            # one column at a time, so that growing never holds two whole banks
+            new = old.new_empty(size, *old.shape[1:])
+            new[: state.count] = old[: state.count]
+            state.columns[name] = new
+
+
+def _tail(rows: Rows, start: int) -> Rows:
+    values = None if rows.values_NV is None else rows.values_NV[start:]
+    origin = (rows.pos_N[start:], rows.seq_N[start:], rows.source_N[start:])
+    return Rows(rows.keys_NK[start:], rows.tokens_N[start:], values, *origin)

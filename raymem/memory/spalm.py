@@ -1,0 +1,185 @@
+"""SPALM: a datastore of (key, next token) with a short first-in-first-out cache and a learned gate.
+
+Yogatama et al. 2021, "Adaptive Semiparametric Language Models" (arXiv 2102.02557); the datastore and the training-free
+read are kNN-LM's (Khandelwal et al. 2020, arXiv 1911.00172).
+
+Shape legend: `N` rows, `Q` queries, `K` key width, `V` value width, `D` model width, `k` neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from raymem.errors import InvalidTrace
+from raymem.kernels.topk_cosine import topk_cosine
+from raymem.memory.base import Dims, Found, Options, Rows, State
+from raymem.memory.packing import STORED, KeyDtype, Projection, pack, unpack
+from raymem.memory.rows import RowMemory, RowState
+from raymem.memory.spec import StateSpec, TensorSpec
+
+_TOKEN_MAX = torch.iinfo(torch.int32).max
+
+
+class SpalmOptions(Options):
+    """How rows are kept and which of them stay.
+
+    `key_dtype` and `key_dims` (None: the key's own width, else a projection drawn from `projection_seed`) trade bytes
+    for precision. The newest `n_short` rows are the short-term memory: no eviction takes them. `tau` is the
+    temperature of the blend of vector values.
+    """
+
+    key_dtype: KeyDtype = "bfloat16"
+    key_dims: int | None = Field(default=None, ge=1)
+    projection_seed: int = 0
+    n_short: int = Field(default=128, ge=0)
+    eviction: Literal["fifo"] = "fifo"
+    tau: float = Field(default=0.08, gt=0)
+
+
+class Spalm(RowMemory):
+    """Every row is kept until the budget is full; then the oldest goes.
+
+    A read finds the k nearest rows by cosine, exactly, ties to the earlier row. Forgetting rows is exact.
+    """
+
+    kind: ClassVar[str] = "spalm"
+    options_type: ClassVar[type[Options]] = SpalmOptions
+
+    def __init__(self, dims: Dims, options: SpalmOptions, budget_bytes: int) -> None:
+        self._widths = (options.key_dims or dims.key, dims.value)
+        self._stored = STORED[options.key_dtype]
+        super().__init__(dims, options, budget_bytes)
+        self.spalm = options
+        self.project = Projection(dims.key, options.key_dims, options.projection_seed)
+
+    def columns_spec(self) -> StateSpec:
+        """A packed key, its token (32 bits: 16 overflow on any modern vocabulary), where it came from, its vector."""
+        key, value = self._widths
+        spec = {
+            "key": TensorSpec((key,), self._stored),
+            "key_scale": TensorSpec(()),
+            "token": TensorSpec((), torch.int32),
+            "pos": TensorSpec((), torch.int64),
+            "seq": TensorSpec((), torch.int64),
+            "source": TensorSpec((), torch.int32),
+        }
+        return spec | ({"value": TensorSpec((value,), torch.bfloat16)} if value else {})
+
+    def encode(self, rows: Rows) -> State:
+        """Project and pack the keys.
+
+        Raises:
+            InvalidTrace: a token id that 32 bits can't hold, or rows without the vectors that this bank keeps.
+        """
+        if len(rows) and int(rows.tokens_N.max()) > _TOKEN_MAX:
+            raise InvalidTrace(f"token id {int(rows.tokens_N.max())} is over {_TOKEN_MAX}, the largest a bank keeps")
+        key, scale = pack(self.project(rows.keys_NK.detach()), self._stored)
+        columns = {
+            "key": key,
+            "key_scale": scale,
+            "token": rows.tokens_N.to(torch.int32),
+            "pos": rows.pos_N,
+            "seq": rows.seq_N,
+            "source": rows.source_N.to(torch.int32),
+        }
+        if not self.dims.value:
+            return columns
+        if rows.values_NV is None:
+            raise InvalidTrace(f"rows carry no values; this bank keeps vectors of width {self.dims.value} with each row")
+        return columns | {"value": rows.values_NV.to(torch.bfloat16)}
+
+    def read(self, state: RowState, queries_QK: Tensor, k: int, mask: Tensor | None = None) -> Found:
+        """The k nearest rows, and their vectors blended by softmax(cosine / tau); see RowMemory.read."""
+        held = state.held()
+        queries = self.project(queries_QK).float()
+        scores, index = topk_cosine(queries, held["key"], held["key_scale"], held["pos"], k, mask=mask)
+        tokens, pos, seq, source = (
+            _pick(held[name], index) for name in ("token", "pos", "seq", "source")
+        )
+        best = scores[:, 0] if k else scores.new_full((len(scores),), -1.0)
+        return Found(
+            values_QV=self._blend(held, scores, index),
+            similarity_Q=best.clamp(-1, 1),
+            tokens_Qk=tokens,
+            scores_Qk=scores,
+            pos_Qk=pos,
+            seq_Qk=seq,
+            source_Qk=source,
+        )
+
+    def short_term(self, state: RowState) -> tuple[Tensor, Tensor]:
+        """The newest `n_short` keys [n, K] float32 and their tokens [n] int64, oldest first."""
+        held = state.held()
+        newest = torch.argsort(held["pos"])[max(0, state.count - self.spalm.n_short) :]
+        return unpack(held["key"][newest], held["key_scale"][newest]), held["token"][newest].long()
+
+    def _blend(self, held: State, scores_Qk: Tensor, index_Qk: Tensor) -> Tensor:
+        if not self.dims.value:
+            return scores_Qk.new_zeros(len(scores_Qk), 0)
+        if not len(held["value"]):
+            return scores_Qk.new_zeros(len(scores_Qk), self.dims.value)
+        weights_Qk = _softmax(scores_Qk / self.spalm.tau, index_Qk >= 0)
+        return (weights_Qk[..., None] * held["value"][index_Qk.clamp_min(0)].float()).sum(1)
+
+
+class SpalmGate(nn.Module):
+    """The paper's read in front of a model's output layer: retrieved tokens' embeddings, mixed in by a learned gate.
+
+    `m = sum_j softmax_j(E[y_j] . h) E[y_j]`, `g = sigmoid(w_g . h)`, `z = g * h + (1 - g) * m`, `p = softmax(z E^T)`.
+    A row without neighbours has g = 1: the model's own answer, bitwise.
+
+    Args:
+        width: D, the model's hidden width.
+        vector: one gate a dimension, as in the paper, or one for all.
+        bias: of the gate before training; 2.0 starts near the model's own answer.
+
+    Reference:
+        Yogatama et al. 2021, section 3.3.
+    """
+
+    def __init__(self, width: int, *, vector: bool = True, bias: float = 2.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width if vector else 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, bias)
+
+    def forward(self, hidden_QD: Tensor, tokens_Qk: Tensor, embedding_VD: Tensor) -> tuple[Tensor, Tensor]:
+        """The state to put through the output layer [Q, D], and the gate [Q, D] or [Q, 1].
+
+        Args:
+            hidden_QD: top hidden states `[Q, D]`.
+            tokens_Qk: int64 `[Q, k]` next tokens of the neighbours, -1 where absent.
+            embedding_VD: output embedding `[V, D]`.
+        """
+        memory_QD = token_memory(hidden_QD, tokens_Qk, embedding_VD)
+        absent_Q1 = (tokens_Qk < 0).all(1, keepdim=True)
+        gate = torch.sigmoid(self.linear(hidden_QD)).masked_fill(absent_Q1, 1.0)
+        mixed_QD = gate * hidden_QD + (1 - gate) * memory_QD
+        return torch.where(absent_Q1, hidden_QD, mixed_QD), gate
+
+
+def token_memory(hidden_QD: Tensor, tokens_Qk: Tensor, embedding_VD: Tensor) -> Tensor:
+    """Attention of a state over the embeddings of retrieved next tokens `[Q, D]`; zeros where there are none.
+
+    Reference:
+        Yogatama et al. 2021, section 3.3: `m = sum_j softmax_j(E[y_j] . h) E[y_j]`.
+    """
+    embedded_QkD = embedding_VD[tokens_Qk.clamp_min(0)]
+    weights_Qk = _softmax((embedded_QkD @ hidden_QD[..., None])[..., 0], tokens_Qk >= 0)
+    return (weights_Qk[..., None] * embedded_QkD).sum(1)
+
+
+def _softmax(scores_Qk: Tensor, present_Qk: Tensor) -> Tensor:
+    # a row without any candidate gets zeros, not NaN
+    weights = torch.softmax(scores_Qk.masked_fill(~present_Qk, torch.finfo(scores_Qk.dtype).min), dim=-1)
+    return weights * present_Qk
+
+
+def _pick(column_N: Tensor, index_Qk: Tensor) -> Tensor:
+    if not len(column_N):
+        return torch.full_like(index_Qk, -1)
+    return torch.where(index_Qk >= 0, column_N[index_Qk.clamp_min(0)].long(), -1)
