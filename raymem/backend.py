@@ -32,6 +32,7 @@ class Backend(Protocol):
     async def migrate(self, name: str, to: str) -> MigrationReport: ...
     async def tag(self, name: str, tag: str) -> dict[str, int]: ...
     async def digest(self, name: str) -> str: ...
+    async def tokens(self, name: str, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor: ...
     async def export(self, name: str, path: Path) -> int: ...
     async def import_(self, path: Path, name: str) -> BankInfo: ...
     async def put_calibration(self, calibration: Calibration) -> str: ...
@@ -102,6 +103,15 @@ class ColdBackend(ABC):
             return self.cold.catalog.get(name).tags
 
         return await asyncio.to_thread(put)
+
+    async def tokens(self, name: str, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
+        """Token ids of a run's rows from `seq_from` to `seq_to` (exclusive), in order."""
+
+        def find() -> Tensor:
+            journal = self.cold.journal(self.cold.catalog.get(name))
+            return journal.tokens(stream, run, seq_from, seq_to)
+
+        return await asyncio.to_thread(find)
 
     async def export(self, name: str, path: Path) -> int:
         """Write the bank to one file; return its bytes."""

@@ -174,6 +174,13 @@ class AsyncBank:
         """sha256 of the bank's whole state; equal digests mean byte-identical states."""
         return await self._backend.digest(self.name)
 
+    async def tokens(self, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
+        """Token ids [T] int64 of a run's rows in [seq_from, seq_to), in order; absent ones are left out.
+
+        Works on a detached bank too.
+        """
+        return await self._backend.tokens(self.name, stream, run, seq_from, seq_to)
+
     async def export(self, path: str | Path) -> int:
         """Write the bank to one file; return its bytes."""
         return await self._backend.export(self.name, Path(path))
@@ -278,6 +285,10 @@ class Bank:
     def digest(self) -> str:
         """As `AsyncBank.digest`."""
         return self._loop.run(self._bank.digest())
+
+    def tokens(self, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
+        """As `AsyncBank.tokens`."""
+        return self._loop.run(self._bank.tokens(stream, run, seq_from, seq_to))
 
     def export(self, path: str | Path) -> int:
         """As `AsyncBank.export`."""

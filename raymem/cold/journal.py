@@ -7,6 +7,8 @@ from datetime import timedelta
 from typing import Any
 
 import pyarrow as pa
+import torch
+from torch import Tensor
 
 from raymem.cold.catalog import Catalog, Entry
 from raymem.cold.failures import reading, writing
@@ -114,6 +116,13 @@ class Journal:
             found = self._open().search().where(where).select(["seq", "crc32c"]).to_arrow()
         return dict(zip(found["seq"].to_pylist(), found["crc32c"].to_pylist(), strict=True))
 
+    def tokens(self, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
+        """Token ids [T] int64 of a run's rows in [seq_from, seq_to), in order; rows that are not there are left out."""
+        where = f"stream = {quote(stream)} AND run = {quote(run)} AND seq >= {seq_from} AND seq < {seq_to}"
+        with reading(f"search the journal of {self._entry.name}"):
+            found = self._open().search().where(where).select(["seq", "token"]).to_arrow()
+        return torch.tensor(found.sort_by("seq")["token"].to_pylist(), dtype=torch.int64)
+
     def maintain(self) -> bool:
         """Compact after every 128 commits, and drop what only old versions need; say whether it did.
 
@@ -185,9 +194,9 @@ class Journal:
 
     def _end_of(self, table: Any) -> int:
         with reading(f"find the end of the journal of {self._entry.name}"):
-            rows = table.count_rows()
+            rows = int(table.count_rows())
             last = table.search().select(["pos"]).offset(rows - 1).limit(1).to_arrow()["pos"] if rows else []
-        end = int(last[0].as_py()) + 1 if rows else 0
+        end: int = last[0].as_py() + 1 if rows else 0
         if end != rows:
             raise Corrupt(
                 f"the journal of {self._entry.name} holds {rows} rows but ends at position {end}; "
@@ -242,7 +251,8 @@ class Journal:
 
     def _fragment_rows(self) -> int:
         hidden = self._schema.field("hidden").type
-        return max(1, _FRAGMENT_BYTES // (hidden.list_size * hidden.value_type.bit_width // 8))
+        row_bytes: int = hidden.list_size * hidden.value_type.bit_width // 8
+        return max(1, _FRAGMENT_BYTES // row_bytes)
 
     def _make_durable(self) -> None:
         if self._sync:

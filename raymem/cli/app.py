@@ -1,0 +1,67 @@
+"""All commands in one place, and what happens when one fails."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import raymem
+from raymem.cli import bank, calibrate, demo, doctor, evaluate, output, recall, serve, status
+from raymem.errors import RaymemError
+
+app = typer.Typer(
+    name="raymem",
+    help="""Memory made of hidden states, in banks that fleets of LLM agents share.
+
+    Start here:
+
+        raymem doctor                                  what is installed, what is missing
+
+        raymem calibrate                               once for a store and a model
+
+        raymem bank create research/alice --kind spalm
+
+        raymem serve                                   the store over HTTP, on this machine
+
+        raymem recall research/alice "what did the report say about tides?"
+
+    A store is a folder (./memory), an object-store address, "ray", or the http:// address of a gateway: --store, or
+    the variable RAYMEM_STORE.
+    """,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("serve")(serve.serve)
+app.command("status")(status.status)
+app.command("doctor")(doctor.doctor)
+app.command("calibrate")(calibrate.calibrate)
+app.add_typer(bank.app, name="bank")
+app.command("recall")(recall.recall)
+app.add_typer(evaluate.app, name="eval")
+app.command("demo")(demo.demo)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"raymem {raymem.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    output.reset()
+
+
+def main() -> None:
+    """Run the command line; a RaymemError becomes one red line and exit code 1."""
+    try:
+        app()
+    except RaymemError as error:
+        output.fail(error)
+        sys.exit(1)

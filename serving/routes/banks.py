@@ -1,0 +1,122 @@
+"""Banks as things: create, list, show, delete, move, tag, carry away and bring back."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+from starlette.background import BackgroundTask
+
+from raymem import routes
+from raymem.errors import (
+    BankDetached,
+    BankExists,
+    BankNotFound,
+    CalibrationNotFound,
+    Corrupt,
+    InvalidName,
+    InvalidSpec,
+    StorageError,
+)
+from raymem.serving.routes.common import BankDep, NameDep, StoreDep, serve
+from raymem.serving.schemas import Attach, Create, Digest, Migrate, Tag, Tags
+from raymem.types import BankInfo, MigrationReport
+
+router = APIRouter(tags=["banks"])
+_BODY = {"content": {routes.BYTES: {"schema": {"type": "string", "format": "binary"}}}}
+
+
+@serve(router, routes.BANKS)
+async def banks(store: StoreDep, prefix: str = "") -> list[BankInfo]:
+    """List the banks whose names begin with `prefix`, by name."""
+    return await store.banks(prefix)
+
+
+@serve(router, routes.CREATE, BankExists, CalibrationNotFound, InvalidName, InvalidSpec, StorageError, status_code=201)
+async def create(store: StoreDep, body: Create) -> BankInfo:
+    """Create a bank and attach it."""
+    return await (await store.create(body.name, body.spec)).info()
+
+
+@serve(router, routes.INFO, BankNotFound, InvalidName)
+async def show(bank: BankDep) -> BankInfo:
+    """Show one bank: its spec, where it is, its rows and tags."""
+    return await bank.info()
+
+
+@serve(router, routes.DELETE, BankNotFound, InvalidName, StorageError, status_code=204)
+async def delete(store: StoreDep, name: NameDep) -> Response:
+    """Remove a bank with all its rows, snapshots and tags."""
+    await store.delete(name)
+    return Response(status_code=204)
+
+
+@serve(router, routes.ATTACH, BankNotFound, InvalidName, Corrupt, StorageError)
+async def attach(bank: BankDep, body: Attach | None = None) -> BankInfo:
+    """Load a bank from the cold store."""
+    return await bank.attach(body.node if body else None)
+
+
+@serve(router, routes.DETACH, BankNotFound, BankDetached, InvalidName, StorageError)
+async def detach(bank: BankDep) -> BankInfo:
+    """Settle a bank, write its state down, free its memory."""
+    return await bank.detach()
+
+
+@serve(router, routes.MIGRATE, BankNotFound, BankDetached, InvalidName, StorageError)
+async def migrate(bank: BankDep, body: Migrate) -> MigrationReport:
+    """Move a bank to another node while it is read."""
+    return await bank.migrate(body.to)
+
+
+@serve(router, routes.TAG, BankNotFound, InvalidName, StorageError)
+async def tag(bank: BankDep, body: Tag) -> Tags:
+    """Name the journal's present position."""
+    return Tags(tags=await bank.tag(body.tag))
+
+
+@serve(router, routes.DIGEST, BankNotFound, BankDetached, InvalidName)
+async def digest(bank: BankDep) -> Digest:
+    """Hash the bank's whole state: equal digests mean byte-identical states."""
+    return Digest(digest=await bank.digest())
+
+
+@serve(router, routes.EXPORT, BankNotFound, InvalidName, StorageError, response_class=FileResponse)
+async def export(bank: BankDep) -> FileResponse:
+    """Download a bank as one file."""
+    folder = tempfile.TemporaryDirectory(prefix="raymem-export-")
+    file = Path(folder.name) / f"{bank.name.replace('/', '.')}.raymem"
+    try:
+        await bank.export(file)
+    except BaseException:
+        folder.cleanup()
+        raise
+    return FileResponse(file, media_type=routes.BYTES, filename=file.name, background=BackgroundTask(folder.cleanup))
+
+
+@serve(
+    router,
+    routes.IMPORT,
+    *(BankExists, Corrupt, InvalidName, InvalidSpec, StorageError),
+    status_code=201,
+    openapi_extra={"requestBody": {"required": True, **_BODY}},
+)
+async def import_(store: StoreDep, name: NameDep, request: Request) -> BankInfo:
+    """Create a bank from an exported file, checked whole before anything becomes visible; it starts detached."""
+    with tempfile.TemporaryDirectory(prefix="raymem-import-") as folder:
+        file = Path(folder) / "bank.raymem"
+        await _receive(request.stream(), file)
+        return await (await store.import_(file, name)).info()
+
+
+async def _receive(chunks: AsyncIterator[bytes], file: Path) -> None:
+    try:
+        with file.open("wb") as out:
+            async for chunk in chunks:
+                await asyncio.to_thread(out.write, chunk)
+    except OSError as error:
+        raise StorageError(f"can't keep the upload: {error}; free some space in {file.parent.parent}") from error

@@ -1,0 +1,61 @@
+"""What the route files share: the table's routes as decorators, and the bank that a path names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Path, Request
+
+from raymem.config import GatewaySettings
+from raymem.errors import RaymemError
+from raymem.routes import Route
+from raymem.serving.errors import documented
+from raymem.serving.recall import Reader
+from raymem.store import AsyncBank, AsyncStore
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def serve(router: APIRouter, route: Route, *errors: type[RaymemError], **options: Any) -> Callable[[F], F]:
+    """Put a handler where the table says, with its errors documented."""
+    return router.api_route(route.path, methods=[route.method], responses=documented(*errors), **options)
+
+
+def get_store(request: Request) -> AsyncStore:
+    """The store behind this gateway."""
+    store: AsyncStore = request.app.state.store
+    return store
+
+
+def get_settings(request: Request) -> GatewaySettings:
+    """The gateway's settings."""
+    settings: GatewaySettings = request.app.state.settings
+    return settings
+
+
+def get_reader(request: Request) -> Reader:
+    """The gateway's one model."""
+    reader: Reader = request.app.state.reader
+    return reader
+
+
+def bank_name(
+    namespace: Annotated[str, Path(examples=["research"])], bank: Annotated[str, Path(examples=["alice"])]
+) -> str:
+    """The bank that the path names."""
+    return f"{namespace}/{bank}"
+
+
+StoreDep = Annotated[AsyncStore, Depends(get_store)]
+SettingsDep = Annotated[GatewaySettings, Depends(get_settings)]
+ReaderDep = Annotated[Reader, Depends(get_reader)]
+NameDep = Annotated[str, Depends(bank_name)]
+
+
+def get_bank(store: StoreDep, name: NameDep) -> AsyncBank:
+    """A handle on the bank that the path names."""
+    return store.bank(name)
+
+
+BankDep = Annotated[AsyncBank, Depends(get_bank)]

@@ -1,0 +1,90 @@
+"""What goes into a bank and comes out of it: rows, readouts, text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+
+from raymem import routes
+from raymem.errors import (
+    BankDetached,
+    BankNotFound,
+    FingerprintMismatch,
+    InvalidName,
+    InvalidTrace,
+    MissingExtra,
+    ModelNotFound,
+    NonFinite,
+    SequenceConflict,
+    StorageError,
+)
+from raymem.serving.codec import answer_readout, read_query, read_traces
+from raymem.serving.recall import recall
+from raymem.serving.routes.common import BankDep, ReaderDep, SettingsDep, serve
+from raymem.serving.schemas import ReadAnswer, ReadBody, RecallAnswer, RecallBody, Tokens, WriteBody
+from raymem.types import Ack
+
+router = APIRouter(tags=["rows"])
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _body(model: type[Any], *others: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    content = {routes.JSON: {"schema": schema}, **{other: _BINARY for other in others}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@serve(
+    router,
+    routes.WRITE,
+    *(BankNotFound, BankDetached, SequenceConflict, InvalidTrace, NonFinite, StorageError),
+    openapi_extra=_body(WriteBody, routes.MSGPACK, routes.ARROW),
+)
+async def write(bank: BankDep, settings: SettingsDep, request: Request, durable: bool = True) -> Ack:
+    """Write a trace (JSON, msgpack) or many (an Arrow stream); durable when answered, unless `durable=false`.
+
+    Of an Arrow stream the traces are written in order; when one is refused, those before it stay written, and sending
+    the stream again writes no row twice.
+    """
+    traces = await read_traces(request, bank, settings.max_body_bytes)
+    acks = [await bank.write(trace, durable=durable) for trace in traces]
+    return Ack(
+        rows=sum(ack.rows for ack in acks),
+        duplicates=sum(ack.duplicates for ack in acks),
+        end=max((ack.end for ack in acks), default=-1),
+        gaps=sum(ack.gaps for ack in acks),
+        durable=all(ack.durable for ack in acks),
+    )
+
+
+@serve(
+    router,
+    routes.READ,
+    *(BankNotFound, BankDetached, InvalidTrace, NonFinite),
+    response_model=ReadAnswer,
+    openapi_extra=_body(ReadBody, routes.MSGPACK),
+)
+async def read(bank: BankDep, settings: SettingsDep, request: Request) -> Response:
+    """Read with consecutive hidden states of one context; `Accept: application/msgpack` answers in tensors."""
+    query = await read_query(request, bank, settings.max_body_bytes)
+    readout = await bank.read(query.hidden_QLD, query.k, start=query.start)
+    return answer_readout(request, readout)
+
+
+@serve(router, routes.RECALL, BankNotFound, BankDetached, FingerprintMismatch, MissingExtra, ModelNotFound, InvalidName)
+async def recall_text(bank: BankDep, reader: ReaderDep, body: RecallBody) -> RecallAnswer:
+    """Ask a bank in text: the text runs through the bank's model, the answer is text that was written there."""
+    return await recall(bank, reader, body.text, body.k)
+
+
+@serve(router, routes.TOKENS, BankNotFound, InvalidName)
+async def tokens(
+    bank: BankDep,
+    stream: str,
+    run: str,
+    seq_from: Annotated[int, Query(ge=0)],
+    seq_to: Annotated[int, Query(ge=0)],
+) -> Tokens:
+    """List the token ids of a run's rows from `seq_from` to `seq_to` (exclusive), in order."""
+    return Tokens(tokens=(await bank.tokens(stream, run, seq_from, seq_to)).tolist())

@@ -1,0 +1,70 @@
+"""The store around the banks: calibrations, nodes, counters; and how the gateway itself is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+import raymem
+from raymem import routes
+from raymem.encode.calibration import Calibration
+from raymem.errors import CalibrationNotFound, Corrupt, StorageError
+from raymem.serving.metrics import CONTENT_TYPE, Metrics
+from raymem.serving.routes.common import StoreDep, serve
+from raymem.serving.schemas import CalibrationHash, Health, Nodes
+
+router = APIRouter(tags=["store"])
+probes = APIRouter(tags=["probes"])
+_BODY = {"content": {routes.BYTES: {"schema": {"type": "string", "format": "binary"}}}}
+
+
+@serve(
+    router,
+    routes.PUT_CALIBRATION,
+    *(Corrupt, StorageError),
+    openapi_extra={"requestBody": {"required": True, **_BODY}},
+)
+async def put_calibration(store: StoreDep, request: Request) -> CalibrationHash:
+    """Keep a calibration, a safetensors file as `raymem calibrate` makes it."""
+    calibration = Calibration.from_bytes(await request.body())
+    return CalibrationHash(hash=await store.put_calibration(calibration))
+
+
+@serve(router, routes.CALIBRATION, CalibrationNotFound, response_class=Response)
+async def calibration(store: StoreDep, content: str, layers: Annotated[list[int], Query()]) -> Response:
+    """Get the calibration of a model's content hash and layers, a safetensors file."""
+    found = await store.calibration(content, tuple(layers))
+    return Response(found.to_bytes(), media_type=routes.BYTES)
+
+
+@serve(router, routes.NODES)
+async def nodes(store: StoreDep) -> Nodes:
+    """List where banks can live."""
+    return Nodes(nodes=await store.nodes())
+
+
+@serve(router, routes.STATS)
+async def stats(store: StoreDep) -> dict[str, object]:
+    """Show the counters of the backend, its shards and their banks."""
+    return await store.stats()
+
+
+@serve(probes, routes.HEALTH)
+async def healthz() -> Health:
+    """Tell that the gateway lives; needs no key."""
+    return Health(status="ok", version=raymem.__version__)
+
+
+@serve(probes, routes.READY)
+async def readyz(store: StoreDep) -> Health:
+    """Tell that the store behind the gateway answers; needs no key."""
+    await store.nodes()
+    return Health(status="ready", version=raymem.__version__)
+
+
+@serve(probes, routes.METRICS, response_class=Response)
+async def metrics(store: StoreDep, request: Request) -> Response:
+    """Show the gateway's and the store's counters in Prometheus' text format."""
+    kept: Metrics = request.app.state.metrics
+    return Response(kept.render(await store.stats()), media_type=CONTENT_TYPE)

@@ -1,0 +1,269 @@
+"""What the gateway's JSON looks like, for people and for OpenAPI.
+
+Shape legend: `T` rows, `L` layers, `D` hidden width, `V` value width, `Q` queries, `k` neighbours.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from raymem.errors import InvalidTrace
+from raymem.types import DTYPES, BankSpec, Fingerprint, Readout, Trace
+
+Token = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: a stable code, a sentence with the value and the fix, and data for programs."""
+
+    code: str
+    message: str
+    details: dict[str, Any] = {}
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+class PackedTensor(_Request):
+    """A tensor as base64 of its little-endian bytes, row by row."""
+
+    dtype: Literal["bfloat16", "float16", "float32"]
+    shape: list[Annotated[int, Field(ge=0)]] = Field(max_length=4)
+    base64: str
+
+    def tensor(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            InvalidTrace: not base64, or the bytes don't fill the shape.
+        """
+        try:
+            data = bytearray(base64.b64decode(self.base64, validate=True))
+        except binascii.Error as error:
+            raise InvalidTrace(f"a tensor's base64 is broken: {error}") from error
+        dtype = DTYPES[self.dtype]
+        expected = math.prod(self.shape) * dtype.itemsize
+        if len(data) != expected:
+            raise InvalidTrace(
+                f"{len(data)} bytes can't be {self.dtype} {self.shape}, which has {expected}; send row-major bytes"
+            )
+        return torch.frombuffer(data, dtype=dtype).reshape(self.shape) if data else torch.zeros(self.shape, dtype=dtype)
+
+
+Floats3 = PackedTensor | list[list[list[float]]]
+Floats2 = PackedTensor | list[list[float]]
+
+
+class Create(_Request):
+    """A new bank."""
+
+    name: str = Field(examples=["research/alice"])
+    spec: BankSpec
+
+
+class WriteBody(_Request):
+    """A trace: hidden states [T, L, D] in the bank's dtype (nested lists are cast to it) and the input tokens [T]."""
+
+    stream: str
+    run: str
+    seq: int = 0
+    tokens: list[Token]
+    hidden: Floats3
+    values: Floats2 | None = None
+    time: float | None = None
+
+    def trace(self, fingerprint: Fingerprint) -> Trace:
+        """The trace as the bank wants it."""
+        given = {} if self.time is None else {"time": self.time}
+        return Trace(
+            hidden=_hidden(self.hidden, fingerprint),
+            tokens=torch.tensor(self.tokens, dtype=torch.int64),
+            stream=self.stream,
+            run=self.run,
+            seq=self.seq,
+            values=None if self.values is None else _floats(self.values, torch.float32),
+            **given,
+        )
+
+
+class ReadBody(_Request):
+    """Q consecutive hidden states [Q, L, D] of one context, the first of which stood at position `start`."""
+
+    hidden: Floats3
+    k: int = 32
+    start: int = 1
+
+    def queries(self, fingerprint: Fingerprint) -> Tensor:
+        """The states as the bank wants them."""
+        return _hidden(self.hidden, fingerprint)
+
+
+class Neighbour(BaseModel):
+    """A candidate next token; where the kind holds rows, with the row that it came from."""
+
+    token: int
+    score: float
+    stream: str | None = None
+    run: str | None = None
+    seq: int | None = None
+    pos: int | None = None
+
+
+class ReadAnswer(BaseModel):
+    """A readout: for each query its relevance, its blended vector (may be empty) and its neighbours, best first."""
+
+    relevance: list[float]
+    values: list[list[float]]
+    neighbours: list[list[Neighbour]]
+
+    @classmethod
+    def of(cls, readout: Readout) -> ReadAnswer:
+        """A readout for people."""
+        queries = range(len(readout.relevance_Q))
+        return cls(
+            relevance=readout.relevance_Q.tolist(),
+            values=readout.values_QV.float().tolist(),
+            neighbours=[_neighbours(readout, query) for query in queries],
+        )
+
+
+class Attach(_Request):
+    """Where to; wherever there is room when left out."""
+
+    node: str | None = None
+
+
+class Migrate(_Request):
+    """The node to move to."""
+
+    to: str
+
+
+class Tag(_Request):
+    """A name for the journal's present position."""
+
+    tag: str
+
+
+class Tags(BaseModel):
+    """All tags of a bank with their positions."""
+
+    tags: dict[str, int]
+
+
+class Digest(BaseModel):
+    """sha256 of the bank's whole state."""
+
+    digest: str
+
+
+class Tokens(BaseModel):
+    """Token ids of one run, in order."""
+
+    tokens: list[int]
+
+
+class CalibrationHash(BaseModel):
+    """The name under which a calibration is kept."""
+
+    hash: str
+
+
+class Nodes(BaseModel):
+    """Where banks can live."""
+
+    nodes: list[str]
+
+
+class Health(BaseModel):
+    """Who answers, and that it does."""
+
+    status: Literal["ok", "ready"]
+    service: Literal["raymem"] = "raymem"
+    version: str
+
+
+class RecallBody(_Request):
+    """A question in text, and how many spans to answer with."""
+
+    text: str = Field(min_length=1, max_length=100_000)
+    k: int = Field(default=5, ge=1, le=100)
+
+
+class Span(BaseModel):
+    """A piece of what was written, around the rows that matched.
+
+    `seq_from` to `seq_to` (exclusive) are rows of the run, `positions` the matched rows' places in the bank's journal,
+    `score` the best cosine, `relevance` that of the most relevant query which found it.
+    """
+
+    text: str
+    stream: str
+    run: str
+    seq_from: int
+    seq_to: int
+    positions: list[int]
+    score: float
+    relevance: float
+
+
+class Candidate(BaseModel):
+    """A token that the bank expects next; `score` is the memory's own, the best over the text."""
+
+    token: int
+    text: str
+    score: float
+
+
+class RecallAnswer(BaseModel):
+    """What a bank remembers about a text.
+
+    Kinds that hold rows answer with `spans`, best first. Kinds that keep a bounded state know no rows
+    (`provenance` is false): `spans` is empty, and what they answer is `relevance` and `candidates`.
+    """
+
+    bank: str
+    kind: str
+    provenance: bool
+    relevance: float
+    spans: list[Span]
+    candidates: list[Candidate]
+
+
+def _hidden(given: PackedTensor | list[list[list[float]]], fingerprint: Fingerprint) -> Tensor:
+    tensor = _floats(given, DTYPES[fingerprint.dtype])
+    # an empty list has no shape of its own
+    return tensor.reshape(0, len(fingerprint.layers), fingerprint.width) if given == [] else tensor
+
+
+def _floats(given: PackedTensor | list[Any], dtype: torch.dtype) -> Tensor:
+    if isinstance(given, PackedTensor):
+        return given.tensor()
+    try:
+        return torch.tensor(given, dtype=torch.float32).to(dtype)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InvalidTrace(f"nested lists must be of equal lengths and hold numbers: {error}") from error
+
+
+def _neighbours(readout: Readout, query: int) -> list[Neighbour]:
+    if readout.tokens_Qk is None or readout.scores_Qk is None:
+        return []
+    tokens, scores = readout.tokens_Qk[query].tolist(), readout.scores_Qk[query].tolist()
+    # places without a candidate hold token -1 and score -inf, and come last
+    found = [(token, score) for token, score in zip(tokens, scores, strict=True) if token >= 0]
+    rows = [row._asdict() for row in readout.rows(query)] or [{}] * len(found)
+    return [Neighbour(token=token, score=score, **row) for (token, score), row in zip(found, rows, strict=False)]
