@@ -175,6 +175,7 @@ class Runtime(Replica):
         self.journal = cold.journal(entry)
         self.counters = Counters()
         self.unsaved_bytes = 0
+        self._unsure = False
 
     @classmethod
     def open(cls, cold: ColdStore, entry: Entry, *, device: str = "cpu", progress: Progress | None = None) -> Runtime:
@@ -196,16 +197,24 @@ class Runtime(Replica):
 
         Returns:
             For each trace its Ack, or the error that refused it; a refused trace changes nothing and does not keep
-            the others back. When the commit fails, nothing is applied and no trace is acknowledged.
+            the others back. When the commit fails, no trace is acknowledged.
         """
+        try:
+            if self._unsure:
+                self.own(self.entry)
+                self._unsure = False
+            return self._write(traces)
+        except RaymemError as error:
+            # some of a failed commit may be in the journal all the same: look before the next one
+            self._unsure = True
+            return [error] * len(traces)
+
+    def _write(self, traces: Sequence[Trace]) -> list[Ack | RaymemError]:
         staging = Staging(self.entry, self.encoder.next_seq, self.journal.find, self.pos)
         outcomes = [staging.add(trace) for trace in traces]
         rows = staging.rows()
         if rows is not None:
-            try:
-                self.journal.append(rows)
-            except RaymemError as error:
-                return [error if isinstance(outcome, Ack) else outcome for outcome in outcomes]
+            self.journal.append(rows)
             self.apply(rows)
             self.counters.commits += 1
             self.unsaved_bytes += rows.hidden_TLD.nbytes
