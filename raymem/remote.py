@@ -48,7 +48,7 @@ class HttpBackend:
         Raises:
             BackendUnavailable: nothing answers there, or no raymem gateway.
         """
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
         client = httpx.AsyncClient(base_url=address, headers=headers, timeout=_TIMEOUT)
         backend = cls(client, settings.gateway.max_body_bytes)
         try:

@@ -58,8 +58,8 @@ class Door:
                 raise Unauthorized("this gateway has no API keys, so it serves its own machine only; set api_keys")
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        # every key is compared, so that the time taken says nothing
-        matches = [hmac.compare_digest(key, given.strip().encode()) for key in self._keys]
+        # headers are read as latin-1, whatever they hold; every key is compared, so that the time taken says nothing
+        matches = [hmac.compare_digest(key, given.strip().encode("latin-1")) for key in self._keys]
         if scheme.lower() != "bearer" or not any(matches):
             raise Unauthorized(
                 "no API key, or one that is not known here; send `Authorization: Bearer KEY`, "
@@ -83,7 +83,8 @@ class Door:
             try:
                 self._check_size(seen)
             except TooLarge as error:
-                await _drain(receive)
+                if message.get("more_body", False):
+                    await _drain(receive)
                 raise BodyTooLarge(error) from error
             return message
 
