@@ -49,7 +49,8 @@ def recurrent_delta_update(
     """
     if not use_triton(weight_BKV, backend) or weight_BKV.dtype != torch.float32:
         return recurrent_delta_update_reference(weight_BKV, momentum_BKV, keys_BTK, values_BTV, gates, active_BT)
-    weight, momentum, errors = _Recurrent.apply(weight_BKV, momentum_BKV, keys_BTK, values_BTV, *gates, active_BT)
+    inputs = (weight_BKV, momentum_BKV, keys_BTK, values_BTV, *gates, active_BT)
+    weight, momentum, errors = _Recurrent.apply(*inputs)  # type: ignore[no-untyped-call]
     return weight, momentum, errors
 
 
@@ -66,14 +67,15 @@ class _Recurrent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved = [None if x is None else x.detach() for x in ctx.saved_tensors]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed and saved[i] is not None]
-        for i in wanted:
-            saved[i] = saved[i].requires_grad_()
+        needed = [need and x is not None for need, x in zip(ctx.needs_input_grad, ctx.saved_tensors, strict=True)]
+        saved: list[Any] = [
+            x if x is None else x.detach().requires_grad_(need)
+            for need, x in zip(needed, ctx.saved_tensors, strict=True)
+        ]
         weight, momentum, keys, values, theta, eta, alpha, active = saved
         with torch.enable_grad():
             outputs = recurrent_delta_update_reference(weight, momentum, keys, values, (theta, eta, alpha), active)
-        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out is not None and grad is not None]
-        found = torch.autograd.grad([p[0] for p in pairs], [saved[i] for i in wanted], [p[1] for p in pairs], allow_unused=True)
-        by_input = dict(zip(wanted, found, strict=True))
-        return tuple(by_input.get(i) for i in range(len(saved)))
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+        sources = [x for need, x in zip(needed, saved, strict=True) if need]
+        found = iter(torch.autograd.grad([o for o, _ in pairs], sources, [g for _, g in pairs], allow_unused=True))
+        return tuple(next(found) if need else None for need in needed)

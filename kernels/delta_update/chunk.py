@@ -1,4 +1,4 @@
-"""The same recurrence for a whole chunk at once: a triangular solve finds every token's error, two products apply them."""
+"""The same recurrence for a whole chunk at once: a triangular solve finds the errors, two products apply them."""
 
 from __future__ import annotations
 

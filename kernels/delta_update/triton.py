@@ -1,5 +1,9 @@
 """Triton kernel of the recurrence: a program keeps its columns of the memory in registers for the whole sequence."""
 
+# kernels are Triton's language, not Python's: their parameters have no Python types
+# ruff: noqa: ANN001, ANN201, D103
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
 from __future__ import annotations
 
 import torch
@@ -14,7 +18,7 @@ _REGISTER_FLOATS = 4096
 def delta_update_fwd_kernel_recurrent(
     w, s, k, v, theta, eta, alpha, active, w_out, s_out, e_out, T, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, USE_MOMENTUM: tl.constexpr, USE_ACTIVE: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN201, D103
+):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     i_k = tl.arange(0, BK)
     i_v = tl.program_id(1) * BV + tl.arange(0, BV)

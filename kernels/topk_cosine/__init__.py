@@ -1,4 +1,4 @@
-"""Exact top-k by cosine over packed rows: a fast pass picks candidates, float32 ranks them. The maths is in README.md."""
+"""Exact top-k by cosine over packed rows: a fast pass picks candidates, float32 ranks them. See README.md."""
 
 from __future__ import annotations
 

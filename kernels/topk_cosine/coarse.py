@@ -7,10 +7,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# float32 sums of K products of unit vectors stay this close, times K, to the exact value
 _FLOAT32_ULP = 2.0**-23
 # a matrix product in bfloat16 rounds its result to 8 bits: half a unit in the last place of values up to 1
 _BF16_ROUNDING = 2.0**-9
+
+
+def rounding(width: int) -> float:
+    """How far two float32 sums of `width` products of unit vectors, scaled and added in any order, can lie apart."""
+    return (width + 16) * _FLOAT32_ULP
 
 
 @cache
@@ -22,8 +26,9 @@ def int8_product_is_exact() -> bool:
 
 def coarse_scores(queries_QK: Tensor, rows_NK: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
     """Approximate cosines [Q, N] float32 and the largest error a query's scores can have [Q]."""
-    rounding = queries_QK.shape[1] * _FLOAT32_ULP
-    if rows_NK.dtype == torch.int8 and not rows_NK.is_cuda and int8_product_is_exact():
+    # torch 2.13's int8 product returns garbage for an inner width of 1
+    wide = rows_NK.shape[1] > 1 and not rows_NK.is_cuda
+    if rows_NK.dtype == torch.int8 and wide and int8_product_is_exact():
         scores_QN, error_Q = _int8(queries_QK, rows_NK)
     elif rows_NK.dtype == torch.bfloat16:
         short_QK = queries_QK.bfloat16()
@@ -32,7 +37,7 @@ def coarse_scores(queries_QK: Tensor, rows_NK: Tensor, scale_N: Tensor) -> tuple
     else:
         scores_QN = queries_QK @ rows_NK.float().T
         error_Q = torch.zeros_like(queries_QK[:, 0])
-    return scores_QN * scale_N, error_Q + rounding
+    return scores_QN * scale_N, error_Q + rounding(queries_QK.shape[1])
 
 
 def _int8(queries_QK: Tensor, rows_NK: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,9 @@
 """Triton kernel of the scoring pass: packed rows are widened in registers, products are summed in float32."""
 
+# kernels are Triton's language, not Python's: their parameters have no Python types
+# ruff: noqa: ANN001, ANN201, D103
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
 from __future__ import annotations
 
 import torch
@@ -7,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_FLOAT32_ULP = 2.0**-23
+from raymem.kernels.topk_cosine.coarse import rounding
 
 
 @triton.jit
 def topk_cosine_fwd_kernel_scores(
     q, rows, scale, out, Q, N, K: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):  # noqa: ANN001, ANN201, D103
+):
     i_n = tl.program_id(0) * BN + tl.arange(0, BN)
     i_q = tl.program_id(1) * BQ + tl.arange(0, BQ)
     b_acc = tl.zeros((BQ, BN), dtype=tl.float32)
@@ -37,4 +41,4 @@ def topk_cosine_scores(queries_QK: Tensor, rows_NK: Tensor, scale_N: Tensor) -> 
     grid = (triton.cdiv(N, BN), triton.cdiv(Q, BQ))
     operands = (queries_QK.float().contiguous(), rows_NK.contiguous(), scale_N.contiguous())
     topk_cosine_fwd_kernel_scores[grid](*operands, out, Q, N, K, BQ=BQ, BN=BN, BK=BK)
-    return out, out.new_full((Q,), K * _FLOAT32_ULP)
+    return out, out.new_full((Q,), rounding(K))

@@ -24,7 +24,7 @@ def vocab_scatter(tokens_Qk: Tensor, weights_Qk: Tensor, vocabulary: int, *, bac
     """
     if tokens_Qk.numel() == 0 or not use_triton(weights_Qk, backend):
         return vocab_scatter_reference(tokens_Qk, weights_Qk, vocabulary)
-    scattered: Tensor = _Scatter.apply(tokens_Qk, weights_Qk, vocabulary)
+    scattered: Tensor = _Scatter.apply(tokens_Qk, weights_Qk, vocabulary)  # type: ignore[no-untyped-call]
     return scattered
 
 

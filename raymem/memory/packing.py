@@ -1,4 +1,4 @@
-"""Keys as they are kept: projected to fewer dimensions if asked, in few bytes each, with the scale that makes them unit."""
+"""Keys as they are kept: in few dimensions and few bytes, with the scale that makes them unit length again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK_ROWS = 64
 
 
 def pack(keys_NK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round keys [..., K] to `dtype`; the float32 scale [...] makes each rounded key unit length again (0 for zeros)."""
+    """Round keys [..., K] to `dtype`; the scale [...] makes a rounded key unit length again (0 for zeros)."""
     if dtype == torch.int8:
         peak = keys_NK.abs().amax(-1, keepdim=True)
         rounded = (keys_NK * (127 / peak.clamp_min(torch.finfo(peak.dtype).tiny))).round().to(dtype)
@@ -57,6 +57,6 @@ class Projection(nn.Module):
         # blocks of one size: a matrix product's rounding depends on its shape, and must not on how rows arrived
         padded = pad(flat, (0, 0, 0, -len(flat) % _BLOCK_ROWS))
         matrix = self.matrix_KP.to(wide.dtype)
-        parts = [block @ matrix for block in padded.split(_BLOCK_ROWS)]
-        projected = torch.cat(parts)[: len(flat)] if parts else flat[:, : self.dims]
+        parts = [padded[i : i + _BLOCK_ROWS] @ matrix for i in range(0, len(padded), _BLOCK_ROWS)]
+        projected = torch.cat([flat[:0, : self.dims], *parts])[: len(flat)]
         return normalize(projected, dim=-1).reshape(*keys.shape[:-1], self.dims)

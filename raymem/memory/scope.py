@@ -12,7 +12,7 @@ _SEED = 0x5C09E
 _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
-def _hash(counter: Tensor) -> Tensor:
+def hash62(counter: Tensor) -> Tensor:
     """Splitmix64 of int64 counters, as 62 non-negative bits."""
     x = (counter + _SEED) * _GOLDEN
     # arithmetic shifts keep the sign: mask it away, as a logical shift would
@@ -39,7 +39,7 @@ def sample(
     banks, slots = scale_BR.shape
     step_T = torch.arange(keys_BTK.shape[1], device=keys_BTK.device)
     number_BT = count_B[:, None] + step_T
-    drawn_BT = torch.where(number_BT < slots, number_BT, _hash(number_BT) % (number_BT + 1))
+    drawn_BT = torch.where(number_BT < slots, number_BT, hash62(number_BT) % (number_BT + 1))
     lost_BT = (drawn_BT >= slots) | (step_T >= length_B[:, None])
     # of several rows for one slot the last one stays
     last_BR = torch.full((banks, slots + 1), -1, device=keys_BTK.device).scatter_reduce(

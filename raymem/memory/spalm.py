@@ -89,7 +89,9 @@ class Spalm(RowMemory):
         if not self.dims.value:
             return columns
         if rows.values_NV is None:
-            raise InvalidTrace(f"rows carry no values; this bank keeps vectors of width {self.dims.value} with each row")
+            raise InvalidTrace(
+                f"rows carry no values; this bank keeps vectors of width {self.dims.value} with each row"
+            )
         return columns | {"value": rows.values_NV.to(torch.bfloat16)}
 
     def read(self, state: RowState, queries_QK: Tensor, k: int, mask: Tensor | None = None) -> Found:
@@ -97,9 +99,7 @@ class Spalm(RowMemory):
         held = state.held()
         queries = self.project(queries_QK).float()
         scores, index = topk_cosine(queries, held["key"], held["key_scale"], held["pos"], k, mask=mask)
-        tokens, pos, seq, source = (
-            _pick(held[name], index) for name in ("token", "pos", "seq", "source")
-        )
+        tokens, pos, seq, source = (_pick(held[name], index) for name in ("token", "pos", "seq", "source"))
         best = scores[:, 0] if k else scores.new_full((len(scores),), -1.0)
         return Found(
             values_QV=self._blend(held, scores, index),
