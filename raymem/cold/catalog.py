@@ -126,13 +126,13 @@ class Catalog:
             raise _not_owner(entry, expect_epoch + 1)
         return entry
 
-    def release(self, name: str, epoch: int) -> None:
-        """Give a bank up: it is cold, without an owner, and keeps its epoch.
+    def release(self, name: str, epoch: int, state: str = "cold") -> None:
+        """Give a bank up: it has no owner, keeps its epoch and is `state` ("hot": waiting for its next owner).
 
         Raises:
             NotOwner: another epoch owns it. BankNotFound: there is no such bank.
         """
-        self._change(name, epoch, {"owner": None, "state": "cold"})
+        self._change(name, epoch, {"owner": None, "state": state})
 
     def require(self, name: str, id: str, epoch: int) -> None:
         """Raise NotOwner unless the bank is still this one, at this epoch."""
@@ -235,7 +235,7 @@ class Catalog:
 
     def _nearest(self, name: str) -> str:
         names = [entry.name for entry in self.list()]
-        near = difflib.get_close_matches(name[:200], names, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name[:200], names, n=3, cutoff=0.7)
         if near:
             return f"nearest: {', '.join(near)}"
         return f"there are {len(names)} banks; list them to see their names" if names else "the store holds no banks"

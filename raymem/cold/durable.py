@@ -14,7 +14,7 @@ class FolderSync:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._seen: dict[str, set[str]] = {}
+        self._seen: dict[Path, set[str]] = {}
 
     def sync(self) -> None:
         """Sync new files, then the folders that name them.
@@ -22,26 +22,29 @@ class FolderSync:
         Raises:
             OSError: a file could not be made durable.
         """
+        first = not self._seen
         folders = [self._folder, *(Path(entry.path) for entry in os.scandir(self._folder) if entry.is_dir())]
-        changed = [folder for folder in folders if self._sync_files(folder)]
-        for folder in changed:
-            _fsync(folder)
-        if len(self._seen) != len(folders) or self._folder in changed:
-            _fsync(self._folder.parent)
-        self._seen = {str(folder): self._seen.get(str(folder), set()) for folder in folders}
+        for folder in reversed(folders):
+            self._sync_folder(folder)
+        if first:
+            fsync(self._folder.parent)
+        self._seen = {folder: self._seen[folder] for folder in folders}
 
-    def _sync_files(self, folder: Path) -> bool:
+    def _sync_folder(self, folder: Path) -> None:
         with os.scandir(folder) as entries:
-            present = {entry.name for entry in entries}
-        new = present - self._seen.get(str(folder), set())
+            present = {entry.name: entry.is_file() for entry in entries}
+        new = present.keys() - self._seen.get(folder, set())
         for name in new:
-            _fsync(folder / name)
-        # only now: a failed sync must be tried again
-        self._seen[str(folder)] = present
-        return bool(new)
+            if present[name]:
+                fsync(folder / name)
+        if new:
+            fsync(folder)
+        # only now: what failed must be tried again
+        self._seen[folder] = set(present)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Sync one file or folder, if it is there."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

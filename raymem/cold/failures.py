@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -14,24 +15,25 @@ _MISSING = re.compile(r"Not found|was not found|does not exist|No such file")
 _UNREACHABLE = re.compile(r"Generic (S3|GCS|MicrosoftAzure|HTTP)|timed? ?out|error sending request|[Cc]onnection", re.I)
 _OS_ERROR = re.compile(r"os error (\d+)")
 _SOURCE_LINE = re.compile(r",? ?/(root|rustc|home|usr)/\S+\.rs(:\d+)*")
-_MISSING_OS = {2}
+# what a path that a damaged file names leads to, beside nothing: a folder, a name too long
+_MISSING_OS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENAMETOOLONG}
 
 
 @contextmanager
-def writing(what: str) -> Iterator[None]:
+def writing(what: str, only: type[Exception] = Exception) -> Iterator[None]:
     """Turn whatever storage raises inside into Conflict (somebody else's commit was first) or StorageError.
 
-    Keep the block around storage calls alone: nothing else's error may pass for the store's.
+    Keep the block around storage calls alone, or say `only` what they raise: no other error may pass for the store's.
     """
     try:
         yield
     except RaymemError:
         raise
-    except Exception as error:
+    except only as error:
         text = _text(error)
         if _CONFLICT.search(text):
             raise Conflict(f"{what}: another process committed first ({text})") from error
-        raise _storage_error(what, text) from error
+        raise _storage_error(what, text, "nothing was acknowledged") from error
 
 
 @contextmanager
@@ -45,18 +47,18 @@ def reading(what: str) -> Iterator[None]:
         text = _text(error)
         found = _OS_ERROR.search(text)
         if _UNREACHABLE.search(text) or (found and int(found[1]) not in _MISSING_OS):
-            raise _storage_error(what, text) from error
+            raise _storage_error(what, text, "nothing was changed") from error
         raise Corrupt(
             f"{what}: stored data can't be read ({text}); restore it from an export or a copy of the store",
             missing=bool(found or _MISSING.search(text)),
         ) from error
 
 
-def _storage_error(what: str, text: str) -> StorageError:
+def _storage_error(what: str, text: str, state: str) -> StorageError:
     found = _OS_ERROR.search(text)
     reason = os.strerror(int(found[1])) if found else text
     return StorageError(
-        f"{what}: {reason}; nothing was acknowledged. make room or repair the cold store, then try again",
+        f"{what}: {reason}; {state}. make room or repair the cold store, then try again",
         reason=reason,
     )
 

@@ -157,11 +157,12 @@ class Journal:
 
     def _scan_version(self, start: int, stop: int | None, batch_rows: int) -> Iterator[JournalRows]:
         name = self._entry.name
-        query = self._open().search()
+        table = self._open()
         limits = [f"pos >= {start}"] * (start > 0) + [f"pos < {stop}"] * (stop is not None)
-        if limits:
-            query = query.where(" AND ".join(limits))
         with reading(f"read the journal of {name} from position {start}"):
+            query = table.search()
+            if limits:
+                query = query.where(" AND ".join(limits))
             batches = iter(query.to_batches(batch_rows))
         expect = start
         while True:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from raymem.cold.durable import FolderSync
 from raymem.cold.failures import reading, writing
-from raymem.errors import ConfigError
+from raymem.errors import ConfigError, RaymemError
 
 Sync = Literal["disk", "none"]
 
@@ -50,11 +50,20 @@ class Tables:
             return self._connection.create_table(name, rows, exist_ok=True)
 
     def fill(self, name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-        """Create a table from a stream of batches in one commit, durable when it returns."""
-        with writing(f"create {name} in {self.uri}"):
-            self._connection.create_table(name, pa.RecordBatchReader.from_batches(schema, batches))
-            if sync := self.folder_sync(name):
-                sync.sync()
+        """Create a table from a stream of batches in one commit, durable when it returns; after an error there is none.
+
+        Raises:
+            StorageError, or what `batches` raises.
+        """
+        source = _Source(batches)
+        try:
+            with writing(f"create {name} in {self.uri}"):
+                self._connection.create_table(name, pa.RecordBatchReader.from_batches(schema, source))
+                if sync := self.folder_sync(name):
+                    sync.sync()
+        except RaymemError as error:
+            self.drop(name)
+            raise source.error or error from None
 
     def drop(self, name: str) -> None:
         """Delete a table and its files; nothing happens if there is none."""
@@ -64,6 +73,21 @@ class Tables:
     def folder_sync(self, name: str) -> FolderSync | None:
         """What makes this table's commits durable, or None where the store does that itself or nobody asked."""
         return FolderSync(Path(self.uri) / f"{name}.lance") if self.sync == "disk" else None
+
+
+class _Source:
+    """Batches on their way through LanceDB, which forgets what kind of error they raised."""
+
+    def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self.error: RaymemError | None = None
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from self._batches
+        except RaymemError as error:
+            self.error = error
+            raise
 
 
 def journal_table(bank_id: str) -> str:

@@ -1,25 +1,31 @@
-"""A cold store in a fresh folder, and rows to put in it."""
+"""A cold store in a fresh folder, rows to put in it, and other processes that use it."""
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from raymem.cold.journal import Journal
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore
 from raymem.types import BankSpec, Fingerprint, Trace
 
 LAYERS, WIDTH = 2, 9
-SPEC = BankSpec(
-    kind="spalm",
-    fingerprint=Fingerprint(model="m", content="c", layers=(3, 5), width=WIDTH, tokenizer="t"),
-)
+
+Worker = Callable[..., "subprocess.Popen[str]"]
+MakeRows = Callable[..., JournalRows]
 
 
 @pytest.fixture
 def spec() -> BankSpec:
-    return SPEC
+    return BankSpec(
+        kind="spalm",
+        fingerprint=Fingerprint(model="m", content="c", layers=(3, 5), width=WIDTH, tokenizer="t"),
+    )
 
 
 @pytest.fixture
@@ -28,12 +34,16 @@ def store(tmp_path: Path) -> ColdStore:
 
 
 @pytest.fixture
-def rows() -> Callable[..., JournalRows]:
-    """Make rows of one run: `rows(count, pos)`; the run's seq is the position unless told otherwise."""
+def journal(store: ColdStore, spec: BankSpec) -> Journal:
+    """The journal of a new bank named lab/a."""
+    return store.journal(store.catalog.create("lab/a", spec))
 
-    def make(
-        count: int, pos: int, *, stream: str = "s", run: str = "r", epoch: int = 0, values: int = 0
-    ) -> JournalRows:
+
+@pytest.fixture
+def rows() -> MakeRows:
+    """Make rows of one run: `rows(count, pos)`; the run's seq is the position."""
+
+    def make(count: int, pos: int, *, stream: str = "s", run: str = "r", values: int = 0) -> JournalRows:
         generator = torch.Generator().manual_seed(pos)
         trace = Trace(
             hidden=torch.randn(count, LAYERS, WIDTH, generator=generator).bfloat16(),
@@ -47,3 +57,21 @@ def rows() -> Callable[..., JournalRows]:
         return JournalRows.of(trace, pos, epoch=0)
 
     return make
+
+
+@pytest.fixture
+def worker(root: Path) -> Iterator[Worker]:
+    """Start workers.py in a process of its own; what still runs at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*args: object) -> "subprocess.Popen[str]":
+        command = [sys.executable, str(Path(__file__).with_name("workers.py")), *map(str, args)]
+        env = os.environ | {"PYTHONPATH": str(root)}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,337 @@
+"""A bank as one file: a zip, stored uncompressed, that safetensors and pyarrow can read without raymem.
+
+::
+
+    manifest.json             format, spec, tags, counts, and each member's bytes and sha256
+    journal.arrow             the accepted rows, an Arrow IPC file of `journal_schema`
+    calibration.safetensors   what the bank's keys were made with, if the store has it
+    state.safetensors         the newest snapshot, if there is one; its position and meta are in the manifest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+import uuid
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load, save
+
+from raymem import __version__
+from raymem.cold.catalog import Entry
+from raymem.cold.durable import fsync
+from raymem.cold.failures import reading, writing
+from raymem.cold.rows import JournalRows, bank_schema
+from raymem.cold.store import ColdStore
+from raymem.cold.tables import snapshot_table
+from raymem.encode.calibration import Calibration
+from raymem.errors import BankExists, BankNotFound, CalibrationNotFound, Corrupt
+from raymem.types import BankSpec, check_bank_name
+
+FORMAT = "raymem-bank"
+VERSION = 1
+_MANIFEST, _JOURNAL, _STATE, _CALIBRATION = (
+    "manifest.json",
+    "journal.arrow",
+    "state.safetensors",
+    "calibration.safetensors",
+)
+_CHUNK_BYTES = 2**20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote: where, how many rows, and the file's bytes."""
+
+    path: Path
+    rows: int
+    bytes: int
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Member(_Frozen):
+    bytes: int
+    sha256: str
+
+
+class _State(_Frozen):
+    pos: int
+    meta: dict[str, Any]
+
+
+class Manifest(_Frozen):
+    """The compatibility surface of the format: what `manifest.json` says."""
+
+    format: str
+    version: int
+    made_by: str
+    bank: str
+    spec: BankSpec
+    epoch: int
+    created: float
+    exported: float
+    tags: dict[str, int]
+    rows: int
+    state: _State | None
+    members: dict[str, _Member]
+
+
+def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progress | None = None) -> ExportReport:
+    """Write a bank to one file, which appears under `path` only when it is whole and on disk.
+
+    Args:
+        store: the cold store.
+        name: the bank; rows that it accepts meanwhile may be left out.
+        path: replaced if it is there.
+        progress: called with rows written and rows in all.
+
+    Raises:
+        BankNotFound, Corrupt, StorageError: no file is left behind.
+    """
+    entry = store.catalog.get(name)
+    path = Path(path)
+    with _appearing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        # first the snapshot: the journal then reaches at least as far
+        found = store.snapshots(entry).latest()
+        rows = store.journal(entry).end()
+        members = {_JOURNAL: _write(archive, _JOURNAL, lambda out: _write_journal(out, store, entry, rows, progress))}
+        blob = _calibration(store, entry.spec)
+        if blob is not None:
+            members[_CALIBRATION] = _write(archive, _CALIBRATION, lambda out: out.write(blob))
+        if found is not None:
+            state = save(found[1])
+            members[_STATE] = _write(archive, _STATE, lambda out: out.write(state))
+        manifest = Manifest(
+            format=FORMAT,
+            version=VERSION,
+            made_by=f"raymem {__version__}",
+            bank=name,
+            spec=entry.spec,
+            epoch=entry.epoch,
+            created=entry.created,
+            exported=time.time(),
+            tags=entry.tags,
+            rows=rows,
+            state=None if found is None else _State(pos=found[0], meta=found[2]),
+            members=members,
+        )
+        archive.writestr(_MANIFEST, manifest.model_dump_json(indent=1))
+    return ExportReport(path, rows, path.stat().st_size)
+
+
+def import_bank(store: ColdStore, path: str | Path, name: str, progress: Progress | None = None) -> Entry:
+    """Create a cold bank from an exported file, after every hash in it held.
+
+    Args:
+        store: the cold store.
+        path: what `export_bank` wrote.
+        name: the new bank's; it gets its journal, state, calibration and tags, and an identity of its own.
+        progress: called with rows read and rows in all.
+
+    Raises:
+        Corrupt: naming the member that did not hold. BankExists: the name is taken. In either case nothing was made.
+    """
+    check_bank_name(name)
+    with _opened(Path(path)) as archive:
+        manifest = _manifest(archive, Path(path))
+        for member, expected in manifest.members.items():
+            _check(archive, Path(path), member, expected)
+        _require_free(store, name)
+        entry = Entry(
+            id=uuid.uuid4().hex,
+            name=name,
+            spec=manifest.spec,
+            epoch=manifest.epoch,
+            created=time.time(),
+            tags=manifest.tags,
+        )
+        _import_calibration(store, archive, manifest, Path(path))
+        try:
+            # the catalog's row comes last: until then nobody can see any of it
+            _import_state(store, archive, manifest, entry)
+            with archive.open(_JOURNAL) as file:
+                return store.catalog.add(entry, _read_journal(file, manifest, Path(path), progress))
+        except BaseException:
+            store.tables.drop(snapshot_table(entry.id))
+            raise
+
+
+def _import_calibration(store: ColdStore, archive: zipfile.ZipFile, manifest: Manifest, path: Path) -> None:
+    if _CALIBRATION not in manifest.members:
+        return
+    blob, fingerprint = archive.read(_CALIBRATION), manifest.spec.fingerprint
+    if Calibration.from_bytes(blob).hash != fingerprint.calibration:
+        raise _corrupt(
+            path, _CALIBRATION, f"is not the calibration {fingerprint.calibration} that the bank was made with"
+        )
+    store.calibrations.put(fingerprint.calibration, fingerprint.content, fingerprint.layers, blob)
+
+
+def _import_state(store: ColdStore, archive: zipfile.ZipFile, manifest: Manifest, entry: Entry) -> None:
+    if manifest.state is None:
+        return
+    with reading(f"read {_STATE} of {manifest.bank}"):
+        tensors = load(archive.read(_STATE))
+    store.snapshots(entry).save(manifest.state.pos, tensors, manifest.state.meta)
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that gets its name when the block has ended well and it is on disk."""
+    with writing(f"export to {path}"):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with writing(f"export to {path}", only=OSError):
+            with os.fdopen(handle, "wb") as file:
+                yield file
+            fsync(Path(temporary))
+            os.replace(temporary, path)
+            fsync(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class _Hashing:
+    """A member being written, hashed on the way."""
+
+    closed = False
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out = out
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: Any) -> int:
+        with memoryview(data) as view:
+            self.sha256.update(view)
+            self.bytes += view.nbytes
+            return self._out.write(view)
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def flush(self) -> None:
+        pass
+
+
+def _write(archive: zipfile.ZipFile, name: str, write: Callable[[Any], object]) -> _Member:
+    with archive.open(name, "w", force_zip64=True) as out:
+        hashing = _Hashing(out)
+        write(hashing)
+    return _Member(bytes=hashing.bytes, sha256=hashing.sha256.hexdigest())
+
+
+def _write_journal(out: Any, store: ColdStore, entry: Entry, end: int, progress: Progress | None) -> None:
+    done = 0
+    with pa.ipc.new_file(pa.PythonFile(out, "w"), bank_schema(entry.spec)) as writer:
+        for rows in store.journal(entry).scan(stop=end):
+            writer.write_table(rows.to_arrow())
+            done += len(rows)
+            if progress:
+                progress(done, end)
+
+
+def _calibration(store: ColdStore, spec: BankSpec) -> bytes | None:
+    try:
+        return store.calibrations.get(spec.fingerprint.calibration)
+    except CalibrationNotFound:
+        return None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise _corrupt(path, "the file", f"is not a whole export ({error})") from error
+    except OSError as error:
+        raise _corrupt(path, "the file", f"can't be read ({error.strerror})") from error
+    with archive:
+        yield archive
+
+
+def _manifest(archive: zipfile.ZipFile, path: Path) -> Manifest:
+    try:
+        data = json.loads(archive.read(_MANIFEST))
+    except (KeyError, zipfile.BadZipFile, ValueError) as error:
+        raise _corrupt(path, _MANIFEST, f"can't be read ({error})") from error
+    said = (data.get("format"), data.get("version")) if isinstance(data, dict) else None
+    if said != (FORMAT, VERSION):
+        raise Corrupt(f"{path} says it is {said}; this raymem reads {(FORMAT, VERSION)}: use the release that wrote it")
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        raise _corrupt(path, _MANIFEST, f"does not make sense ({error})") from error
+    if manifest.state and manifest.state.pos > manifest.rows:
+        raise _corrupt(path, _MANIFEST, f"has a state at pos {manifest.state.pos} and {manifest.rows} rows")
+    needed = {_JOURNAL} | ({_STATE} if manifest.state else set())
+    if missing := needed - set(manifest.members):
+        raise _corrupt(path, _MANIFEST, f"does not list {', '.join(sorted(missing))}")
+    return manifest
+
+
+def _check(archive: zipfile.ZipFile, path: Path, name: str, expected: _Member) -> None:
+    hashed, size = hashlib.sha256(), 0
+    try:
+        if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+            raise _corrupt(path, name, "is compressed, which no export is")
+        with archive.open(name) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                hashed.update(chunk)
+                size += len(chunk)
+                if size > expected.bytes:
+                    break
+    except (KeyError, zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
+        raise _corrupt(path, name, f"can't be read ({error})") from error
+    if (size, hashed.hexdigest()) != (expected.bytes, expected.sha256):
+        raise _corrupt(path, name, "does not match its hash in the manifest")
+
+
+def _read_journal(
+    file: IO[bytes], manifest: Manifest, path: Path, progress: Progress | None
+) -> Iterable[pa.RecordBatch]:
+    schema, done = bank_schema(manifest.spec), 0
+    try:
+        reader = pa.ipc.open_file(file)
+    except pa.ArrowInvalid as error:
+        raise _corrupt(path, _JOURNAL, f"is not an Arrow file ({error})") from error
+    if not reader.schema.equals(schema):
+        raise _corrupt(path, _JOURNAL, f"has another schema than its spec says: {reader.schema}")
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
+        for rows in JournalRows.from_arrow(pa.Table.from_batches([batch], schema=schema)):
+            rows.verify()
+        done += len(batch)
+        if progress:
+            progress(done, manifest.rows)
+        yield batch
+    if done != manifest.rows:
+        raise _corrupt(path, _JOURNAL, f"holds {done} rows, and the manifest says {manifest.rows}")
+
+
+def _require_free(store: ColdStore, name: str) -> None:
+    try:
+        store.catalog.get(name)
+    except BankNotFound:
+        return
+    raise BankExists(f"bank {name} exists already; import under another name or remove it first")
+
+
+def _corrupt(path: Path, member: str, why: str) -> Corrupt:
+    return Corrupt(f"{member} in {path} {why}; nothing was imported. export the bank again", member=member)

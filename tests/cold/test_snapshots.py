@@ -1,0 +1,144 @@
+"""A snapshot is whole or does not exist, and comes back bit for bit in another process."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from raymem.cold import snapshots as snapshots_module
+from raymem.cold.snapshots import Snapshots
+from raymem.cold.store import ColdStore
+from raymem.errors import Corrupt, StorageError
+from raymem.types import BankSpec
+
+DTYPES = [
+    torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+    torch.complex64, torch.complex128,
+]  # fmt: skip
+
+
+@pytest.fixture
+def snapshots(store: ColdStore, spec: BankSpec) -> Snapshots:
+    return store.snapshots(store.catalog.create("lab/a", spec))
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def state() -> dict[str, torch.Tensor]:
+    return {"keys_NK": torch.randn(7, 5), "count": torch.tensor(3)}
+
+
+def test_a_bank_without_snapshots_has_none(snapshots: Snapshots):
+    assert snapshots.latest() is None
+
+
+def test_every_dtype_and_shape_comes_back_bit_for_bit(snapshots: Snapshots):
+    tensors = {str(dtype): torch.randint(0, 2, (3, 5)).to(dtype) for dtype in DTYPES}
+    tensors |= {
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(-0.0),
+        "strided": torch.randn(6, 4).double().t(),
+        "special": torch.tensor([math.nan, math.inf, -math.inf, -0.0]),
+        "it's": torch.randn(2, 3, 4, requires_grad=True),
+    }
+    snapshots.save(41, tensors, {"nested": {"list": [1, "x", None]}})
+    pos, back, meta = snapshots.latest(strict=True)
+    assert (pos, meta) == (41, {"nested": {"list": [1, "x", None]}})
+    assert list(back) == list(tensors)
+    for name, tensor in tensors.items():
+        assert (back[name].dtype, back[name].shape) == (tensor.dtype, tensor.shape), name
+        assert raw(back[name]) == raw(tensor.detach()), name
+
+
+def test_a_snapshot_of_nothing_is_a_snapshot(snapshots: Snapshots):
+    snapshots.save(0, {}, {})
+    assert snapshots.latest() == (0, {}, {})
+
+
+def test_big_and_small_tensors_share_parts(snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(snapshots_module, "_PART_BYTES", 100)
+    tensors = {
+        name: torch.randint(0, 255, (size,), dtype=torch.uint8)
+        for name, size in zip("abcde", (1, 99, 0, 777, 30), strict=True)
+    }
+    snapshots.save(1, tensors, {})
+    _, back, _ = snapshots.latest(strict=True)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_the_newest_position_wins_and_old_ones_are_dropped(store: ColdStore, snapshots: Snapshots):
+    for pos in (3, 9, 5, 9):
+        snapshots.save(pos, {"x": torch.full((50_000,), float(pos))}, {"number": pos})
+    assert [row["pos"] for row in snapshots._manifests()] == [9, 9]
+    # two snapshots of 200 kB are left on disk
+    assert store.tables.open(snapshots._name).stats()["total_bytes"] < 500_000
+    folder = f"{store.uri}/{snapshots._name}.lance/data"
+    assert sum(entry.stat().st_size for entry in os.scandir(folder)) < 500_000
+
+
+def damage(store: ColdStore, snapshots: Snapshots, pos: int, values: dict[str, str], where: str) -> None:
+    table = store.tables.open(snapshots._name)
+    assert table.update(where=f"pos = {pos} AND {where}", values_sql=values).rows_updated == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "values"),
+    [("part = 0", {"data": "X'00'"}), ("part = 0", {"part": "3"}), ("part = -1", {"data": "X'7b7d'"})],
+)
+def test_a_corrupt_newest_snapshot_falls_back_to_the_one_before(
+    store, snapshots, capsys, where: str, values: dict[str, str]
+):
+    first, second = state(), state()
+    snapshots.save(5, first, {"n": 1})
+    snapshots.save(8, second, {"n": 2})
+    damage(store, snapshots, 8, values, where)
+    pos, tensors, meta = snapshots.latest()
+    assert (pos, meta, snapshots.fallbacks) == (5, {"n": 1}, 1)
+    assert raw(tensors["keys_NK"]) == raw(first["keys_NK"])
+    assert "snapshot passed over" in capsys.readouterr().out
+    with pytest.raises(Corrupt, match="lab/a"):
+        snapshots.latest(strict=True)
+
+
+def test_a_checksum_names_the_tensor(store: ColdStore, snapshots: Snapshots):
+    snapshots.save(5, {"good": torch.zeros(3), "bad": torch.zeros(3)}, {})
+    damage(store, snapshots, 5, {"data": "X'000000000000000000000000000000000000000000000001'"}, "part = 0")
+    with pytest.raises(Corrupt, match="tensor 'bad'"):
+        snapshots.latest(strict=True)
+    assert snapshots.latest() is None
+
+
+def test_a_snapshot_cut_short_does_not_exist(snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch):
+    snapshots.save(5, state(), {})
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    # the parts are written, the manifest row is not
+    batch = snapshots_module._batch
+    monkeypatch.setattr(snapshots_module, "_batch", lambda *args: fail() if args[2] == -1 else batch(*args))
+    with pytest.raises(StorageError, match="No space left on device"):
+        snapshots.save(9, state(), {})
+    assert snapshots.latest(strict=True)[0] == 5
+
+
+def test_meta_must_be_plain(snapshots: Snapshots):
+    with pytest.raises(ValueError, match="JSON"):
+        snapshots.save(1, {}, {"x": math.nan})
+    assert snapshots.latest() is None
+
+
+def test_another_process_reads_the_same_bytes(store: ColdStore, journal, rows, worker):
+    parts = rows(9, 0, values=3)
+    journal.append(parts)
+    tensors = {"w": torch.randn(5, 3).bfloat16(), "cov": torch.randn(2, 2).double()}
+    store.snapshots(store.catalog.get("lab/a")).save(9, tensors, {"n": 1})
+    said = json.loads(worker("read", store.uri, "lab/a").communicate(timeout=60)[0])
+    assert said["crcs"] == parts.crc_T.tolist()
+    assert (said["pos"], said["meta"]) == (9, {"n": 1})
+    assert said["tensors"] == {name: tensor.view(torch.uint8).tolist() for name, tensor in tensors.items()}

@@ -1,0 +1,96 @@
+"""What other processes do to a cold store: started as a script, so that nothing is forked."""
+
+import json
+import resource
+import signal
+import sys
+
+import torch
+
+from raymem.cold.rows import JournalRows
+from raymem.cold.store import ColdStore
+from raymem.errors import BankExists, NotOwner, RaymemError
+from raymem.types import BankSpec, Fingerprint, Trace
+
+LAYERS, WIDTH = 2, 9
+SPEC = BankSpec(
+    kind="spalm",
+    fingerprint=Fingerprint(model="m", content="c", layers=(3, 5), width=WIDTH, tokenizer="t"),
+)
+
+
+def rows(count: int, pos: int, epoch: int = 0) -> JournalRows:
+    """Rows that follow from their position, so that any process can say what they must be."""
+    hidden = torch.arange(pos, pos + count)[:, None, None].expand(count, LAYERS, WIDTH).bfloat16()
+    return JournalRows.of(Trace(hidden, torch.arange(pos, pos + count), "s", "r", pos, time=1.0), pos, epoch)
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+def race(uri: str, me: str, rounds: str) -> None:
+    say("ready")
+    sys.stdin.readline()
+    store = ColdStore.open(uri)
+    won: dict[str, list[int]] = {"created": [], "claimed": []}
+    for number in range(int(rounds)):
+        try:
+            store.catalog.create(f"race/bank{number}", SPEC)
+            won["created"].append(number)
+        except BankExists:
+            continue
+    for epoch in range(int(rounds)):
+        try:
+            store.catalog.claim("race/bank0", me, epoch)
+            won["claimed"].append(epoch)
+        except NotOwner:
+            pass
+        store.catalog.tag("race/bank0", f"{me}-{epoch}", epoch)
+    say(json.dumps({"nonce": store.nonce(), **won}))
+
+
+def append(uri: str, name: str) -> None:
+    store = ColdStore.open(uri)
+    entry = store.catalog.get(name)
+    entry = store.catalog.claim(name, "writer", entry.epoch)
+    journal = store.journal(entry)
+    journal.fence()
+    pos = journal.end()
+    while True:
+        count = 1 + pos % 7
+        journal.append(rows(count, pos, entry.epoch))
+        pos += count
+        say(pos)
+        journal.maintain()
+
+
+def small_files(uri: str, name: str) -> None:
+    store = ColdStore.open(uri)
+    journal = store.journal(store.catalog.create(name, SPEC))
+    journal.append(rows(3, 0))
+    # what a full disk does, for a process that can't mount one
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, resource.RLIM_INFINITY))
+    try:
+        journal.append(rows(20_000, 3))
+        say("accepted")
+    except RaymemError as error:
+        say(error.code, error.message)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    journal.append(rows(4, 3))
+    say(journal.end())
+
+
+def read(uri: str, name: str) -> None:
+    store = ColdStore.open(uri)
+    entry = store.catalog.get(name)
+    crcs = [int(crc) for part in store.journal(entry).scan() for crc in part.crc_T]
+    found = store.snapshots(entry).latest()
+    assert found is not None
+    tensors = {key: tensor.view(torch.uint8).tolist() for key, tensor in found[1].items()}
+    say(json.dumps({"crcs": crcs, "pos": found[0], "tensors": tensors, "meta": found[2]}))
+
+
+if __name__ == "__main__":
+    {"race": race, "append": append, "small_files": small_files, "read": read}[sys.argv[1]](*sys.argv[2:])
