@@ -1,0 +1,286 @@
+"""Larimar: a memory matrix fitted by least squares, from which any one row can be taken out again exactly.
+
+Das et al. 2024, "Larimar: Large Language Models with Episodic Memory Control" (arXiv 2403.11901), after the Kanerva
+machine. Kept in information form, `C = sum w^T w` and `B = sum w^T z`; reading solves `M = (C + lambda I)^-1 B`.
+
+Shape legend: `B` banks, `T` rows, `Q` queries, `K` key width, `S` memory rows, `V` value width (`U` token columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+from raymem.errors import InvalidInput, InvalidSpec, InvalidTrace, Unsupported
+from raymem.kernels.rls_update import information_update, leverage, ridge_factor
+from raymem.memory.base import Dims, Options, Rows, State
+from raymem.memory.columns import take_columns
+from raymem.memory.packing import Projection, pack
+from raymem.memory.reference import Addressing, Reference
+from raymem.memory.scope import hash62
+from raymem.memory.spec import StateSpec, TensorSpec
+from raymem.memory.state import Batch, StateMemory
+
+_LEAST_TOKENS = 16
+_BLOCK_ROWS = 256
+# what a regression on one-hot values says of a token that never followed such a key
+_FLOOR = 1e-4
+# a ridge so small that only written keys lie within the sums, and what rounding then does to a share of 1
+_TRACE_RIDGE = 1e-6
+_SLACK = 1e-3
+_HASHES = 2**40
+
+
+class LarimarOptions(Options):
+    """The memory's size, how keys address it, and what it puts out.
+
+    `memory_rows` is the paper's K, about as many rows as can be told apart. `addressing` by "least_squares", or by a
+    "gaussian_filter" of width `filter_width`, nearly the nearest reference row. `ridge` is the prior's strength lambda.
+    Without vector values a row's value is one-hot over at most `tokens` tokens (fewer where the budget is small), the
+    one unseen for longest making room; their scores are `log softmax(sharpness * log max(z, 1e-4))`: a regression's
+    positive part to that power, normalised over the tokens held.
+    """
+
+    memory_rows: int = Field(default=512, ge=1)
+    addressing: Addressing = "least_squares"
+    filter_width: float = Field(default=1e-3, gt=0)
+    ridge: float = Field(default=1.0, gt=0)
+    tokens: int = Field(default=1024, ge=_LEAST_TOKENS)
+    sharpness: float = Field(default=2.0, gt=0)
+    key_dims: int | None = Field(default=None, ge=1)
+    projection_seed: int = 0
+    seed: int = 0
+
+
+class Larimar(StateMemory):
+    """Writing adds a row to two sums, forgetting takes it out, merging adds the sums of several banks: all exact.
+
+    Keys address a reference memory that never changes, so that a row can be found again to be forgotten; sequential and
+    batch writes are one and the same. Nothing is forgotten by itself.
+
+    Reference:
+        Larimar (2403.11901) equations 3 and 4; the ridge prior is the Kanerva machine's `U_0 = (sigma^2 / lambda) I`.
+    """
+
+    kind: ClassVar[str] = "larimar"
+    options_type: ClassVar[type[Options]] = LarimarOptions
+
+    def __init__(self, dims: Dims, options: LarimarOptions, budget_bytes: int) -> None:
+        super().__init__(dims, options, budget_bytes, Projection(dims.key, options.key_dims, options.projection_seed))
+        self.larimar = options
+        self.width = dims.value or self._affordable_tokens()
+        self.check_budget()
+        self.address = Reference(
+            options.memory_rows, self.key_dims, options.seed, options.addressing, options.filter_width
+        )
+
+    def own_spec(self) -> StateSpec:
+        """The two sums, each column's sum of squares, and which token a column stands for."""
+        rows, wide = self.larimar.memory_rows, torch.float64
+        spec = {
+            "gram": TensorSpec((rows, rows), wide),
+            "cross": TensorSpec((rows, self.width), wide),
+            "energy": TensorSpec((self.width,), wide),
+        }
+        column = TensorSpec((self.width,), torch.int64)
+        return spec if self.dims.value else spec | {"slot_token": column, "slot_used": column}
+
+    def start(self, banks: int) -> State:
+        """Sums of nothing."""
+        own = {name: torch.zeros(banks, *spec.shape, dtype=spec.dtype) for name, spec in self.own_spec().items()}
+        if "slot_token" in own:
+            own["slot_token"] -= 1
+        return own
+
+    def write_batch(self, state: State, batch: Batch) -> State:
+        """`C += w^T w`, `B += w^T z`; a token without a column left adds to C alone."""
+        own = {name: state[name] for name in self.own_spec()}
+        slots = None
+        if not self.dims.value:
+            seats = take_columns(own["slot_token"], own["slot_used"], batch.tokens_BT, batch.length_B, state["count"])
+            own |= {"slot_token": seats.token_BU, "slot_used": seats.used_BU}
+            if bool(seats.lost_BU.any()):
+                own["cross"] = own["cross"].masked_fill(seats.lost_BU[:, None], 0.0)
+                own["energy"] = own["energy"].masked_fill(seats.lost_BU, 0.0)
+            slots = seats.slot_BT
+        real_BT = torch.arange(batch.keys_BTK.shape[1], device=batch.length_B.device) < batch.length_B[:, None]
+        for start in range(0, batch.keys_BTK.shape[1], _BLOCK_ROWS):
+            part = slice(start, start + _BLOCK_ROWS)
+            weights = self.address(batch.keys_BTK[:, part]) * real_BT[:, part, None]
+            own |= self._add(own, weights, self._values(batch, slots, part) * real_BT[:, part, None])
+        return own
+
+    def answer(self, state: State, queries_BQK: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`z = w M`, and for one-hot values the tokens of its largest columns."""
+        z_BQV = self.readout(state, self.address(queries_BQK)).to(queries_BQK.dtype)
+        if self.dims.value:
+            tokens = torch.full((*z_BQV.shape[:2], k), -1, device=z_BQV.device)
+            return z_BQV, tokens, torch.full_like(tokens, float("-inf"), dtype=z_BQV.dtype)
+        free_B1U = (state["slot_token"] < 0)[:, None]
+        powered = self.larimar.sharpness * z_BQV.clamp_min(_FLOOR).log()
+        # finite where there is no token at all, so that nothing turns into NaN
+        scores = torch.log_softmax(powered.masked_fill(free_B1U, torch.finfo(powered.dtype).min), -1)
+        best, slot = scores.masked_fill(free_B1U, float("-inf")).sort(dim=-1, descending=True, stable=True)
+        tokens = state["slot_token"][:, None].expand_as(slot).gather(-1, slot)[..., :k]
+        spare = (0, k - tokens.shape[-1])
+        return z_BQV[..., :0], pad(tokens, spare, value=-1), pad(best[..., :k], spare, value=float("-inf"))
+
+    def readout(self, state: State, weights_BQS: Tensor) -> Tensor:
+        """`w M` `[B, Q, V]` float64 of address weights; standard normal weights generate from the memory.
+
+        Reference:
+            Larimar (2403.11901) section 3, `Z_read = W M`.
+        """
+        solved_BSQ = torch.cholesky_solve(weights_BQS.mT, ridge_factor(state["gram"], self.larimar.ridge))
+        return solved_BSQ.mT @ state["cross"]
+
+    def matrix(self, state: State) -> Tensor:
+        """The memory M `[B, S, V]` float64."""
+        return torch.cholesky_solve(state["cross"], ridge_factor(state["gram"], self.larimar.ridge))
+
+    def forget(self, state: State, rows: Rows) -> State:
+        """The state without these rows of one bank, as if they had never been written; `state` is left as it is.
+
+        Keys that the scope reservoir holds go too. The count of rows seen stays.
+
+        Raises:
+            InvalidInput: rows that can't have been written as they stand; nothing is forgotten then.
+        """
+        keys = self.project(rows.keys_NK[None])
+        own = {name: state[name].clone() for name in self.own_spec()}
+        lengths = torch.tensor([len(rows)], device=keys.device)
+        batch = Batch(keys, None if rows.values_NV is None else rows.values_NV[None], rows.tokens_N[None], lengths)
+        slots = None if self.dims.value else self._find(own, rows.tokens_N)
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            part = slice(start, start + _BLOCK_ROWS)
+            weights, values = self.address(keys[:, part]), self._values(batch, slots, part)
+            self._check_written(own, weights, values, start)
+            own |= self._add(own, weights, values, sign=-1.0)
+        if not self.dims.value:
+            own["slot_token"] = own["slot_token"].masked_fill(own["energy"] == 0, -1)
+        return state | own | self._out_of_scope(state, keys)
+
+    def merge(self, states: Sequence[State]) -> State:
+        """Exactly the state that has seen the rows of all these, arenas of equal length; in any order.
+
+        Raises:
+            Unsupported: the banks' tokens together need more columns than one bank has.
+        """
+        total = {name: torch.stack([state[name] for state in states]).sum(0) for name in ("gram", "count")}
+        return total | self._merged_columns(states, total["count"]) | _merged_scopes(states)
+
+    def _affordable_tokens(self) -> int:
+        rows = self.larimar.memory_rows
+        fixed = sum(spec.nbytes for spec in self.base_spec().values()) + 8 * rows * rows
+        each = 8 * rows + 24
+        tokens = min(self.larimar.tokens, (self.budget_bytes - fixed) // each)
+        if tokens < _LEAST_TOKENS:
+            raise InvalidSpec(
+                f"budget_bytes={self.budget_bytes} leaves room for {max(0, tokens)} tokens of {each} bytes beside "
+                f"memory_rows={rows}; a larimar bank needs {_LEAST_TOKENS}, so {fixed + _LEAST_TOKENS * each} bytes, "
+                "or fewer memory_rows"
+            )
+        return tokens
+
+    def _values(self, batch: Batch, slots_BT: Tensor | None, part: slice) -> Tensor:
+        if slots_BT is not None:
+            columns = torch.arange(self.width, device=slots_BT.device)
+            return (slots_BT[:, part, None] == columns).double()
+        if batch.values_BTV is None:
+            raise InvalidTrace(f"rows carry no values; this bank keeps vectors of width {self.dims.value}")
+        return batch.values_BTV[:, part].double()
+
+    @staticmethod
+    def _add(own: State, weights_BTS: Tensor, values_BTV: Tensor, sign: float = 1.0) -> State:
+        gram, cross = information_update(own["gram"], own["cross"], weights_BTS, values_BTV, sign)
+        return {"gram": gram, "cross": cross, "energy": own["energy"] + sign * values_BTV.square().sum(1)}
+
+    @staticmethod
+    def _find(own: State, tokens_N: Tensor) -> Tensor:
+        match_NU = tokens_N[:, None] == own["slot_token"]
+        unknown = torch.nonzero(~match_NU.any(1) | (tokens_N < 0))
+        if len(unknown):
+            row = int(unknown[0])
+            raise InvalidInput(
+                f"row {row} followed by token {int(tokens_N[row])} is not in this bank: the token has no column. "
+                "Forget only rows that were written; nothing was forgotten"
+            )
+        return match_NU.long().argmax(1)[None]
+
+    @staticmethod
+    def _check_written(own: State, weights_BTS: Tensor, values_BTV: Tensor, start: int) -> None:
+        """Refuse rows whose removal would leave sums that no rows can have; see kernels/rls_update."""
+        factor = ridge_factor(own["gram"], _TRACE_RIDGE)
+        explained = (own["cross"] * torch.cholesky_solve(own["cross"], factor)).sum((1, 2))
+        energy = own["energy"].sum(1)
+        left = (energy - explained).clamp_min(0) + _TRACE_RIDGE * energy + torch.finfo(torch.float64).tiny
+        share_BTT = leverage(factor, own["cross"], weights_BTS, values_BTV, left)
+        worst = share_BTT.diagonal(dim1=1, dim2=2).amax(0)
+        bad = torch.nonzero(worst > 1 + _SLACK)
+        whole = torch.linalg.eigvalsh(share_BTT).amax()
+        if len(bad) or float(whole) > 1 + _SLACK:
+            which = (
+                f"row {start + int(bad[0])}" if len(bad) else f"rows {start} to {start + worst.shape[0] - 1} together"
+            )
+            raise InvalidInput(
+                f"{which} can't have been written to this bank (leverage {max(float(worst.amax()), float(whole)):.3g}, "
+                "at most 1 for written rows): forgetting would corrupt the memory. Send the rows exactly as they were "
+                "written; nothing was forgotten"
+            )
+
+    @staticmethod
+    def _out_of_scope(state: State, keys_1NK: Tensor) -> State:
+        packed_NK, _ = pack(keys_1NK[0].detach(), state["scope_keys"].dtype)
+        gone_R = torch.stack([(state["scope_keys"][0] == key).all(-1) for key in packed_NK]).any(0)
+        return {
+            "scope_keys": state["scope_keys"].masked_fill(gone_R[None, :, None], 0),
+            "scope_scale": state["scope_scale"].masked_fill(gone_R[None], 0.0),
+        }
+
+    def _merged_columns(self, states: Sequence[State], count_B: Tensor) -> State:
+        if self.dims.value:
+            return {name: torch.stack([state[name] for state in states]).sum(0) for name in ("cross", "energy")}
+        merged = self.start(len(count_B))
+        del merged["gram"]
+        for bank, count in enumerate(count_B.tolist()):
+            tokens = torch.cat([state["slot_token"][bank] for state in states])
+            known = torch.unique(tokens[tokens >= 0])
+            if len(known) > self.width:
+                raise Unsupported(
+                    f"the banks hold {len(known)} different tokens together and one has columns for {self.width}; "
+                    "merge into banks with a larger `tokens`"
+                )
+            merged["slot_token"][bank, : len(known)] = known
+            for state in states:
+                self._fold(merged, state, bank, count)
+        return merged
+
+    @staticmethod
+    def _fold(merged: State, state: State, bank: int, count: int) -> None:
+        held = torch.nonzero(state["slot_token"][bank] >= 0)[:, 0]
+        known = merged["slot_token"][bank]
+        where = torch.searchsorted(known[known >= 0], state["slot_token"][bank, held])
+        for name in ("cross", "energy"):
+            merged[name][bank].index_add_(-1, where, state[name][bank][..., held])
+        # a column keeps its age; the younger of two counts
+        used = state["slot_used"][bank, held] + count - int(state["count"][bank])
+        merged["slot_used"][bank, where] = torch.maximum(merged["slot_used"][bank, where], used)
+
+
+def _merged_scopes(states: Sequence[State]) -> State:
+    """One reservoir of several: all keys while they fit, else those whose own hash is smallest, whatever the order."""
+    keys_BRK = torch.cat([state["scope_keys"] for state in states], 1)
+    scale_BR = torch.cat([state["scope_scale"] for state in states], 1)
+    places = torch.arange(1, keys_BRK.shape[2] + 1, device=keys_BRK.device)
+    mixed_BR = (hash62(keys_BRK.long() * places) % _HASHES).sum(-1) % _HASHES
+    order_BR = mixed_BR.masked_fill(scale_BR == 0, _HASHES).argsort(dim=1, stable=True)
+    order_BR = order_BR[:, : states[0]["scope_scale"].shape[1]]
+    return {
+        "scope_keys": keys_BRK.gather(1, order_BR[..., None].expand(-1, -1, keys_BRK.shape[2])),
+        "scope_scale": scale_BR.gather(1, order_BR),
+    }
