@@ -1,7 +1,8 @@
 """Making a calibration: from a model, by reading text that ships with Python.
 
-The text is `pydoc_data.topics`, the language reference, without its twelve largest topics: the six largest are what
-`raymem eval lm` reports on, the next six are for tuning and for the demo, and neither may leak into what is fixed here.
+The text is the beginnings of twenty topics of `pydoc_data.topics`, the language reference: those that follow its twelve
+largest in size. The six largest are what `raymem eval lm` reports on, the next six are for tuning and for the demo, and
+neither may leak into what is fixed here.
 
 Shape legend: `T` rows of one text, `N` rows of many, `L` layers, `D` hidden width, `K` key width.
 """
@@ -21,10 +22,11 @@ from raymem.errors import InvalidInput
 from raymem.types import KeySpec
 
 RESERVED_TOPICS = 12
+_TOPICS = 20
 _TOPIC_TOKENS = 200
 _PREFIX_TOKENS = 48
-# where the passage that is read again starts in its topic, and how many of its rows still see the prefix in a window
-_PASSAGE_START = 64
+# the passage of a topic that is read again, and how many of its first rows are left to settle in the other context
+_PASSAGE = slice(64, 160)
 _SETTLE = 16
 _MIN_GAP = 1e-3
 
@@ -49,8 +51,8 @@ class Reader(Protocol):
         """Token ids [T] of a text."""
         ...
 
-    def run(self, tokens_T: Tensor, layers: Sequence[int]) -> States:
-        """One causal pass."""
+    def run_cached(self, tokens_T: Tensor, layers: Sequence[int]) -> States:
+        """One causal pass; may come from an earlier one."""
         ...
 
 
@@ -75,7 +77,7 @@ def calibrate(
     shrink: float = 0.1,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Read the bundled text with a model and keep what its states look like; about 9,000 tokens are read.
+    """Read the bundled text with a model and keep what its states look like; about 5,400 tokens are read.
 
     Args:
         model: the frozen model.
@@ -89,11 +91,11 @@ def calibrate(
 
 
 def bundled_texts() -> list[str]:
-    """The calibration's topics in name order, without the reserved largest ones."""
+    """The calibration's topics, in name order."""
     from pydoc_data.topics import topics
 
     by_size = sorted(topics, key=lambda name: (-len(topics[name]), name))
-    return [topics[name] for name in sorted(by_size[RESERVED_TOPICS:])]
+    return [topics[name] for name in sorted(by_size[RESERVED_TOPICS : RESERVED_TOPICS + _TOPICS])]
 
 
 def read_sample(model: Reader, layers: Sequence[int], texts: Sequence[str], progress: Progress | None = None) -> Sample:
@@ -103,16 +105,16 @@ def read_sample(model: Reader, layers: Sequence[int], texts: Sequence[str], prog
         InvalidInput: fewer than two texts are long enough.
     """
     tokens = [model.encode(text)[:_TOPIC_TOKENS] for text in texts]
-    tokens = [ids for ids in tokens if len(ids) >= _PASSAGE_START + _SETTLE * 2]
+    tokens = [ids for ids in tokens if len(ids) >= _PASSAGE.start + 2 * _SETTLE]
     pairs = list(zip(tokens[::2], tokens[1::2], strict=False))
     if not pairs:
         raise InvalidInput(f"{len(tokens)} texts of enough tokens; a calibration needs two or more")
     sample = Sample([], [], [])
     for done, (mine, other) in enumerate(pairs):
-        sample.bank.append(model.run(mine, layers).hidden_TLd)
-        sample.unrelated.append(model.run(other, layers).hidden_TLd)
-        again = torch.cat([other[-_PREFIX_TOKENS:], mine[_PASSAGE_START:]])
-        sample.matching.append(model.run(again, layers).hidden_TLd[_PREFIX_TOKENS:])
+        sample.bank.append(model.run_cached(mine, layers).hidden_TLd)
+        sample.unrelated.append(model.run_cached(other, layers).hidden_TLd)
+        again = torch.cat([other[-_PREFIX_TOKENS:], mine[_PASSAGE]])
+        sample.matching.append(model.run_cached(again, layers).hidden_TLd[_PREFIX_TOKENS:])
         if progress is not None:
             progress(done + 1, len(pairs))
     return sample
