@@ -72,7 +72,9 @@ def _by_code() -> dict[str, type[RaymemError]]:
     todo: list[type[RaymemError]] = [RaymemError]
     while todo:
         cls = todo.pop()
-        found[cls.code] = cls
+        # Ray makes subclasses of its own on the fly, under the same code
+        if "code" in vars(cls):
+            found[cls.code] = cls
         todo.extend(cls.__subclasses__())
     return found
 

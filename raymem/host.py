@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import structlog
 from torch import Tensor
 
+from raymem.backend import detached
 from raymem.cold.store import ColdStore, Entry
 from raymem.config import Settings
 from raymem.errors import Moved, RaymemError
@@ -48,7 +49,8 @@ class Host:
 
     def has(self, name: str) -> bool:
         """Whether the bank is hot here."""
-        return name in self._workers
+        worker = self._workers.get(name)
+        return worker is not None and not worker.lost
 
     def names(self) -> list[str]:
         """The banks that are hot here."""
@@ -58,23 +60,45 @@ class Host:
         """Bytes of each hot bank's state."""
         return {name: worker.runtime.nbytes for name, worker in self._workers.items()}
 
-    async def attach(self, name: str) -> None:
-        """Claim a bank in the catalog and load it: snapshot, then the journal's tail."""
+    async def attach(self, name: str, *, take_from: str | None = None) -> None:
+        """Claim a bank in the catalog and load it: snapshot, then the journal's tail.
+
+        Args:
+            name: the bank.
+            take_from: the only other owner that it may be taken from; by default whoever has it.
+
+        Raises:
+            Moved: another owner has it.
+        """
         async with self._locks[name]:
-            if name in self._workers:
+            if self.has(name):
                 return
-            entry = await self._thread(lambda: self._claim(name))
-            try:
-                runtime = await self._thread(lambda: Runtime.open(self.cold, entry, device=self.device))
-            except Exception:
-                await self._thread(lambda: self.cold.catalog.release(name, entry.epoch, state="cold"))
-                raise
-            self._serve(name, runtime)
+            entry = await self._thread(lambda: self.cold.catalog.get(name))
+            if take_from is not None and entry.owner not in (None, self.owner, take_from):
+                raise Moved(f"bank {name!r} is hot on {entry.owner}", to=entry.owner)
+            await self._load(entry)
+
+    async def reopen(self, name: str) -> None:
+        """Load a bank that the catalog says is hot here: after a restart, or after its worker was lost.
+
+        Raises:
+            BankDetached: it is cold.
+            Moved: another owner has it; `to` is empty if it is hot and nobody has it.
+        """
+        async with self._locks[name]:
+            if self.has(name):
+                return
+            entry = await self._thread(lambda: self.cold.catalog.get(name))
+            if entry.state == "cold":
+                raise detached(name)
+            if entry.owner != self.owner:
+                raise Moved(f"bank {name!r} is not on {self.owner}", to=entry.owner or "")
+            await self._load(entry)
 
     async def detach(self, name: str, state: str = "cold") -> None:
         """Finish queued writes, snapshot, release the bank in the catalog as `state`, free its memory."""
         async with self._locks[name]:
-            worker = self._worker(name)
+            worker = self._writable(name)
             await worker.call(worker.runtime.snapshot)
             self._workers.pop(name)
             await worker.close()
@@ -90,10 +114,10 @@ class Host:
             Overloaded: the caller has too much in flight.
             InvalidTrace, NonFinite, SequenceConflict: refused, nothing written.
         """
-        worker = self._worker(name)
+        worker = self._writable(name)
         if durable:
             with self._limiter.admit(caller, trace.nbytes):
-                return await self._committed(name, worker, trace)
+                return await worker.write(trace)
         trace.validate(worker.runtime.spec.fingerprint)
         admitted = self._limiter.admit(caller, trace.nbytes)
         admitted.__enter__()
@@ -135,57 +159,83 @@ class Host:
 
     async def prepare(self, name: str) -> int:
         """Migration, at the target: copy a snapshot and the tail while the source still serves; return the position."""
-        entry = await self._thread(lambda: self.cold.catalog.get(name))
-        runtime = self._arriving.get(name)
-        if runtime is None:
-            runtime = Runtime(self.cold, entry, self.device)
-            await self._thread(runtime.recover)
-            self._arriving[name] = runtime
-        else:
-            await self._thread(runtime.catch_up)
-        return runtime.pos
+        async with self._locks[name]:
+            runtime = self._arriving.get(name)
+            if runtime is None:
+                entry = await self._thread(lambda: self.cold.catalog.get(name))
+                runtime = await self._thread(lambda: Runtime(self.cold, entry, self.device))
+                await self._thread(runtime.recover)
+                self._arriving[name] = runtime
+            else:
+                await self._thread(runtime.catch_up)
+            return runtime.pos
 
     async def yield_writes(self, name: str, to: str) -> None:
-        """Migration, at the source: finish queued writes, answer later ones with Moved, go on answering reads."""
-        worker = self._worker(name)
+        """Migration, at the source: finish queued writes, answer later ones with Moved, go on answering reads.
+
+        The catalog names the source as the owner until the target has claimed the bank: if either dies in between,
+        one owner is left.
+        """
+        worker = self._writable(name)
         self._moved[name] = to
         await worker.call(lambda: None)
-        entry = worker.runtime.entry
-        await self._thread(lambda: self.cold.catalog.release(name, entry.epoch, state="hot"))
 
     async def adopt(self, name: str) -> int:
         """Migration, at the target: claim the prepared bank, apply the last of its tail and serve it."""
-        runtime = self._arriving.pop(name)
-        entry = await self._thread(lambda: self._claim(name))
-        await self._thread(lambda: runtime.own(entry))
-        self._moved.pop(name, None)
-        self._serve(name, runtime)
-        return runtime.pos
+        async with self._locks[name]:
+            entry = await self._thread(lambda: self.cold.catalog.get(name))
+            runtime = self._arriving.pop(name, None)
+            if runtime is None:
+                await self._load(entry)
+                return self._workers[name].runtime.pos
+            claimed = await self._thread(lambda: self._claim(entry))
+            await self._thread(lambda: runtime.own(claimed))
+            self._serve(name, runtime)
+            return runtime.pos
 
     async def resume(self, name: str) -> None:
         """Migration, at the source: the target failed, so take the bank back."""
-        worker = self._worker(name, moved=False)
-        entry = await self._thread(lambda: self._claim(name))
-        await worker.call(lambda: worker.runtime.own(entry))
-        self._moved.pop(name, None)
+        worker = self._worker(name)
+        try:
+            entry = await self._thread(lambda: self._claim(self.cold.catalog.get(name)))
+            await worker.call(lambda: worker.runtime.own(entry))
+        except Exception:
+            # whoever the catalog names now has the bank: a fresh start tells
+            self._workers.pop(name, None)
+            raise
+        finally:
+            self._moved.pop(name, None)
 
     async def forget_moved(self, name: str) -> None:
-        """Migration, at the source: the target serves, so free the bank."""
+        """Migration, at the source: the target serves, so free the bank; the catalog tells stragglers where it is."""
         worker = self._workers.pop(name)
         await worker.close()
+        self._moved.pop(name, None)
 
     def abandon(self, name: str) -> None:
         """Migration, at the target: drop what was prepared."""
         self._arriving.pop(name, None)
 
-    def _claim(self, name: str) -> Entry:
-        return self.cold.catalog.claim(name, self.owner, self.cold.catalog.get(name).epoch)
+    async def _load(self, entry: Entry) -> None:
+        claimed = await self._thread(lambda: self._claim(entry))
+        try:
+            runtime = await self._thread(lambda: Runtime.open(self.cold, claimed, device=self.device))
+        except Exception:
+            # a bank that was hot stays so: whoever uses it next hears why it can't be loaded
+            if entry.state == "cold":
+                await self._thread(lambda: self.cold.catalog.release(entry.name, claimed.epoch, state="cold"))
+            raise
+        self._serve(entry.name, runtime)
+
+    def _claim(self, entry: Entry) -> Entry:
+        return self.cold.catalog.claim(entry.name, self.owner, entry.epoch)
 
     def _serve(self, name: str, runtime: Runtime) -> None:
+        self._arriving.pop(name, None)
         self._moved.pop(name, None)
         self._workers[name] = BankWorker(runtime, self._pool, self.settings)
 
-    def _worker(self, name: str, *, moved: bool = True) -> BankWorker:
+    def _worker(self, name: str) -> BankWorker:
         worker = self._workers.get(name)
         if worker is not None and worker.lost:
             del self._workers[name]
@@ -194,10 +244,11 @@ class Host:
             raise Moved(f"bank {name!r} is not hot on {self.owner}", to=self._moved.get(name, ""))
         return worker
 
-    async def _committed(self, name: str, worker: BankWorker, trace: Trace) -> Ack:
+    def _writable(self, name: str) -> BankWorker:
+        worker = self._worker(name)
         if name in self._moved:
-            raise Moved(f"bank {name!r} has moved to {self._moved[name]}", to=self._moved[name])
-        return await worker.write(trace)
+            raise Moved(f"bank {name!r} is moving to {self._moved[name]}", to=self._moved[name])
+        return worker
 
     def _finish_later(self, name: str, admitted: Any, done: asyncio.Task[Ack]) -> None:
         admitted.__exit__(None, None, None)

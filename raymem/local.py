@@ -35,7 +35,7 @@ class LocalBackend(ColdBackend):
         """Load a bank into this process."""
         _check_node(node)
         if not self.host.has(name):
-            self._check_free(name)
+            self._check_free(name, take=True)
             await self.host.attach(name)
         return await self.info(name)
 
@@ -96,12 +96,18 @@ class LocalBackend(ColdBackend):
             return
         if self.cold.catalog.get(name).state == "cold":
             raise detached(name)
-        self._check_free(name)
+        self._check_free(name, take=False)
         await self.host.attach(name)
 
-    def _check_free(self, name: str) -> None:
+    def _check_free(self, name: str, *, take: bool) -> None:
         owner = self.cold.catalog.get(name).owner
-        if owner and owner != self.host.owner and _alive(owner):
+        if owner and not take and not _OWNER.fullmatch(owner):
+            raise Conflict(
+                f'bank {name!r} is hot on {owner} of a Ray cluster: raymem.connect("ray"); if that cluster is gone, '
+                f"take the bank: bank.attach() or `raymem bank attach {name}`",
+                owner=owner,
+            )
+        if owner and owner != self.host.owner and alive(owner):
             raise Conflict(
                 f"bank {name!r} is held by {owner}; close it there, or share it: "
                 "`raymem serve` and connect to its http:// address",
@@ -122,7 +128,8 @@ def _this_process() -> str:
     )
 
 
-def _alive(owner: str) -> bool:
+def alive(owner: str) -> bool:
+    """Whether `owner`, as the catalog names it, is a living process on this machine."""
     found = _OWNER.fullmatch(owner)
     if found is None or found["host"] != socket.gethostname():
         return False

@@ -13,7 +13,7 @@ import structlog
 from torch import Tensor
 
 from raymem.config import Settings
-from raymem.errors import NotOwner, RaymemError
+from raymem.errors import Moved, NotOwner, RaymemError
 from raymem.runtime import Runtime
 from raymem.types import Ack, Readout, Trace
 
@@ -77,19 +77,28 @@ class BankWorker:
         self._task.cancel()
 
     def _put(self, item: _Write | _Call) -> None:
+        if self.lost:
+            _settle(item.done, self._reopening())
+            return
         self._queue.append(item)
         self._wake.set()
 
     async def _loop(self) -> None:
-        while True:
+        while not self.lost:
             await self._wake.wait()
             self._wake.clear()
-            while self._queue:
+            while self._queue and not self.lost:
                 group = self._next_group()
                 if group:
                     await self._commit(group)
                 else:
                     await self._run(self._queue.popleft())
+        # a lost runtime no longer knows where its journal ends: nothing more may be written through it
+        while self._queue:
+            _settle(self._queue.popleft().done, self._reopening())
+
+    def _reopening(self) -> Moved:
+        return Moved(f"bank {self.runtime.entry.name!r} is being reopened", to="")
 
     def _next_group(self) -> list[_Write]:
         group: list[_Write] = []

@@ -1,0 +1,182 @@
+"""The backend for a Ray cluster: banks are hot in shard actors, the catalog is read here."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import uuid
+from typing import Any
+
+from torch import Tensor
+
+from raymem.actors import cluster
+from raymem.actors.calls import Remote, ask_all
+from raymem.actors.routing import Router
+from raymem.actors.shard import ClusterSpec, open_shared
+from raymem.actors.transfer import pack, pack_fields, unpack_fields
+from raymem.backend import ColdBackend
+from raymem.cold.store import ColdStore
+from raymem.config import Settings
+from raymem.errors import BackendUnavailable, BankDetached, ConfigError, NotShared, RaymemError
+from raymem.limits import Limiter
+from raymem.types import Ack, BankInfo, MigrationReport, Readout, Trace
+
+
+class RayBackend(ColdBackend):
+    """Banks in the shard actors of a Ray cluster.
+
+    A call goes to the shard where the bank was last seen. It is repeated where the bank has moved to, and, for up to
+    `settings.actors.retry_s`, when the shard dies under it: rows are known by (stream, run, seq), so a write that had
+    been journaled is acknowledged as already there.
+    """
+
+    def __init__(self, cold: ColdStore, directory: Remote, settings: Settings) -> None:
+        super().__init__(cold)
+        self._router = Router(cold, directory, settings.actors)
+        self._limiter = Limiter(settings.host)
+        self._caller = uuid.uuid4().hex
+
+    @classmethod
+    async def connect(cls, address: str, cold: str | None, settings: Settings) -> RayBackend:
+        """Join a Ray cluster and start raymem's actors there if they don't run yet.
+
+        Args:
+            address: "ray" or ray://host:port.
+            cold: the cold store that all nodes share; may be left out where raymem runs already.
+            settings: limits here; the first to connect also gives the shards theirs.
+
+        Raises:
+            BackendUnavailable: no Ray cluster.
+            ConfigError: no cold store named, or another than the one the cluster has.
+            NotShared: a node, or this process, doesn't see the cold store.
+        """
+        await asyncio.to_thread(cluster.join, address)
+        try:
+            try:
+                spec: ClusterSpec = await Remote(cluster.DIRECTORY).call("spec")
+            except BackendUnavailable as error:
+                if not error.details.get("gone"):
+                    raise
+                return await cls._start(cold, settings)
+            return await cls._enter(spec, cold, settings)
+        except BaseException:
+            await asyncio.to_thread(cluster.leave)
+            raise
+
+    @classmethod
+    async def _enter(cls, spec: ClusterSpec, cold: str | None, settings: Settings) -> RayBackend:
+        store = await asyncio.to_thread(_same_store, spec, cold)
+        backend = cls(store, Remote(cluster.DIRECTORY), settings)
+        topology = await backend._router.refresh(retry_failed=True)
+        if not topology.shards:
+            raise next(iter(topology.failures.values()))
+        return backend
+
+    @classmethod
+    async def _start(cls, cold: str | None, settings: Settings) -> RayBackend:
+        if cold is None:
+            raise ConfigError(
+                "raymem does not run on this Ray cluster yet, so name the cold store that its nodes share: "
+                'raymem.connect("ray", cold="s3://…") or a folder that every node mounts'
+            )
+        store = await asyncio.to_thread(ColdStore.open, cold, settings.cold.sync)
+        spec = ClusterSpec(store.uri, store.sync, await asyncio.to_thread(store.nonce), settings)
+        backend = cls(store, await asyncio.to_thread(cluster.start_directory, spec), settings)
+        topology = await backend._router.refresh()
+        if topology.failures:
+            # half a cluster is no use, and would keep the next try from naming another cold store
+            await cluster.stop()
+            raise next(iter(topology.failures.values()))
+        return backend
+
+    async def attach(self, name: str, node: str | None) -> BankInfo:
+        """Load a bank on `node`, or on the shard with the fewest bytes; one that is hot there already stays.
+
+        Raises:
+            InvalidInput: no such node, naming those there are.
+            Conflict: the bank is hot on another node, or held by a living process outside the cluster.
+        """
+        topology = await self._router.refresh()
+        await self._router.load(name, topology.shards if node is None else topology.on(node), node)
+        return await self.info(name)
+
+    async def detach(self, name: str) -> BankInfo:
+        """Settle, snapshot and free a bank."""
+        await self._router.call(name, "detach", settled_by=BankDetached)
+        self._router.forget(name)
+        return await self.info(name)
+
+    async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
+        """Journal and apply a trace."""
+        with self._limiter.admit(self._caller, trace.nbytes):
+            packed = pack_fields(trace)
+            ack: Ack = await self._router.call_in_time(name, "write", packed, durable, self._caller)
+        return ack
+
+    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int) -> Readout:
+        """Read a bank."""
+        with self._limiter.admit(self._caller, hidden_QLD.nbytes):
+            found = await self._router.call_in_time(name, "read", pack(hidden_QLD), k, start, self._caller)
+        return unpack_fields(Readout, found)
+
+    async def digest(self, name: str) -> str:
+        """sha256 of the bank's state."""
+        return str(await self._router.call(name, "digest"))
+
+    async def migrate(self, name: str, to: str) -> MigrationReport:
+        """Move a bank to another node while it is read and written.
+
+        Raises:
+            InvalidInput: no such node, naming those there are.
+        """
+        topology = await self._router.refresh()
+        candidates = topology.on(to)
+        owner = await self._router.call(name, "locate")
+        target = owner if owner in {info.name for info in candidates} else await self._router.least(candidates)
+        report: MigrationReport = await self._router.call(name, "migrate", target)
+        self._router.forget(name)
+        source, target = (self.node_of(shard) or shard for shard in (report.source, report.target))
+        return dataclasses.replace(report, source=source, target=target)
+
+    async def nodes(self) -> list[str]:
+        """The nodes that have a shard."""
+        return (await self._router.refresh()).nodes
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of every shard; one that does not answer has its error in their place."""
+        topology = await self._router.refresh()
+        answers = await ask_all([self._router.remote(info.name) for info in topology.shards], "stats")
+        shards = [{"node": topology.node_of(name)} | _plain(name, answer) for name, answer in answers.items()]
+        failed = {node: error.to_wire() for node, error in topology.failures.items()}
+        about = {"backend": "ray", "cold": self.cold.uri, "sync": self.cold.sync}
+        return about | {"shards": shards, "failed_nodes": failed}
+
+    async def close(self) -> None:
+        """Disconnect; shards and their banks stay."""
+        await asyncio.to_thread(cluster.leave)
+
+    async def hot_bytes(self) -> dict[str, int]:
+        """Bytes of each hot bank, of the shards that answer."""
+        topology = await self._router.refresh()
+        answers = await ask_all([self._router.remote(info.name) for info in topology.shards], "bytes")
+        return {bank: size for answer in answers.values() if isinstance(answer, dict) for bank, size in answer.items()}
+
+    def node_of(self, owner: str) -> str | None:
+        """The node that a shard is on, if the shard is known."""
+        return self._router.topology.node_of(owner)
+
+
+def _plain(shard: str, answer: Any) -> dict[str, Any]:
+    return {"owner": shard, "error": answer.to_wire()} if isinstance(answer, RaymemError) else dict(answer)
+
+
+def _same_store(spec: ClusterSpec, cold: str | None) -> ColdStore:
+    try:
+        return open_shared(dataclasses.replace(spec, cold=cold or spec.cold), "this process")
+    except NotShared as error:
+        if cold is None:
+            raise
+        raise ConfigError(
+            f"raymem runs on this Ray cluster with its cold store at {spec.cold}, which {cold} is not; leave cold out "
+            "to use it, or end raymem there first: `python -m raymem.actors stop`"
+        ) from error

@@ -1,0 +1,231 @@
+"""raymem's actors on a Ray cluster: joining it, starting shards and the directory, ending them.
+
+The one place that makes actors; everything they are made of is plain classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raymem.actors.calls import NAMESPACE, Remote, ask_all
+from raymem.actors.directory import Directory
+from raymem.actors.placement import Node, ShardInfo, name_nodes, node_prefix, shard_name
+from raymem.actors.shard import ClusterSpec, Shard
+from raymem.errors import BackendUnavailable, ConfigError, Unavailable
+
+DIRECTORY = "directory"
+# calls that one actor runs at a time; past each caller's own limit Ray would queue without telling anyone
+_CONCURRENT = 4096
+_lifetime: dict[str, Any] = {
+    "namespace": NAMESPACE,
+    "lifetime": "detached",
+    "get_if_exists": True,
+    "max_restarts": -1,
+    # a call that died with its actor may have run: only the caller knows whether it can be repeated
+    "max_task_retries": 0,
+    "max_concurrency": _CONCURRENT,
+}
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+_joining = threading.Lock()
+_users = 0
+_ours = False
+
+
+def join(address: str) -> None:
+    """Connect this process to a Ray cluster, unless it is connected already; `leave` undoes it.
+
+    Args:
+        address: "ray" for the cluster that runs here or that RAY_ADDRESS names, or ray://host:port for Ray Client.
+
+    Raises:
+        BackendUnavailable: there is none.
+        ConfigError: ray:// while this process is connected in another way.
+    """
+    global _users, _ours
+    with _joining:
+        if not ray.is_initialized():
+            _connect(address)
+            _ours = True
+        elif address != "ray" and not ray.util.client.ray.is_connected():
+            raise ConfigError(f"this process is connected to a Ray cluster already: use 'ray', not {address!r}")
+        _users += 1
+
+
+def leave() -> None:
+    """Undo one `join`; the last one disconnects if `join` connected."""
+    global _users, _ours
+    with _joining:
+        _users -= 1
+        if _users == 0 and _ours:
+            _ours = False
+            ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        ray.init(address="auto" if address == "ray" else address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        fix = "start one with `ray start --head`, or `raymem demo` for one of its own; RAY_ADDRESS names another"
+        if address != "ray":
+            fix = "check host and port (Ray Client listens on 10001) and that the cluster runs"
+        raise BackendUnavailable(f"no Ray cluster at {address!r} ({str(error).splitlines()[0]}); {fix}") from error
+
+
+class RayCluster:
+    """What the directory asks of Ray."""
+
+    def nodes(self) -> list[Node]:
+        """The living nodes."""
+        return living_nodes()
+
+    async def start_shard(self, spec: ClusterSpec, node: Node, index: int) -> ShardInfo:
+        """A shard on `node` that sees the cold store, made if it isn't there yet.
+
+        Raises:
+            NotShared: the node sees another cold store, or none.
+            Unavailable: it did not start in time.
+        """
+        actors = spec.settings.actors
+        gpus = actors.gpus_per_shard if node.gpus else 0.0
+        name = shard_name(node.id, index)
+        options = _lifetime | {"name": name, "num_cpus": actors.cpus_per_shard, "num_gpus": gpus}
+        pinned = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        make = ray.remote(Shard).options(**options, scheduling_strategy=pinned)
+        await asyncio.to_thread(make.remote, name, spec, "cuda:0" if gpus else "cpu", Remote)
+        try:
+            async with asyncio.timeout(actors.retry_s):
+                await Remote(name).call("start")
+        except TimeoutError:
+            raise Unavailable(
+                f"node {node.name} started no shard within {actors.retry_s:g} s: it needs {actors.cpus_per_shard:g} "
+                f"CPU and {gpus:g} GPU free there (settings actors.cpus_per_shard, actors.gpus_per_shard)"
+            ) from None
+        return ShardInfo(name, node, gpu=gpus > 0)
+
+    async def stop_shard(self, name: str) -> None:
+        """End a shard without settling it."""
+        await asyncio.to_thread(_kill, name)
+
+
+def start_directory(spec: ClusterSpec) -> Remote:
+    """The cluster's directory, made if it isn't there yet; of two that start at once, the first one's spec holds."""
+    ray.remote(Directory).options(**_lifetime, name=DIRECTORY, num_cpus=0).remote(spec, RayCluster)
+    return Remote(DIRECTORY)
+
+
+def living_nodes() -> list[Node]:
+    """The living nodes of the cluster, each with a name of its own.
+
+    Raises:
+        BackendUnavailable: the cluster does not answer.
+    """
+    try:
+        return name_nodes(ray.nodes())
+    except (RayError, ConnectionError) as error:
+        raise BackendUnavailable(f"the Ray cluster does not answer: {error}") from error
+
+
+def is_gone(shard: str) -> bool:
+    """Whether a shard can't come back: it is no shard of this cluster, or its node has left."""
+    prefix = node_prefix(shard)
+    return not prefix or not any(node.id.startswith(prefix) for node in living_nodes())
+
+
+async def stop() -> None:
+    """End raymem on the cluster: settle every bank, then end shards and directory. Banks stay in the cold store."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
+    # first: it would start the shards again
+    for name in sorted(names, key=lambda name: name != DIRECTORY):
+        if name == DIRECTORY:
+            _kill(name)
+    shards = [name for name in names if name != DIRECTORY]
+    await ask_all([Remote(name) for name in shards], "close", timeout_s=60.0)
+    for name in shards:
+        _kill(name)
+
+
+class LocalNodes:
+    """Ray nodes on this machine: real ones, each with a raylet, workers and an object store of its own."""
+
+    def __init__(self, cpus: float, object_store_bytes: int) -> None:
+        # Ray's own helper for several nodes on one machine; it writes to stderr what its processes say
+        from ray.cluster_utils import Cluster
+
+        self._arguments = {"num_cpus": cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
+        self._cluster: Any = Cluster()
+        self._nodes: dict[str, Any] = {}
+
+    @property
+    def address(self) -> str:
+        """What RAY_ADDRESS is set to."""
+        return str(self._cluster.address)
+
+    def add(self, name: str) -> None:
+        """Start a node called `name`."""
+        with warnings.catch_warnings():
+            # Ray forks to start its processes, which then run other programs: LanceDB is not used in between
+            warnings.filterwarnings("ignore", "lancedb fork support")
+            self._nodes[name] = self._cluster.add_node(**self._arguments, labels={"raymem-node": name})
+
+    def kill(self, name: str) -> None:
+        """End a node without warning, with everything that runs on it."""
+        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+
+    def close(self) -> None:
+        """End every node."""
+        self._cluster.shutdown()
+
+
+@contextmanager
+def local_nodes(n: int, *, cpus: float = 2, object_store_bytes: int = 200 * 2**20) -> Iterator[LocalNodes]:
+    """Start `n` Ray nodes on this machine, called node-1 and so on; inside, "ray" means this cluster.
+
+    For demos, tests and benchmarks. On the way out raymem is ended there, then the nodes; nothing else is touched.
+
+    Raises:
+        ConfigError: this process is connected to a Ray cluster already.
+    """
+    if ray.is_initialized():
+        raise ConfigError("this process is connected to a Ray cluster already: ray.shutdown() first")
+    saved = {name: os.environ.get(name) for name in [*_QUIET, "RAY_ADDRESS"]}
+    os.environ.update(_QUIET)
+    os.environ.pop("RAY_ADDRESS", None)
+    nodes = LocalNodes(cpus, object_store_bytes)
+    try:
+        for index in range(n):
+            nodes.add(f"node-{index + 1}")
+        os.environ["RAY_ADDRESS"] = nodes.address
+        join("ray")
+        try:
+            yield nodes
+        finally:
+            asyncio.run(stop())
+            leave()
+    finally:
+        nodes.close()
+        for name, value in saved.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _kill(name: str) -> None:
+    try:
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+    except ValueError:
+        # it is gone already
+        return

@@ -1,0 +1,114 @@
+"""Which nodes and shards there are, and which of them a bank goes to: pure functions of what is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raymem.errors import BackendUnavailable, InvalidInput, RaymemError
+
+_PREFIX = 12
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living Ray node: its id, the name people use for it, and its GPUs."""
+
+    id: str
+    name: str
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A shard actor that serves: its name, its node, and whether it has a GPU."""
+
+    name: str
+    node: Node
+    gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The shards that serve, and for nodes that can't have one, why."""
+
+    shards: tuple[ShardInfo, ...] = ()
+    failures: Mapping[str, RaymemError] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes that have a shard."""
+        return sorted({shard.node.name for shard in self.shards})
+
+    def node_of(self, shard: str) -> str | None:
+        """The node that a shard is on, if it is known."""
+        return next((info.node.name for info in self.shards if info.name == shard), None)
+
+    def on(self, node: str) -> list[ShardInfo]:
+        """The shards of a node, by its name or the beginning of its Ray id.
+
+        Raises:
+            InvalidInput: there is no such node, naming those there are.
+            RaymemError: the node is there and can't have a shard.
+        """
+        if node in self.failures:
+            raise self.failures[node]
+        found = [info for info in self.shards if info.node.name == node] or [
+            info for info in self.shards if len(node) >= _PREFIX and info.node.id.startswith(node)
+        ]
+        if not found:
+            raise InvalidInput(f"there is no node {node!r}; the nodes are {', '.join(self.nodes)}")
+        return found
+
+
+def shard_name(node_id: str, index: int) -> str:
+    """The name of a node's shard number `index`, as Ray and the catalog know it."""
+    return f"shard-{node_id[:_PREFIX]}-{index}"
+
+
+def node_prefix(shard: str) -> str:
+    """The beginning of the id of the node that a shard is pinned to; "" if this is no shard's name."""
+    parts = shard.split("-")
+    return parts[1] if len(parts) == 3 and parts[0] == "shard" else ""
+
+
+def name_nodes(raw: Sequence[Mapping[str, Any]]) -> list[Node]:
+    """Living nodes from what `ray.nodes()` says, each with a name of its own.
+
+    A node is called by its label `raymem-node`, else by Ray's name for it (an address unless it was given one), else,
+    where several share that, by the beginning of its id.
+    """
+    alive = [node for node in raw if node["Alive"]]
+    wanted = [node.get("Labels", {}).get("raymem-node") or node["NodeName"] for node in alive]
+    taken = Counter(wanted)
+    return [
+        Node(
+            id=node["NodeID"],
+            name=name if taken[name] == 1 else node["NodeID"][:_PREFIX],
+            gpus=float(node.get("Resources", {}).get("GPU", 0.0)),
+        )
+        for node, name in zip(alive, wanted, strict=True)
+    ]
+
+
+def choose(
+    candidates: Sequence[ShardInfo], loads: Mapping[str, dict[str, int] | RaymemError], *, prefer_gpu: bool
+) -> ShardInfo:
+    """The shard with the fewest bytes, then the fewest banks, among those that answered.
+
+    Args:
+        candidates: shards that may take the bank.
+        loads: for each shard, bytes of its banks, or why it did not answer.
+        prefer_gpu: take one with a GPU if there is any; otherwise one without, if there is any.
+
+    Raises:
+        BackendUnavailable: none of them answers.
+    """
+    answering = [(info, load) for info in candidates if isinstance(load := loads[info.name], dict)]
+    if not answering:
+        reasons = "; ".join(str(loads[info.name]) for info in candidates) or "there are none"
+        raise BackendUnavailable(f"no shard can take the bank: {reasons}")
+    fitting = [pair for pair in answering if pair[0].gpu == prefer_gpu] or answering
+    return min(fitting, key=lambda pair: (sum(pair[1].values()), len(pair[1]), pair[0].name))[0]

@@ -1,0 +1,218 @@
+"""Finding the shard that has a bank, following it where it goes, and repeating calls that a crash cut short."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+
+from raymem.actors import cluster
+from raymem.actors.calls import Remote, ask_all
+from raymem.actors.placement import ShardInfo, Topology, choose, node_prefix
+from raymem.backend import detached
+from raymem.cold.store import ColdStore, Entry
+from raymem.config import ActorSettings
+from raymem.errors import BackendUnavailable, Conflict, Moved, NotOwner, RaymemError, Unavailable
+from raymem.local import alive
+
+T = TypeVar("T")
+# the directory only saves a look into the catalog: nobody waits long for it
+_DIRECTORY_S = 5.0
+
+
+class _Again(Exception):
+    """A call that may be repeated, perhaps elsewhere."""
+
+    def __init__(self, error: RaymemError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Router:
+    """Where one client believes that banks are; every belief is checked by the shard it leads to."""
+
+    def __init__(self, cold: ColdStore, directory: Remote, settings: ActorSettings) -> None:
+        self.topology = Topology()
+        self._cold = cold
+        self._directory = directory
+        self._settings = settings
+        self._remotes: dict[str, Remote] = {}
+        self._routes: dict[str, str] = {}
+        self._stale: set[str] = set()
+
+    def remote(self, shard: str) -> Remote:
+        """A shard by its name."""
+        return self._remotes.setdefault(shard, Remote(shard))
+
+    async def refresh(self, *, retry_failed: bool = False) -> Topology:
+        """Ask the directory which shards there are; what is known already stands if it does not answer.
+
+        Raises:
+            BackendUnavailable: it does not answer, and nothing is known.
+        """
+
+        async def once() -> Topology:
+            try:
+                found: Topology = await self._directory.call("ensure", retry_failed)
+            except BackendUnavailable as error:
+                if self.topology.shards:
+                    return self.topology
+                raise _Again(error) from error
+            return found
+
+        self.topology = await self._repeat(once)
+        return self.topology
+
+    async def call(self, bank: str, method: str, *args: Any, settled_by: type[RaymemError] | None = None) -> Any:
+        """Run a shard's method on a bank, wherever it is.
+
+        Args:
+            bank: its name.
+            method: of Shard; takes the bank's name first.
+            args: the rest of its arguments.
+            settled_by: an error which, after a try that was cut short, says that this try had done its work.
+
+        Raises:
+            BankDetached: the bank is cold.
+            BackendUnavailable: its shard did not come back in time.
+            Unavailable: its shard's node has left the cluster.
+        """
+        tries = 0
+
+        async def once() -> Any:
+            nonlocal tries
+            tries += 1
+            try:
+                return await self._once(bank, method, args)
+            except RaymemError as error:
+                if tries > 1 and settled_by is not None and isinstance(error, settled_by):
+                    return None
+                raise
+
+        return await self._repeat(once)
+
+    async def call_in_time(self, bank: str, method: str, *args: Any) -> Any:
+        """As `call`, given up after `retry_s` even if the shard is silent: for calls that are short by nature."""
+        try:
+            async with asyncio.timeout(self._settings.retry_s):
+                return await self.call(bank, method, *args)
+        except TimeoutError:
+            shard = self._routes.get(bank, "its shard")
+            raise BackendUnavailable(
+                f"{shard} gave no answer for bank {bank!r} within {self._settings.retry_s:g} s; what was asked may "
+                "have been done: a write can safely be repeated",
+                shard=shard,
+            ) from None
+
+    async def load(self, bank: str, candidates: Sequence[ShardInfo], node: str | None) -> None:
+        """Make a bank hot on one of the candidates, unless it is hot on one already.
+
+        Raises:
+            Conflict: it is hot elsewhere and `node` was asked for, or a living process outside the cluster holds it.
+        """
+
+        async def once() -> None:
+            entry = await asyncio.to_thread(self._cold.catalog.get, bank)
+            owner = entry.owner
+            if owner is None or await self._may_be_taken(bank, owner):
+                await self._place(entry, candidates, owner or "")
+                return
+            if node is not None and owner not in {info.name for info in candidates}:
+                where = self.topology.node_of(owner) or owner
+                raise Conflict(f"bank {bank!r} is hot on {where}; move it: bank.migrate({node!r})", owner=owner)
+            await self._ask(bank, owner, "attach", "")
+
+        await self._repeat(once)
+
+    async def least(self, candidates: Sequence[ShardInfo]) -> str:
+        """The candidate with the fewest bytes."""
+        loads = await ask_all([self.remote(info.name) for info in candidates], "bytes")
+        return choose(candidates, loads, prefer_gpu=self._settings.gpus_per_shard > 0).name
+
+    def forget(self, bank: str) -> None:
+        """Look the bank up again before its next call."""
+        self._routes.pop(bank, None)
+        self._stale.add(bank)
+
+    async def _repeat(self, once: Callable[[], Awaitable[T]]) -> T:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_Again),
+            stop=stop_after_delay(self._settings.retry_s),
+            wait=wait_exponential_jitter(initial=0.002, max=0.25, jitter=0.005),
+            reraise=True,
+        )
+        try:
+            return await retrying(once)
+        except _Again as again:
+            raise again.error from again
+
+    async def _once(self, bank: str, method: str, args: Sequence[Any]) -> Any:
+        shard = self._routes.get(bank) or await self._find(bank)
+        return await self._ask(bank, shard, method, *args)
+
+    async def _ask(self, bank: str, shard: str, method: str, *args: Any) -> Any:
+        try:
+            answer = await self.remote(shard).call(method, bank, *args)
+        except Moved as moved:
+            self.forget(bank)
+            if moved.to:
+                self._routes[bank] = moved.to
+            raise _Again(moved) from moved
+        except NotOwner as error:
+            self.forget(bank)
+            raise _Again(error) from error
+        except BackendUnavailable as error:
+            self.forget(bank)
+            # a shard may also report that another one, which it asked, is silent
+            if error.details.get("shard") != shard:
+                raise
+            if await asyncio.to_thread(cluster.is_gone, shard):
+                raise _gone(bank, shard) from error
+            raise _Again(error) from error
+        self._routes[bank] = shard
+        self._stale.discard(bank)
+        return answer
+
+    async def _find(self, bank: str) -> str:
+        owner = await self._last_seen(bank)
+        if owner is not None:
+            return owner
+        entry = await asyncio.to_thread(self._cold.catalog.get, bank)
+        if entry.state == "cold":
+            raise detached(bank)
+        return entry.owner or await self._place(entry, self.topology.shards, "")
+
+    async def _last_seen(self, bank: str) -> str | None:
+        try:
+            async with asyncio.timeout(_DIRECTORY_S):
+                found: str | None = await self._directory.call("owner", bank, bank in self._stale)
+                return found
+        except (BackendUnavailable, TimeoutError):
+            return None
+
+    async def _may_be_taken(self, bank: str, owner: str) -> bool:
+        if not await asyncio.to_thread(cluster.is_gone, owner):
+            return False
+        if alive(owner):
+            raise _gone(bank, owner)
+        return True
+
+    async def _place(self, entry: Entry, candidates: Sequence[ShardInfo], take_from: str) -> str:
+        shard = await self.least(candidates)
+        await self._ask(entry.name, shard, "attach", take_from)
+        return shard
+
+
+def _gone(bank: str, owner: str) -> RaymemError:
+    if not node_prefix(owner):
+        return Conflict(
+            f"bank {bank!r} is held by {owner}, outside this cluster; close it there, then take it: bank.attach()",
+            owner=owner,
+        )
+    return Unavailable(
+        f"bank {bank!r} was on {owner}, whose node has left the cluster; no row is lost: load it elsewhere with "
+        f"bank.attach() or `raymem bank attach {bank}`",
+        owner=owner,
+    )

@@ -1,0 +1,170 @@
+"""A shard: one process that hosts many banks on one node or GPU. A plain class; `cluster.py` makes it an actor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+
+from raymem.actors.migration import Peer, move
+from raymem.actors.transfer import Packed, pack_fields, unpack, unpack_fields
+from raymem.cold.store import ColdStore
+from raymem.config import Settings
+from raymem.errors import NotShared, RaymemError
+from raymem.host import Host
+from raymem.types import Ack, MigrationReport, Trace
+
+log = structlog.get_logger("raymem.shard")
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """What every shard of a cluster is told: the cold store that all nodes share, its nonce, and the settings."""
+
+    cold: str
+    sync: Literal["disk", "none"]
+    nonce: str
+    settings: Settings
+
+
+class Shard:
+    """The banks that the catalog says are hot under this shard's name.
+
+    A new incarnation under the same name, after a crash, loads them again: each one when it is first asked for, and
+    the others in the background. Every answer is checked against what is hot here, so a caller with an old idea of
+    where a bank lives hears `Moved` or `BankDetached`.
+
+    Args:
+        name: the owner's name in the catalog.
+        spec: the cluster's.
+        device: where states live, "cpu" or "cuda:0".
+        peer: finds another shard by its name.
+    """
+
+    def __init__(self, name: str, spec: ClusterSpec, device: str, peer: Callable[[str], Peer]) -> None:
+        self.name = name
+        self._spec = spec
+        self._device = device
+        self._peer = peer
+        self._opening: asyncio.Task[Host] | None = None
+        self._recovery: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Open the cold store and begin to load the banks that are hot here; return the process id.
+
+        Raises:
+            NotShared: this node sees another cold store than the one the cluster was started with.
+        """
+        await self._host()
+        return os.getpid()
+
+    async def write(self, name: str, trace: dict[str, Any], durable: bool, caller: str) -> Ack:
+        """Journal and apply a trace that `pack_fields` packed."""
+        host = await self._hot(name)
+        return await host.write(name, unpack_fields(Trace, trace), durable=durable, caller=caller)
+
+    async def read(self, name: str, hidden_QLD: Packed, k: int, start: int, caller: str) -> dict[str, Any]:
+        """Read a bank; return its Readout packed by `pack_fields`."""
+        host = await self._hot(name)
+        return pack_fields(await host.read(name, unpack(hidden_QLD), k, start, caller=caller))
+
+    async def attach(self, name: str, take_from: str) -> None:
+        """Claim and load a bank that is cold, owned by nobody, or owned by `take_from`."""
+        host = await self._host()
+        await host.attach(name, take_from=take_from)
+
+    async def detach(self, name: str) -> None:
+        """Settle, snapshot and free a bank."""
+        host = await self._hot(name)
+        await host.detach(name)
+
+    async def digest(self, name: str) -> str:
+        """sha256 of a bank's whole state."""
+        host = await self._hot(name)
+        return await host.digest(name)
+
+    async def locate(self, name: str) -> str:
+        """This shard's name, for a bank that is hot here."""
+        await self._hot(name)
+        return self.name
+
+    async def migrate(self, name: str, to: str) -> MigrationReport:
+        """Move a bank from here to the shard `to`."""
+        host = await self._hot(name)
+        if to == self.name:
+            return MigrationReport(name, to, to, rows=0, pause_ms=0.0, total_ms=0.0)
+        return await move(name, host, to, self._peer(to))
+
+    async def prepare(self, name: str) -> int:
+        """As `Host.prepare`."""
+        return await (await self._host()).prepare(name)
+
+    async def adopt(self, name: str) -> int:
+        """As `Host.adopt`."""
+        return await (await self._host()).adopt(name)
+
+    async def abandon(self, name: str) -> None:
+        """As `Host.abandon`."""
+        (await self._host()).abandon(name)
+
+    async def bytes(self) -> dict[str, int]:
+        """Bytes of each hot bank's state."""
+        return (await self._host()).bytes()
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of this shard and its banks."""
+        return await (await self._host()).stats() | {"pid": os.getpid()}
+
+    async def close(self) -> None:
+        """Settle every bank; they stay hot in the catalog."""
+        await (await self._host()).close()
+
+    async def _hot(self, name: str) -> Host:
+        host = await self._host()
+        if not host.has(name):
+            await host.reopen(name)
+        return host
+
+    async def _host(self) -> Host:
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+        # a caller that goes away must not take the start down with it
+        return await asyncio.shield(self._opening)
+
+    async def _open(self) -> Host:
+        cold = await asyncio.to_thread(open_shared, self._spec, self.name)
+        host = Host(cold, self._spec.settings, owner=self.name, device=self._device)
+        self._recovery = asyncio.create_task(self._recover(host))
+        return host
+
+    async def _recover(self, host: Host) -> None:
+        entries = await asyncio.to_thread(host.cold.catalog.list, "")
+        mine = [entry.name for entry in entries if entry.state == "hot" and entry.owner == self.name]
+        outcomes = await asyncio.gather(*map(host.reopen, mine), return_exceptions=True)
+        for name, outcome in zip(mine, outcomes, strict=True):
+            if isinstance(outcome, RaymemError):
+                # whoever uses the bank next hears the same
+                log.warning("bank not recovered", bank=name, error=str(outcome))
+            elif outcome is not None:
+                raise outcome
+
+
+def open_shared(spec: ClusterSpec, who: str) -> ColdStore:
+    """The cluster's cold store as this node sees it.
+
+    Raises:
+        NotShared: it isn't there, or it is another one.
+    """
+    fix = "put the cold store on storage that every node mounts at that path, or on an object store (s3://…)"
+    # opening would make an empty store, here where there must be none
+    if "://" not in spec.cold and not Path(spec.cold).is_dir():
+        raise NotShared(f"{who} sees no cold store at {spec.cold}: {fix}", path=spec.cold)
+    cold = ColdStore.open(spec.cold, spec.sync)
+    if cold.nonce() != spec.nonce:
+        raise NotShared(f"{who} sees another cold store at {spec.cold} than the cluster's: {fix}", path=spec.cold)
+    return cold

@@ -1,0 +1,53 @@
+"""Traces and readouts between processes of one Ray cluster: tensors go as byte arrays, which Ray moves without copying.
+
+numpy has no bf16, so a tensor travels as its bytes with dtype and shape beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raymem.types import Readout, Trace
+
+T = TypeVar("T", Trace, Readout)
+
+
+class Packed(NamedTuple):
+    """A tensor's bytes, its dtype's name and its shape."""
+
+    data: np.ndarray[Any, np.dtype[np.uint8]]
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def pack(tensor: Tensor) -> Packed:
+    """A tensor as bytes; it shares memory with a contiguous CPU tensor."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return Packed(flat.view(torch.uint8).numpy(), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The tensor that `pack` was given, in memory of its own: what Ray hands over is read-only."""
+    dtype: torch.dtype = getattr(torch, packed.dtype)
+    if not packed.data.size:
+        return torch.zeros(packed.shape, dtype=dtype)
+    return torch.from_numpy(packed.data.copy()).view(dtype).reshape(packed.shape)
+
+
+def pack_fields(value: Trace | Readout) -> dict[str, Any]:
+    """A trace or readout as a dict with its tensors packed."""
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {name: pack(item) if isinstance(item, Tensor) else item for name, item in fields.items()}
+
+
+def unpack_fields(cls: type[T], fields: dict[str, Any]) -> T:
+    """The trace or readout that `pack_fields` was given."""
+    unpacked: dict[str, Any] = {
+        name: unpack(item) if isinstance(item, Packed) else item for name, item in fields.items()
+    }
+    return cls(**unpacked)
