@@ -119,16 +119,26 @@ class Replica:
         def cpu(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.cpu()
 
+        source_Qk, sources = self._named(cpu(found.source_Qk))
         return Readout(
             values_QV=found.values_QV.cpu(),
-            relevance_Q=self.calibration.relevance(found.similarity_Q.cpu(), self.spec.key),
+            relevance_Q=self.encoder.relevance(found.similarity_Q.cpu()),
             tokens_Qk=cpu(found.tokens_Qk),
             scores_Qk=cpu(found.scores_Qk),
             pos_Qk=cpu(found.pos_Qk),
             seq_Qk=cpu(found.seq_Qk),
-            source_Qk=cpu(found.source_Qk),
-            sources=tuple(self.encoder.sources) if found.source_Qk is not None else (),
+            source_Qk=source_Qk,
+            sources=sources,
         )
+
+    def _named(self, source_Qk: Tensor | None) -> tuple[Tensor | None, tuple[tuple[str, str], ...]]:
+        """Provenance over only those runs that a readout names; a bank may have seen a million."""
+        if source_Qk is None:
+            return None, ()
+        used, index_Qk = source_Qk.unique(return_inverse=True)
+        first = int((used < 0).sum())
+        known = self.encoder.sources
+        return index_Qk - first, tuple(known[source] for source in used[first:].tolist())
 
     def tensors(self) -> State:
         """The whole state as named tensors on the CPU: the encoder's and the mechanism's."""
