@@ -170,16 +170,16 @@ class Titans(StateMemory):
                 raise InvalidSpec("values='vectors' needs rows that carry vectors; this bank's fingerprint names none")
             return VectorCode(self.dims.value)
         if options.values == "signs":
-            return SignCode(max(options.slots, self.chunk), options.code_width)
-        return (SoftmaxCode if options.values == "softmax" else OneHotCode)(self._affordable_slots())
+            return SignCode(self._affordable_slots(outputs=options.code_width, outputs_a_slot=0), options.code_width)
+        code = SoftmaxCode if options.values == "softmax" else OneHotCode
+        return code(self._affordable_slots(outputs=0, outputs_a_slot=1))
 
-    def _affordable_slots(self) -> int:
-        base = sum(spec.nbytes for spec in self.base_spec().values())
-        widths = [*self._hidden_widths(), 0]
-        copies = 8 if self.has_momentum else 4
-        inner = copies * sum(a * b for a, b in itertools.pairwise(widths))
-        fixed = base + inner + (self.chunk - 1) * (4 * self.key_dims + 8)
-        each = copies * widths[-2] + 16
+    def _affordable_slots(self, *, outputs: int, outputs_a_slot: int) -> int:
+        copies, hidden = 8 if self.has_momentum else 4, self._hidden_widths()
+        weights = copies * sum(a * b for a, b in itertools.pairwise([*hidden, outputs]))
+        waiting = (self.chunk - 1) * (4 * self.key_dims + 8)
+        fixed = weights + waiting + sum(spec.nbytes for spec in self.base_spec().values())
+        each = 16 + copies * hidden[-1] * outputs_a_slot
         slots, least = min(self.titans.slots, (self.budget_bytes - fixed) // each), max(_LEAST_SLOTS, self.chunk)
         if slots < least:
             raise InvalidSpec(
