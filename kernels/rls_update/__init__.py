@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raymem.kernels.rls_update.reference import information_update_reference, leverage, ridge_factor, to_grid
+from raymem.kernels.rls_update.reference import (
+    GRID_BITS,
+    information_update_reference,
+    leverage,
+    ridge_factor,
+    to_grid,
+)
 
-__all__ = ["information_update", "information_update_reference", "leverage", "ridge_factor", "to_grid"]
+__all__ = ["GRID_BITS", "information_update", "information_update_reference", "leverage", "ridge_factor", "to_grid"]
 
 
 def information_update(
@@ -17,7 +23,7 @@ def information_update(
 
     Args:
         gram_BSS: float64 `[B, S, S]`.
-        cross_BSV: float64 `[B, S, V]`.
+        cross_BSV: float64 `[B, S, V]`; float32 where sums stay exact in it, as those of one-hot values do.
         weights_BTS: float64 `[B, T, S]` on the grid of `to_grid`; a row of zeros changes nothing.
         values_BTV: float64 `[B, T, V]`.
         sign: 1 writes, -1 forgets.
@@ -28,4 +34,4 @@ def information_update(
     if torch.is_grad_enabled():
         return information_update_reference(gram_BSS, cross_BSV, weights_BTS, values_BTV, sign)
     gram = gram_BSS.baddbmm_(weights_BTS.mT, weights_BTS, alpha=sign)
-    return gram, cross_BSV.baddbmm_(weights_BTS.mT, values_BTV, alpha=sign)
+    return gram, cross_BSV.add_((weights_BTS.mT @ values_BTV).to(cross_BSV.dtype), alpha=sign)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_GRID = 2.0**16
+GRID_BITS = 16
 
 
-def to_grid(weights: Tensor) -> Tensor:
-    """Weights rounded to multiples of 2^-16, which float64 sums up exactly in products; gradients pass through."""
-    rounded = (weights.detach() * _GRID).round() / _GRID
-    return weights + (rounded - weights.detach()) if weights.requires_grad else rounded
+def to_grid(numbers: Tensor, bits: int = GRID_BITS) -> Tensor:
+    """Numbers rounded to multiples of 2^-bits, whose products float64 sums up exactly; gradients pass through."""
+    rounded = (numbers.detach() * 2.0**bits).round() / 2.0**bits
+    return numbers + (rounded - numbers.detach()) if numbers.requires_grad else rounded
 
 
 def information_update_reference(
@@ -19,7 +19,7 @@ def information_update_reference(
 ) -> tuple[Tensor, Tensor]:
     """What `information_update` computes; differentiable in everything."""
     signed_BST = sign * weights_BTS.mT
-    return gram_BSS + signed_BST @ weights_BTS, cross_BSV + signed_BST @ values_BTV
+    return gram_BSS + signed_BST @ weights_BTS, cross_BSV + (signed_BST @ values_BTV).to(cross_BSV.dtype)
 
 
 def ridge_factor(gram_BSS: Tensor, ridge: float) -> Tensor:

@@ -9,7 +9,8 @@ Shape legend: `B` banks, `T` rows, `Q` queries, `K` key width, `S` memory rows, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from math import isqrt
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from raymem.errors import InvalidInput, InvalidSpec, InvalidTrace, Unsupported
-from raymem.kernels.rls_update import information_update, leverage, ridge_factor
+from raymem.kernels.rls_update import information_update, leverage, ridge_factor, to_grid
 from raymem.memory.base import Dims, Options, Rows, State
 from raymem.memory.columns import take_columns
 from raymem.memory.packing import Projection, pack
@@ -26,10 +27,12 @@ from raymem.memory.scope import hash62
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 
-_LEAST_TOKENS = 16
+_LEAST_ROWS, _LEAST_TOKENS = 8, 16
 _BLOCK_ROWS = 256
-# what a regression on one-hot values says of a token that never followed such a key
-_FLOOR = 1e-4
+# what a token is worth that never followed such a key, in units of the best one
+_FLOOR = 3e-3
+# the finest grid on which float32 sums of weights stay exact for tens of thousands of rows of one token
+_FLOAT32_BITS = 12
 # a ridge so small that only written keys lie within the sums, and what rounding then does to a share of 1
 _TRACE_RIDGE = 1e-6
 _SLACK = 1e-3
@@ -39,11 +42,12 @@ _HASHES = 2**40
 class LarimarOptions(Options):
     """The memory's size, how keys address it, and what it puts out.
 
-    `memory_rows` is the paper's K, about as many rows as can be told apart. `addressing` by "least_squares", or by a
-    "gaussian_filter" of width `filter_width`, nearly the nearest reference row. `ridge` is the prior's strength lambda.
-    Without vector values a row's value is one-hot over at most `tokens` tokens (fewer where the budget is small), the
-    one unseen for longest making room; their scores are `log softmax(sharpness * log max(z, 1e-4))`: a regression's
-    positive part to that power, normalised over the tokens held.
+    `memory_rows` is the paper's K, about as many rows as can be told apart. `addressing` by "least_squares", which has
+    no use for more rows than the key is wide, or by a "gaussian_filter" of width `filter_width`, nearly the nearest
+    reference row. `ridge` is the prior's strength lambda. Without vector values a row's value is one-hot over `tokens`
+    tokens, the one unseen for longest making room; their probabilities are the regression's positive part to the power
+    `sharpness`, normalised over the tokens held, and scores are their logarithms. `cross_dtype` float32 halves a
+    token's column; vectors stay float64. A small budget gives fewer rows and tokens than asked for.
     """
 
     memory_rows: int = Field(default=512, ge=1)
@@ -52,6 +56,7 @@ class LarimarOptions(Options):
     ridge: float = Field(default=1.0, gt=0)
     tokens: int = Field(default=1024, ge=_LEAST_TOKENS)
     sharpness: float = Field(default=2.0, gt=0)
+    cross_dtype: Literal["float64", "float32"] = "float64"
     key_dims: int | None = Field(default=None, ge=1)
     projection_seed: int = 0
     seed: int = 0
@@ -73,18 +78,21 @@ class Larimar(StateMemory):
     def __init__(self, dims: Dims, options: LarimarOptions, budget_bytes: int) -> None:
         super().__init__(dims, options, budget_bytes, Projection(dims.key, options.key_dims, options.projection_seed))
         self.larimar = options
-        self.width = dims.value or self._affordable_tokens()
+        self.narrow = options.cross_dtype == "float32" and not dims.value
+        self.memory_rows, self.width = self._affordable()
         self.check_budget()
         self.address = Reference(
-            options.memory_rows, self.key_dims, options.seed, options.addressing, options.filter_width
+            self.memory_rows, self.key_dims, options.seed, options.addressing, options.filter_width
         )
+        if self.narrow:
+            self.address.grid_bits = _FLOAT32_BITS
 
     def own_spec(self) -> StateSpec:
         """The two sums, each column's sum of squares, and which token a column stands for."""
-        rows, wide = self.larimar.memory_rows, torch.float64
+        rows, wide = self.memory_rows, torch.float64
         spec = {
             "gram": TensorSpec((rows, rows), wide),
-            "cross": TensorSpec((rows, self.width), wide),
+            "cross": TensorSpec((rows, self.width), torch.float32 if self.narrow else wide),
             "energy": TensorSpec((self.width,), wide),
         }
         column = TensorSpec((self.width,), torch.int64)
@@ -122,7 +130,8 @@ class Larimar(StateMemory):
             tokens = torch.full((*z_BQV.shape[:2], k), -1, device=z_BQV.device)
             return z_BQV, tokens, torch.full_like(tokens, float("-inf"), dtype=z_BQV.dtype)
         free_B1U = (state["slot_token"] < 0)[:, None]
-        powered = self.larimar.sharpness * z_BQV.clamp_min(_FLOOR).log()
+        floor_BQ1 = (_FLOOR * z_BQV.amax(-1, keepdim=True)).clamp_min(torch.finfo(z_BQV.dtype).tiny)
+        powered = self.larimar.sharpness * torch.maximum(z_BQV, floor_BQ1).log()
         # finite where there is no token at all, so that nothing turns into NaN
         scores = torch.log_softmax(powered.masked_fill(free_B1U, torch.finfo(powered.dtype).min), -1)
         best, slot = scores.masked_fill(free_B1U, float("-inf")).sort(dim=-1, descending=True, stable=True)
@@ -137,11 +146,11 @@ class Larimar(StateMemory):
             Larimar (2403.11901) section 3, `Z_read = W M`.
         """
         solved_BSQ = torch.cholesky_solve(weights_BQS.mT, ridge_factor(state["gram"], self.larimar.ridge))
-        return solved_BSQ.mT @ state["cross"]
+        return solved_BSQ.mT @ state["cross"].double()
 
     def matrix(self, state: State) -> Tensor:
         """The memory M `[B, S, V]` float64."""
-        return torch.cholesky_solve(state["cross"], ridge_factor(state["gram"], self.larimar.ridge))
+        return torch.cholesky_solve(state["cross"].double(), ridge_factor(state["gram"], self.larimar.ridge))
 
     def forget(self, state: State, rows: Rows) -> State:
         """The state without these rows of one bank, as if they had never been written; `state` is left as it is.
@@ -174,18 +183,25 @@ class Larimar(StateMemory):
         total = {name: torch.stack([state[name] for state in states]).sum(0) for name in ("gram", "count")}
         return total | self._merged_columns(states, total["count"]) | _merged_scopes(states)
 
-    def _affordable_tokens(self) -> int:
-        rows = self.larimar.memory_rows
-        fixed = sum(spec.nbytes for spec in self.base_spec().values()) + 8 * rows * rows
-        each = 8 * rows + 24
-        tokens = min(self.larimar.tokens, (self.budget_bytes - fixed) // each)
-        if tokens < _LEAST_TOKENS:
+    def _affordable(self) -> tuple[int, int]:
+        """Memory rows and columns that the budget pays for: a quarter of it for the rows among themselves."""
+        options = self.larimar
+        left = self.budget_bytes - sum(spec.nbytes for spec in self.base_spec().values())
+        most = min(options.memory_rows, self.key_dims) if options.addressing == "least_squares" else options.memory_rows
+        if self.dims.value:
+            # the larger root of 8 S^2 + 8 S V + 8 V = left
+            paid = (isqrt(max(0, self.dims.value**2 + 4 * (left // 8 - self.dims.value))) - self.dims.value) // 2
+            rows, columns, least = min(most, paid), self.dims.value, 0
+        else:
+            rows, least = min(most, isqrt(max(0, left) // 32)), _LEAST_TOKENS
+            columns = min(options.tokens, (left - 8 * rows * rows) // ((4 if self.narrow else 8) * rows + 24))
+        if rows < min(_LEAST_ROWS, most) or columns < least:
             raise InvalidSpec(
-                f"budget_bytes={self.budget_bytes} leaves room for {max(0, tokens)} tokens of {each} bytes beside "
-                f"memory_rows={rows}; a larimar bank needs {_LEAST_TOKENS}, so {fixed + _LEAST_TOKENS * each} bytes, "
-                "or fewer memory_rows"
+                f"budget_bytes={self.budget_bytes} leaves a larimar bank of key width {self.key_dims} {rows} memory "
+                f"rows and {columns} columns; it needs {min(_LEAST_ROWS, most)} and {least or columns}: raise the "
+                "budget or lower key_dims"
             )
-        return tokens
+        return rows, columns
 
     def _values(self, batch: Batch, slots_BT: Tensor | None, part: slice) -> Tensor:
         if slots_BT is not None:
@@ -193,7 +209,7 @@ class Larimar(StateMemory):
             return (slots_BT[:, part, None] == columns).double()
         if batch.values_BTV is None:
             raise InvalidTrace(f"rows carry no values; this bank keeps vectors of width {self.dims.value}")
-        return batch.values_BTV[:, part].double()
+        return to_grid(batch.values_BTV[:, part].double())
 
     @staticmethod
     def _add(own: State, weights_BTS: Tensor, values_BTV: Tensor, sign: float = 1.0) -> State:
@@ -216,10 +232,11 @@ class Larimar(StateMemory):
     def _check_written(own: State, weights_BTS: Tensor, values_BTV: Tensor, start: int) -> None:
         """Refuse rows whose removal would leave sums that no rows can have; see kernels/rls_update."""
         factor = ridge_factor(own["gram"], _TRACE_RIDGE)
-        explained = (own["cross"] * torch.cholesky_solve(own["cross"], factor)).sum((1, 2))
+        cross = own["cross"].double()
+        explained = (cross * torch.cholesky_solve(cross, factor)).sum((1, 2))
         energy = own["energy"].sum(1)
         left = (energy - explained).clamp_min(0) + _TRACE_RIDGE * energy + torch.finfo(torch.float64).tiny
-        share_BTT = leverage(factor, own["cross"], weights_BTS, values_BTV, left)
+        share_BTT = leverage(factor, cross, weights_BTS, values_BTV, left)
         worst = share_BTT.diagonal(dim1=1, dim2=2).amax(0)
         bad = torch.nonzero(worst > 1 + _SLACK)
         whole = torch.linalg.eigvalsh(share_BTT).amax()

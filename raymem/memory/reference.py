@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from raymem.kernels.rls_update import to_grid
+from raymem.kernels.rls_update import GRID_BITS, to_grid
 
 Addressing = Literal["least_squares", "gaussian_filter"]
 _BLOCK_ROWS = 64
@@ -33,10 +33,11 @@ class Reference(nn.Module):
     rows_SK: Tensor
     inverse_KS: Tensor
 
-    def __init__(self, rows: int, width: int, seed: int, addressing: Addressing, filter_width: float) -> None:
+    def __init__(self, rows: int, width: int, seed: int, addressing: Addressing, filter_width: float = 1e-3) -> None:
         super().__init__()
         self.addressing = addressing
         self.filter_width = filter_width
+        self.grid_bits = GRID_BITS
         with torch.device("cpu"):
             generator = torch.Generator().manual_seed(seed)
             blocks = [_orthonormal(width, generator) for _ in range(0, rows, width)]
@@ -52,7 +53,7 @@ class Reference(nn.Module):
         padded = nn.functional.pad(flat, (0, 0, 0, -len(flat) % _BLOCK_ROWS))
         weigh = self._solve if self.addressing == "least_squares" else self._filter
         weights = torch.cat([weigh(block) for block in torch.split(padded, _BLOCK_ROWS)])[: len(flat)]
-        return to_grid(weights).reshape(*keys.shape[:-1], -1)
+        return to_grid(weights, self.grid_bits).reshape(*keys.shape[:-1], -1)
 
     def _solve(self, keys_NK: Tensor) -> Tensor:
         return keys_NK @ self.inverse_KS
