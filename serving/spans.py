@@ -10,6 +10,8 @@ from raymem.types import Readout, RowRef
 # a matched row stands for the words around it: those it grew out of, and those that followed
 BEFORE = 16
 AFTER = 24
+# a piece does not grow past this by joining neighbours: common words match everywhere
+LONGEST = 128
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Piece:
 
     def add(self, match: Match) -> None:
         """Count a match in."""
-        self.seq_to = max(self.seq_to, match.row.seq + AFTER)
+        self.seq_to = min(self.seq_from + LONGEST, max(self.seq_to, match.row.seq + AFTER))
         self.positions.add(match.row.pos)
         self.score = max(self.score, match.score)
         self.relevance = max(self.relevance, match.relevance)
@@ -76,8 +78,10 @@ def _merge(matches: list[Match]) -> list[Piece]:
     found: list[Piece] = []
     for match in sorted(matches, key=lambda match: match.row.seq):
         row = match.row
-        # the windows of neighbours overlap: they are one piece
-        if not found or row.seq - BEFORE > found[-1].seq_to:
-            found.append(Piece(row.stream, row.run, max(0, row.seq - BEFORE), row.seq + AFTER))
+        # neighbours whose windows overlap are one piece
+        if not found or row.seq - BEFORE > found[-1].seq_to or row.seq >= found[-1].seq_from + LONGEST:
+            # where pieces touch, no text is told twice
+            start = found[-1].seq_to if found else 0
+            found.append(Piece(row.stream, row.run, max(start, row.seq - BEFORE), row.seq + AFTER))
         found[-1].add(match)
     return found

@@ -42,23 +42,34 @@ def opened(uri: str, cold: str | None = None, *, make: bool = False) -> Iterator
     """Open a store for one command.
 
     Args:
-        uri: see `raymem.connect`; the key for a gateway is in the variable RAYMEM_API_KEY.
+        uri: see `raymem.connect`.
         cold: with Ray.
         make: whether a folder that is not there yet may be made.
+    """
+    if not make:
+        require_store(uri)
+    from raymem.store import connect
+
+    with connect(uri, cold=cold, api_key=api_key(uri)) as store:
+        yield store
+
+
+def require_store(uri: str) -> None:
+    """Refuse a folder that is not there, which is more likely a slip than a wish for an empty store.
 
     Raises:
-        NotFound: there is no such folder, which is more likely a slip than a wish for an empty store.
+        NotFound: naming the commands that make one.
     """
-    if not make and is_folder(uri) and not Path(uri).exists():
+    if is_folder(uri) and not Path(uri).exists():
         raise NotFound(
             f"no store at {uri}; `raymem calibrate` or `raymem bank create` makes one, "
             "--store or RAYMEM_STORE names another"
         )
-    from raymem.store import connect
 
-    key = os.environ.get("RAYMEM_API_KEY") if is_http(uri) else None
-    with connect(uri, cold=cold, api_key=key) as store:
-        yield store
+
+def api_key(uri: str) -> str | None:
+    """The key for a gateway, from the variable RAYMEM_API_KEY: on a command line others could see it."""
+    return os.environ.get("RAYMEM_API_KEY") if is_http(uri) else None
 
 
 def is_http(uri: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +15,9 @@ from raymem.cli.options import (
     JsonOption,
     ModelOption,
     StoreOption,
+    api_key,
     is_http,
+    require_store,
 )
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ async def _recall(name: str, text: str, k: int, model: str, store: str, cold: st
     from raymem.serving.schemas import RecallAnswer
     from raymem.store import AsyncStore
 
-    key = os.environ.get("RAYMEM_API_KEY") if is_http(store) else None
-    memory = await AsyncStore.connect(store, cold=cold, api_key=key)
+    require_store(store)
+    memory = await AsyncStore.connect(store, cold=cold, api_key=api_key(store))
     try:
         bank = memory.bank(name)
         if is_http(store):
