@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_u2_cutting_the_stream_elsewhere_gives_the_same_bits(cuts, cases):
         memory = case.build()
         whole = memory.absorb(memory.empty(), case.rows(90))
         state = memory.empty()
-        for start, end in zip(borders, borders[1:], strict=False):
+        for start, end in pairwise(borders):
             state = memory.absorb(state, case.rows(end - start, start))
         assert same_bits(memory.dump(whole), memory.dump(state)), case.name
 
