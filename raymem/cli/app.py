@@ -61,7 +61,7 @@ def _start(
 def main() -> None:
     """Run the command line; a RaymemError becomes one red line and exit code 1."""
     try:
-        app()
+        app(prog_name="raymem")
     except RaymemError as error:
         output.fail(error)
         sys.exit(1)

@@ -81,10 +81,11 @@ def create(
 
     fields: dict[str, Any] = {
         "kind": kind,
-        "fingerprint": fingerprint_of(model, parse_layers(layers)),
         "key": parse_key(key, key_layers),
         "options": dict(parse_option(text) for text in option or []),
         "budget_bytes": int(budget_mb * 2**20),
+        # last: of a new model it reads every byte
+        "fingerprint": fingerprint_of(model, parse_layers(layers)),
     }
     with opened(store, cold, make=True) as memory:
         info = memory.create(name, _checked(BankSpec, fields)).info()

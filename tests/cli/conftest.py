@@ -1,0 +1,79 @@
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from raymem import Calibration, KeySpec, Trace, connect
+from raymem.cli import main
+from raymem.encode.calibration import Range
+from raymem.lm.models import content_hash
+
+WIDTH = 24
+
+
+class Ran(NamedTuple):
+    """What a command left: its exit code, stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        """stdout as the one JSON document that it must be."""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def raymem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run a command line in this process, as the script would."""
+
+    def run(*args: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["raymem", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that says what a model is; nobody loads it."""
+    monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"hidden_size": WIDTH, "num_hidden_layers": 6}))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store with the tiny model's calibration, named by RAYMEM_STORE."""
+    ranges = {KeySpec(layers=(layer,)): Range(0.2, 0.95) for layer in (3, 5)}
+    folder = tmp_path / "memory"
+    with connect(folder) as opened:
+        mean = torch.full((2, WIDTH), 0.5)
+        opened.put_calibration(Calibration(model=content_hash(model), layers=(3, 5), mean_LD=mean, ranges=ranges))
+    monkeypatch.setenv("RAYMEM_STORE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def alice(raymem, store: Path, model: Path) -> str:
+    """A bank of ten rows."""
+    made = raymem("bank", "create", "lab/alice", "--model", model, "--layers", "3,5", "--key-layers", "5")
+    assert made.code == 0, made.err
+    with connect(store) as opened:
+        hidden = (torch.randn(10, 2, WIDTH) + 0.5).bfloat16()
+        opened.bank("lab/alice").write(Trace(hidden, torch.arange(10), "s", "r"))
+    return "lab/alice"

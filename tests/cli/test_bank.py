@@ -1,0 +1,118 @@
+import pytest
+
+from raymem.cli.bank import parse_key, parse_option
+
+
+def test_a_bank_lives_its_whole_life_on_the_command_line(raymem, alice, tmp_path):
+    assert raymem("bank", "show", alice, "--json").json["rows"] == 10
+    assert raymem("bank", "tag", alice, "first", "--json").json == {"bank": alice, "tags": {"first": 10}}
+    assert raymem("bank", "detach", alice, "--json").json["state"] == "cold"
+    assert raymem("bank", "attach", alice, "--json").json["state"] == "hot"
+    assert raymem("bank", "migrate", alice, "--to", "local", "--json").json["rows"] == 0
+
+    file = tmp_path / "alice.raymem"
+    assert raymem("bank", "export", alice, file, "--json").json["bytes"] == file.stat().st_size
+    assert raymem("bank", "import", file, "lab/copy", "--json").json["tags"] == {"first": 10}
+    assert [bank["name"] for bank in raymem("bank", "ls", "--json").json] == [alice, "lab/copy"]
+    assert raymem("bank", "rm", "lab/copy", "--yes", "--json").json == {"removed": "lab/copy"}
+    assert [bank["name"] for bank in raymem("bank", "ls", "lab/", "--json").json] == [alice]
+
+
+@pytest.mark.parametrize("verb", ["ls", "show", "detach", "attach"])
+def test_people_get_tables_and_sentences(raymem, alice, verb):
+    said = raymem("bank", verb, *([] if verb == "ls" else [alice]))
+    assert said.code == 0
+    assert alice in said.out
+
+
+def test_create_takes_everything_a_spec_has(raymem, store, model):
+    made = raymem(
+        *("bank", "create", "lab/bob", "--kind", "titans", "--model", model, "--layers", "3,5"),
+        *("--key", "window:6", "--key-layers", "3", "--option", "chunk=16", "--budget-mb", "2", "--json"),
+    )
+    spec = made.json["spec"]
+    assert (spec["kind"], spec["options"], spec["budget_bytes"]) == ("titans", {"chunk": 16}, 2 * 2**20)
+    assert spec["key"] == {"function": "window", "layers": [3], "window": 6}
+    assert (spec["fingerprint"]["model"], spec["fingerprint"]["width"]) == ("tiny", 24)
+    assert len(spec["fingerprint"]["calibration"]) == 64
+
+
+REFUSED = [
+    (["--layers", "3"], "raymem calibrate"),
+    (["--layers", "9"], "layers 1 to 6"),
+    (["--layers", "3,5", "--kind", "spolm"], "spolm"),
+    (["--layers", "3,5", "--option", "colour=red"], "colour"),
+    (["--layers", "3,5", "--key", "windoww:8"], "windoww"),
+    (["--layers", "3,5", "--key-layers", "4"], "[4]"),
+    (["--layers", "3,5", "--budget-mb", "0"], "budget_bytes"),
+    (["--layers", "3,5", "--model", "nowhere"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_bank_that_can_not_be_is_refused_in_one_line(raymem, store, model, args, says):
+    said = raymem("bank", "create", "lab/new", "--model", model, *args)
+    assert said.code == 1
+    assert says in said.err
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert raymem("bank", "ls", "--json").json == []
+
+
+@pytest.mark.parametrize("name", ["alice", "a/b/c", "a/b.c", "x" * 10_000 + "/y", "../up"])
+def test_a_name_that_is_none_is_refused(raymem, store, model, name):
+    said = raymem("bank", "create", name, "--model", model, "--layers", "3,5", "--json")
+    assert (said.code, said.json["error"]["code"]) == (1, "invalid_name")
+    assert len(said.err) < 400
+
+
+USAGE = [
+    ("bank", "create"),
+    ("bank", "create", "lab/x", "--layers", "three"),
+    ("bank", "create", "lab/x", "--key", "window:eight"),
+    ("bank", "create", "lab/x", "--option", "chunk"),
+    ("bank", "import", "no-such-file", "lab/x"),
+    ("bank", "paint", "lab/x"),
+    ("bank", "ls", "--colour"),
+]
+
+
+@pytest.mark.parametrize("args", USAGE, ids=" ".join)
+def test_a_slip_on_the_command_line_ends_with_code_two(raymem, store, model, args):
+    said = raymem(*args)
+    assert said.code == 2
+    assert "Usage: raymem" in said.err
+    assert said.out == ""
+
+
+def test_rm_asks_first(raymem, alice, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    assert raymem("bank", "rm", alice).code == 1
+    assert raymem("bank", "show", alice, "--json").json["name"] == alice
+
+
+def test_a_bank_that_is_not_there_is_named(raymem, store):
+    said = raymem("bank", "show", "lab/nobody", "--json")
+    assert (said.code, said.json["error"]["code"]) == (1, "bank_not_found")
+    assert "lab/nobody" in said.err
+
+
+def test_a_folder_that_is_no_store_is_not_made_by_looking(raymem, tmp_path):
+    said = raymem("bank", "ls", "--store", tmp_path / "typo")
+    assert said.code == 1
+    assert "--store" in said.err
+    assert not (tmp_path / "typo").exists()
+
+
+def test_key_functions_and_options_are_read_as_written():
+    assert parse_key("single", None) == {"function": "single", "layers": ()}
+    assert parse_key("span:16", "1,2") == {"function": "span", "layers": (1, 2), "window": 16}
+    assert parse_option("chunk=16") == ("chunk", 16)
+    assert parse_option("eviction=fifo") == ("eviction", "fifo")
+    assert parse_option("whiten=true") == ("whiten", True)
+    assert parse_option("expression=a=b") == ("expression", "a=b")

