@@ -135,7 +135,7 @@ class Replica:
         """Provenance over only those runs that a readout names; a bank may have seen a million."""
         if source_Qk is None:
             return None, ()
-        used, index_Qk = source_Qk.unique(return_inverse=True)
+        used, index_Qk = torch.unique(source_Qk, return_inverse=True)
         first = int((used < 0).sum())
         known = self.encoder.sources
         return index_Qk - first, tuple(known[source] for source in used[first:].tolist())
