@@ -20,14 +20,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from raymem.errors import InvalidInput, RaymemError
+from raymem.errors import ConfigError, InvalidInput, RaymemError
 from raymem.serving.vllm import insides
 from raymem.serving.vllm.copier import RowCopier
 from raymem.serving.vllm.counters import Counters, growth
+from raymem.serving.vllm.fingerprint import engine_fingerprint, require_same
 from raymem.serving.vllm.metrics import RaymemPromMetrics, RaymemStats
 from raymem.serving.vllm.params import ConnectorConfig, write_target
 from raymem.serving.vllm.sender import Chunk, Sender, Sink
 from raymem.serving.vllm.tracker import Piece, Tracker
+from raymem.types import Fingerprint
 
 log = structlog.get_logger("raymem.vllm")
 
@@ -51,9 +53,11 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self.layers = insides.streamed_layers(vllm_config)
         self.config = ConnectorConfig.parse(self._kv_transfer_config.kv_connector_extra_config)
-        group, self._block_size = insides.hidden_group(kv_cache_config)
-        self._tracker = Tracker(group, self._block_size)
+        self._group, self._block_size = insides.hidden_group(kv_cache_config)
+        self._tracker = Tracker(self._group, self._block_size)
         self._refused: list[tuple[str, RaymemError]] = []
+        self._fingerprint: Fingerprint | None = None
+        self._cache: Tensor | None = None
         self._copier: RowCopier | None = None
         self._finished: set[str] = set()
         self._reported = Counters()
@@ -69,7 +73,35 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         # the scheduler and vLLM's front end load this module too, and need no store
         from raymem.serving.vllm.sink import StoreSink
 
-        return StoreSink(self.config, self._vllm_config, self.layers)
+        return StoreSink(self.config, self.require)
+
+    def require(self, bank: Fingerprint) -> None:
+        """Refuse a bank of another model, other layers or another dtype.
+
+        Raises:
+            FingerprintMismatch: naming every field that differs.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = engine_fingerprint(self._vllm_config, self.layers)
+        require_same(bank, self._fingerprint)
+
+    def cold_uri(self) -> str:
+        """Return the cold store behind the store that is written to.
+
+        Raises:
+            ConfigError: only a gateway or a cluster is known.
+        """
+        uri = self.config.cold or self.config.store
+        if uri == "ray" or uri.startswith(("ray://", "http://", "https://")):
+            raise ConfigError(
+                f"a bank is followed from its cold store, and {uri!r} does not say where that is: name it"
+            )
+        return uri
+
+    def paged_states(self) -> tuple[Tensor, int]:
+        """Return the paged cache of hidden states and the index of its group."""
+        assert self._cache is not None, "asked before vLLM registered its caches"
+        return self._cache, self._group
 
     # on the scheduler's side
 
@@ -106,10 +138,10 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
     # in each worker
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
+        width = int(self._vllm_config.model_config.get_hidden_size())
+        self._cache = insides.hidden_cache(kv_caches, self._block_size, len(self.layers), width)
         if insides.writes_rows():
-            width = int(self._vllm_config.model_config.get_hidden_size())
-            cache = insides.hidden_cache(kv_caches, self._block_size, len(self.layers), width)
-            self._copier = RowCopier(cache)
+            self._copier = RowCopier(self._cache)
             self.sender = Sender(self.open_sink, self.config)
 
     def wait_for_save(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from raymem.errors import ConfigError, ModelNotFound
+from raymem.errors import ConfigError, ModelNotFound, Unsupported
 from raymem.serving.vllm.params import METHOD
 
 
@@ -89,3 +91,114 @@ def model_folder(vllm_config: Any) -> Path:
         raise ModelNotFound(
             f"no local copy of model {name!r}: raymem hashes its weights for the fingerprint"
         ) from error
+
+
+class Step:
+    """What one forward pass of vLLM's V1 model runner computed, and for whom.
+
+    `states` are the extracted layers `[T, D]` each, `final_TD` the head's input, `positions_T` each row's place in
+    its context; request i's rows are `starts[i]` to `starts[i + 1]`. `sampled_N` are the rows that get logits.
+    """
+
+    def __init__(self, runner: Any, positions_T: Tensor, final_TD: Tensor, states: list[Tensor]) -> None:
+        count = int(runner.input_batch.num_reqs)
+        self.requests: list[str] = list(runner.input_batch.req_ids[:count])
+        self.starts: list[int] = runner.query_start_loc.np[: count + 1].tolist()
+        self.positions_T = positions_T
+        self.final_TD = final_TD
+        self.states = states
+        self.sampled_N: Tensor | None = None
+
+    def rows_of(self, head_input: Tensor) -> Tensor | None:
+        """Find which rows a call of `compute_logits` is about; None when it is about none of this step's.
+
+        vLLM calls it with a copy of the sampled rows, or, for prompt log-probabilities, with a slice of the states.
+        """
+        final = self.final_TD
+        if head_input.untyped_storage().data_ptr() == final.untyped_storage().data_ptr():
+            first = (head_input.storage_offset() - final.storage_offset()) // final.stride(0)
+            return torch.arange(first, first + len(head_input))
+        if self.sampled_N is not None and len(self.sampled_N) == len(head_input):
+            return self.sampled_N.to("cpu")
+        return None
+
+    def states_RLD(self, rows_R: Tensor) -> Tensor:
+        """Return the extracted layers of some rows."""
+        return torch.stack([layer[rows_R] for layer in self.states], dim=1)
+
+
+class LogitsTap:
+    """Sees each step of vLLM's V1 model runner and may change the logits that its model computes.
+
+    Args:
+        runner: the worker's `model_runner`.
+        change: gets the step, the rows and their logits, and returns the logits to use.
+
+    Raises:
+        Unsupported: this vLLM's runner is another one.
+    """
+
+    def __init__(self, runner: Any, change: Callable[[Step, Tensor, Tensor], Tensor]) -> None:
+        _require_v1(runner)
+        self._runner = runner
+        self._change = change
+        self._model = runner.model
+        self._compute_logits = self._model.compute_logits
+        self._prepare_inputs = runner._prepare_inputs
+        self._step: Step | None = None
+        self._sampled_N: Tensor | None = None
+        self.calls_elsewhere = 0
+        self._hook = self._model.register_forward_hook(self._after_forward, with_kwargs=True)
+        self._model.compute_logits = self._logits
+        runner._prepare_inputs = self._before_forward
+
+    def request_args(self, request: str) -> Any:
+        """Return a running request's `extra_args`."""
+        state = self._runner.requests.get(request)
+        return getattr(getattr(state, "sampling_params", None), "extra_args", None)
+
+    def earlier_states(self, request: int, start: int, stop: int, group: int, cache: Tensor) -> Tensor:
+        """Return the states `[n, L, D]` of a request's positions [start, stop) from the paged cache."""
+        table = self._runner.input_batch.block_table[group].get_numpy_array()[request]
+        size = cache.shape[2]
+        slots_n = torch.tensor([int(table[at // size]) * size + at % size for at in range(start, stop)])
+        return cache[slots_n // size, :, slots_n % size]
+
+    def close(self) -> None:
+        """Put vLLM's own functions back."""
+        self._hook.remove()
+        del self._model.compute_logits
+        del self._runner._prepare_inputs
+
+    def _before_forward(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = self._prepare_inputs(*args, **kwargs)
+        self._sampled_N = prepared[0]
+        return prepared
+
+    def _after_forward(self, _model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        # a runner that extracts no layers returns a bare tensor: there is nothing to make keys of
+        if isinstance(output, tuple) and len(output) == 2 and kwargs.get("positions") is not None:
+            final_TD, states = output
+            self._step = Step(self._runner, kwargs["positions"], final_TD, list(states))
+            self._step.sampled_N = self._sampled_N
+
+    def _logits(self, head_input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        logits: Tensor | None = self._compute_logits(head_input, *args, **kwargs)
+        if logits is None or self._step is None:
+            return logits
+        rows_R = self._step.rows_of(head_input)
+        if rows_R is None:
+            self.calls_elsewhere += 1
+            return logits
+        return self._change(self._step, rows_R, logits)
+
+
+def _require_v1(runner: Any) -> None:
+    wanted = ("model", "input_batch", "requests", "query_start_loc", "_prepare_inputs")
+    missing = [name for name in wanted if not hasattr(runner, name)]
+    if missing or not hasattr(runner.model, "compute_logits"):
+        lacks = ", ".join(missing) or "compute_logits"
+        raise Unsupported(
+            f"{type(runner).__module__}.{type(runner).__name__} has no {lacks}: reading memory "
+            "inside vLLM needs its V1 model runner, so start the engine with VLLM_USE_V2_MODEL_RUNNER=0"
+        )

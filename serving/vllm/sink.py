@@ -3,35 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
 
-from raymem.errors import ConfigError
-from raymem.lm.models import content_hash, tokenizer_hash
-from raymem.serving.vllm import insides
 from raymem.serving.vllm.params import ConnectorConfig
 from raymem.store import AsyncBank, AsyncStore
-from raymem.types import DTYPES, Fingerprint, Trace
-
-
-def engine_fingerprint(vllm_config: Any, layers: tuple[int, ...]) -> Fingerprint:
-    """Say what made an engine's rows; calibration and values are left to each bank.
-
-    Raises:
-        ModelNotFound: the model's files are not on this machine.
-        ConfigError: its hidden states are of a dtype that no bank holds.
-    """
-    folder = insides.model_folder(vllm_config)
-    dtype: Any = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ConfigError(f"the engine computes in {dtype}; banks hold {', '.join(DTYPES)}: set dtype= to one of those")
-    return Fingerprint(
-        model=str(vllm_config.model_config.model),
-        content=content_hash(folder),
-        layers=layers,
-        width=int(vllm_config.model_config.get_hidden_size()),
-        dtype=dtype,
-        tokenizer=tokenizer_hash(folder),
-    )
+from raymem.types import Fingerprint, Trace
 
 
 class StoreSink:
@@ -39,17 +15,14 @@ class StoreSink:
 
     Args:
         config: names the store.
-        vllm_config: of the engine whose states are written.
-        layers: those that the engine extracts.
+        require: gets a bank's fingerprint before the first write to it; raises to refuse it.
     """
 
-    def __init__(self, config: ConnectorConfig, vllm_config: Any, layers: tuple[int, ...]) -> None:
+    def __init__(self, config: ConnectorConfig, require: Callable[[Fingerprint], None]) -> None:
         self._config = config
-        self._vllm_config = vllm_config
-        self._layers = layers
+        self._require = require
         self._opening = asyncio.Lock()
         self._store: AsyncStore | None = None
-        self._fingerprint: Fingerprint | None = None
         self._banks: dict[str, AsyncBank] = {}
 
     async def write(self, bank: str, trace: Trace) -> None:
@@ -71,12 +44,8 @@ class StoreSink:
     async def _open(self, bank: str) -> AsyncBank:
         if self._store is None:
             self._store = await AsyncStore.connect(self._config.store, cold=self._config.cold)
-        if self._fingerprint is None:
-            self._fingerprint = await asyncio.to_thread(engine_fingerprint, self._vllm_config, self._layers)
         handle = self._store.bank(bank)
-        theirs = (await handle.info()).spec.fingerprint
-        # the name is a label, and calibration and value space are the bank's own choice: the rest must agree
-        own = {"model": theirs.model, "calibration": theirs.calibration, "values": theirs.values}
-        theirs.require(self._fingerprint.model_copy(update=own))
+        info = await handle.info()
+        await asyncio.to_thread(self._require, info.spec.fingerprint)
         self._banks[bank] = handle
         return handle

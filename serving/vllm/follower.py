@@ -1,0 +1,106 @@
+"""A bank inside the vLLM worker: read from the cold store, then kept up to date from its journal."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from torch import Tensor
+
+from raymem.backend import detached
+from raymem.cold.store import ColdStore
+from raymem.errors import BankNotFound, RaymemError
+from raymem.runtime import Replica
+from raymem.types import Fingerprint, Readout
+
+log = structlog.get_logger("raymem.vllm")
+
+
+class Follower:
+    """One bank, read-only, a fraction of a second behind its owner.
+
+    A bank that is detached from its store, or removed, answers nothing here either, until it is attached again.
+
+    Args:
+        uri: the cold store that the bank lives in.
+        name: the bank.
+        device: where its state is kept.
+        expect: called with the bank's fingerprint before anything is loaded; raises to refuse it.
+        poll_s: how often the journal is looked at.
+
+    Raises:
+        BankNotFound, BankDetached: there is nothing to follow.
+    """
+
+    def __init__(
+        self, uri: str, name: str, device: str, expect: Callable[[Fingerprint], None], poll_s: float = 0.2
+    ) -> None:
+        self.name = name
+        self.uri = uri
+        self._cold = ColdStore.open(uri)
+        entry = self._cold.catalog.get(name)
+        if entry.state == "cold":
+            raise detached(name)
+        expect(entry.spec.fingerprint)
+        self._replica = Replica(self._cold, entry, device)
+        self._busy = threading.Lock()
+        self._stop = threading.Event()
+        self._poll_s = poll_s
+        self.live = True
+        self.error = ""
+        self._replica.recover()
+        self._thread = threading.Thread(target=self._tail, name=f"raymem-follow-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def window(self) -> int:
+        """How many consecutive states one key is made of."""
+        key = self._replica.spec.key
+        return 1 if key.function == "single" else key.window
+
+    def read(self, hidden_QLD: Tensor, k: int, start: int) -> Readout:
+        """Answer consecutive states of one context; see `Replica.read`."""
+        return self._replica.read(hidden_QLD.to("cpu"), k, start)
+
+    def catch_up(self) -> int:
+        """Apply what the journal holds by now; return the rows that this brought.
+
+        Raises:
+            RaymemError: the store can't be read, or what it holds does not check out.
+        """
+        with self._busy:
+            try:
+                self.live = self._cold.catalog.get(self.name).state != "cold"
+            except BankNotFound:
+                self.live = False
+            return self._replica.catch_up() if self.live else 0
+
+    def stats(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {
+            "store": self.uri,
+            "live": self.live,
+            "rows": self._replica.pos,
+            "bytes": self._replica.nbytes,
+            "error": self.error,
+        }
+
+    def close(self) -> None:
+        """Stop following and free the state."""
+        self._stop.set()
+        self._thread.join()
+
+    def _tail(self) -> None:
+        while not self._stop.wait(self._poll_s):
+            try:
+                self.catch_up()
+                self.error = ""
+            except RaymemError as error:
+                # a store that is away for a while: go on with what is here, and say so
+                if str(error) != self.error:
+                    log.warning("can't follow bank", bank=self.name, code=error.code, reason=str(error))
+                self.error = str(error)
+                time.sleep(self._poll_s)

@@ -1,0 +1,146 @@
+"""The worker extension: banks attached inside a vLLM worker, called with `llm.collective_rpc(...)`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+from raymem.errors import ConfigError, RaymemError
+from raymem.serving.vllm import insides
+from raymem.serving.vllm.connector import RaymemConnector
+from raymem.serving.vllm.memory import MemoryMixer
+from raymem.types import check_bank_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from raymem.serving.vllm.follower import Follower
+
+log = structlog.get_logger("raymem.vllm")
+
+
+class MemoryReader:
+    """Mixed into vLLM's worker by `worker_extension_cls`; each method answers from every worker of the engine.
+
+    ::
+
+        llm.collective_rpc("attach_bank", args=("research/alice",))
+        llm.generate(prompt, SamplingParams(extra_args=raymem_params(read=["research/alice"])))
+    """
+
+    def attach_bank(self, name: str, store: str | None = None) -> dict[str, Any]:
+        """Follow a bank in this worker; one that is attached already is brought up to date.
+
+        Args:
+            name: the bank.
+            store: the cold store it lives in; by default the one that the connector writes to.
+
+        Raises:
+            BankNotFound, BankDetached: there is nothing to follow.
+            FingerprintMismatch: the bank holds another model's states, or other layers.
+            ConfigError: the connector writes through a gateway, so the cold store must be named.
+            Unsupported: this vLLM's insides are not those that raymem knows.
+        """
+        return _memory_of(self).attach(check_bank_name(name), store)
+
+    def detach_bank(self, name: str) -> bool:
+        """Stop following a bank and free its memory; say whether it was attached."""
+        return _memory_of(self).detach(name)
+
+    def memory_stats(self) -> dict[str, Any]:
+        """Return what was streamed, shed and mixed so far, and where each attached bank stands."""
+        return _memory_of(self).stats()
+
+    def flush_memory(self, timeout_s: float = 30.0) -> bool:
+        """Wait until every row that has left the engine is in its bank; False when the time was up first."""
+        sender = _connector().sender
+        return sender is None or sender.flush(timeout_s)
+
+
+def _memory_of(worker: Any) -> _WorkerMemory:
+    # vLLM refuses an extension with attributes that its workers have: one name, set on first use
+    memory = getattr(worker, "raymem_memory", None)
+    if memory is None:
+        memory = worker.raymem_memory = _WorkerMemory(worker)
+    assert isinstance(memory, _WorkerMemory)
+    return memory
+
+
+class _WorkerMemory:
+    """The banks of one worker, and the tap on its logits while there are any."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._banks: dict[str, Follower] = {}
+        self._tap: insides.LogitsTap | None = None
+        self._mixer: MemoryMixer | None = None
+
+    def attach(self, name: str, store: str | None) -> dict[str, Any]:
+        from raymem.serving.vllm.follower import Follower
+
+        if name in self._banks:
+            self._banks[name].catch_up()
+            return self._banks[name].stats()
+        connector = _connector()
+        uri = store or connector.cold_uri()
+        bank = Follower(uri, name, "cpu", connector.require)
+        try:
+            self._start_tap(connector)
+        except RaymemError:
+            bank.close()
+            raise
+        self._banks[name] = bank
+        log.info("bank attached", bank=name, **bank.stats())
+        return bank.stats()
+
+    def detach(self, name: str) -> bool:
+        bank = self._banks.pop(name, None)
+        if bank is not None:
+            bank.close()
+        if not self._banks and self._tap is not None:
+            self._tap.close()
+            self._tap = None
+        return bank is not None
+
+    def stats(self) -> dict[str, Any]:
+        sender = _connector().sender
+        return {
+            "streamed": sender.stats().as_dict() if sender is not None else {},
+            "read": self._mixer.counters.as_dict() if self._mixer is not None else {},
+            "banks": {name: bank.stats() for name, bank in self._banks.items()},
+        }
+
+    def _start_tap(self, connector: RaymemConnector) -> None:
+        if self._tap is not None:
+            return
+        from raymem.lm.mixing import Mixer
+
+        mixer = Mixer()
+        tap = insides.LogitsTap(self._worker.model_runner, self._change)
+
+        def earlier(request: int, start: int, stop: int) -> Tensor:
+            cache, group = connector.paged_states()
+            return tap.earlier_states(request, start, stop, group, cache)
+
+        counters = self._mixer.counters if self._mixer is not None else None
+        self._mixer = MemoryMixer(self._banks, mixer.logits, tap.request_args, earlier)
+        self._mixer.counters = counters or self._mixer.counters
+        self._tap = tap
+
+    def _change(self, step: Any, rows_R: Tensor, logits_RV: Tensor) -> Tensor:
+        assert self._mixer is not None
+        return self._mixer.change(step, rows_R, logits_RV)
+
+
+def _connector() -> RaymemConnector:
+    group = get_kv_transfer_group() if has_kv_transfer_group() else None
+    # vLLM's MultiConnector keeps the connectors that it stands for in `_connectors`
+    for connector in (group, *getattr(group, "_connectors", ())):
+        if isinstance(connector, RaymemConnector):
+            return connector
+    raise ConfigError(
+        f"this engine's KV connector is {type(group).__name__}; memory is read from the layers that "
+        "RaymemConnector extracts: start the engine with LLM(**raymem.serving.vllm.engine_args(store))"
+    )

@@ -1,0 +1,119 @@
+"""Which rows read which bank, and with which states: no vLLM, banks that answer with what they were asked."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from raymem.errors import InvalidTrace
+from raymem.serving.vllm.memory import MemoryMixer
+from raymem.types import Readout
+
+VOCABULARY = 7
+
+
+@dataclass
+class EchoBank:
+    """Answers with the query's own first number as value, so that a test sees which state was asked."""
+
+    window: int = 1
+    live: bool = True
+    asked: list[tuple[list[float], int]] = field(default_factory=list)
+
+    def read(self, hidden_QLD, k, start):
+        self.asked.append((hidden_QLD[:, 0, 0].tolist(), start))
+        return Readout(values_QV=hidden_QLD[:, 0, :1].float(), relevance_Q=torch.ones(len(hidden_QLD)))
+
+
+class FailingBank(EchoBank):
+    def read(self, hidden_QLD, k, start):
+        raise InvalidTrace("states of another width")
+
+
+@dataclass
+class FakeStep:
+    """Requests with `lengths` rows each; a row's state is 100 times its request's number plus its position."""
+
+    requests: list[str]
+    lengths: list[int]
+    firsts: list[int]
+
+    def __post_init__(self):
+        self.starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
+        ranges = [torch.arange(first, first + n) for first, n in zip(self.firsts, self.lengths, strict=True)]
+        self.positions_T = torch.cat(ranges)
+        owners = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+        self._states_T = (100 * owners + self.positions_T).float()
+
+    def states_RLD(self, rows_R):
+        return self._states_T[rows_R][:, None, None].expand(-1, 1, 2)
+
+
+def mixer(banks, reads):
+    def earlier(request, start, stop):
+        return (100 * request + torch.arange(start, stop)).float()[:, None, None].expand(-1, 1, 2)
+
+    def blend(logits_RV, readout):
+        assert logits_RV.dtype == torch.float32
+        return logits_RV + readout.values_QV
+
+    return MemoryMixer(banks, blend, lambda name: {"raymem": {"read": reads.get(name, [])}}, earlier)
+
+
+def logits(rows):
+    return torch.arange(rows * VOCABULARY).reshape(rows, VOCABULARY).bfloat16()
+
+
+def test_without_a_reading_request_the_very_same_tensor_comes_back():
+    step = FakeStep(["a", "b"], [2, 3], [5, 9])
+    before = logits(2)
+    memory = mixer({"lab/x": EchoBank()}, {})
+    assert memory.change(step, torch.tensor([1, 4]), before) is before
+    assert memory.counters.rows_mixed == 0
+
+
+def test_only_the_rows_of_reading_requests_change_and_each_asks_with_its_own_state():
+    step = FakeStep(["a", "b", "c"], [2, 3, 1], [5, 9, 40])
+    bank = EchoBank()
+    memory = mixer({"lab/x": bank}, {"b": ["lab/x"]})
+    rows = torch.tensor([1, 3, 4, 5])
+    before = logits(4)
+    after = memory.change(step, rows, before)
+    assert after.dtype == torch.float32
+    assert torch.equal(after[[0, 3]], before[[0, 3]].float())
+    assert torch.equal(after[1], before[1].float() + 110)
+    assert torch.equal(after[2], before[2].float() + 111)
+    assert bank.asked == [([110.0, 111.0], 10)]
+    assert memory.counters.rows_mixed == 2
+
+
+def test_a_window_reaches_back_into_this_step_and_into_the_cache():
+    bank = EchoBank(window=4)
+    memory = mixer({"lab/x": bank}, {"a": ["lab/x"], "b": ["lab/x"]})
+    step = FakeStep(["a", "b"], [3, 1], [8, 1])
+    after = memory.change(step, torch.tensor([1, 2, 3]), logits(3))
+    # a's rows 9 and 10: its window starts at 6, of which 6 and 7 are in the cache and 8 is of this step.
+    # b's row 1: there is nothing before position 0
+    assert bank.asked == [([6.0, 7.0, 8.0, 9.0, 10.0], 6), ([100.0, 101.0], 0)]
+    assert torch.equal(after - logits(3).float(), torch.tensor([9.0, 10.0, 101.0])[:, None].expand(-1, VOCABULARY))
+
+
+def test_several_banks_are_mixed_one_after_the_other():
+    memory = mixer({"lab/x": EchoBank(), "lab/y": EchoBank()}, {"a": ["lab/x", "lab/y"]})
+    after = memory.change(FakeStep(["a"], [1], [3]), torch.tensor([0]), logits(1))
+    assert torch.equal(after, logits(1).float() + 6)
+
+
+@pytest.mark.parametrize("banks", [{}, {"lab/x": EchoBank(live=False)}])
+def test_a_bank_that_is_not_here_or_detached_leaves_the_logits_alone_and_is_counted(banks):
+    memory = mixer(banks, {"a": ["lab/x"]})
+    before = logits(2)
+    assert memory.change(FakeStep(["a"], [2], [3]), torch.tensor([0, 1]), before) is before
+    assert memory.counters.missing == {"lab/x": 2}
+
+
+def test_a_read_that_fails_costs_the_memory_and_not_the_request():
+    memory = mixer({"lab/x": FailingBank()}, {"a": ["lab/x"]})
+    after = memory.change(FakeStep(["a"], [1], [3]), torch.tensor([0]), logits(1))
+    assert torch.equal(after, logits(1).float())
+    assert memory.counters.rows_failed == 1
