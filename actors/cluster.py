@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from raymem.errors import BackendUnavailable, ConfigError, Unavailable
 DIRECTORY = "directory"
 # calls that one actor runs at a time; past each caller's own limit Ray would queue without telling anyone
 _CONCURRENT = 4096
+_KNOCK_S = 5.0
 _lifetime: dict[str, Any] = {
     "namespace": NAMESPACE,
     "lifetime": "detached",
@@ -35,10 +37,12 @@ _lifetime: dict[str, Any] = {
     "max_task_retries": 0,
     "max_concurrency": _CONCURRENT,
 }
-_QUIET = {
+# of nodes on this machine: quiet, and not behind whatever else runs here
+_LOCAL = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
 }
 _joining = threading.Lock()
 _users = 0
@@ -77,13 +81,26 @@ def leave() -> None:
 
 def _connect(address: str) -> None:
     quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    named = os.environ.get("RAY_ADDRESS", "") if address == "ray" else address
     try:
+        _knock(named)
         ray.init(address="auto" if address == "ray" else address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         fix = "start one with `ray start --head`, or `raymem demo` for one of its own; RAY_ADDRESS names another"
         if address != "ray":
             fix = "check host and port (Ray Client listens on 10001) and that the cluster runs"
-        raise BackendUnavailable(f"no Ray cluster at {address!r} ({str(error).splitlines()[0]}); {fix}") from error
+        raise BackendUnavailable(f"no Ray cluster at {named or address!r} ({_first_line(error)}); {fix}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _knock(address: str) -> None:
+    # Ray itself keeps trying for minutes where nobody listens
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
 
 
 class RayCluster:
@@ -203,8 +220,8 @@ def local_nodes(n: int, *, cpus: float = 2, object_store_bytes: int = 200 * 2**2
     """
     if ray.is_initialized():
         raise ConfigError("this process is connected to a Ray cluster already: ray.shutdown() first")
-    saved = {name: os.environ.get(name) for name in [*_QUIET, "RAY_ADDRESS"]}
-    os.environ.update(_QUIET)
+    saved = {name: os.environ.get(name) for name in [*_LOCAL, "RAY_ADDRESS"]}
+    os.environ.update(_LOCAL)
     os.environ.pop("RAY_ADDRESS", None)
     nodes = LocalNodes(cpus, object_store_bytes)
     try:

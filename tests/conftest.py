@@ -43,6 +43,58 @@ def _seeded() -> None:
         torch.manual_seed(0)
 
 
+class Tiny:
+    """A model that does not exist: its calibration, specs of banks for it, and traces of its random states."""
+
+    width = 24
+    layers = (3, 5)
+
+    @property
+    def calibration(self) -> Any:
+        from raymem import Calibration, KeySpec
+        from raymem.encode.calibration import Range
+
+        ranges = {KeySpec(layers=(layer,)): Range(0.2, 0.95) for layer in self.layers}
+        mean_LD = self._torch.full((len(self.layers), self.width), 0.5)
+        return Calibration(model="content", layers=self.layers, mean_LD=mean_LD, ranges=ranges)
+
+    def spec(self, kind: str = "spalm", **options: Any) -> Any:
+        from raymem import BankSpec, Fingerprint, KeySpec
+
+        named = {"model": "tiny", "content": "content", "tokenizer": "tokens"}
+        fingerprint = Fingerprint(layers=self.layers, width=self.width, calibration=self.calibration.hash, **named)
+        return BankSpec(kind=kind, fingerprint=fingerprint, key=KeySpec(layers=(5,)), options=options)
+
+    def trace(self, rows: int = 20, *, stream: str = "s", run: str = "r", seq: int = 0, seed: int = 0) -> Any:
+        """Rows of one endless sequence per seed, from `seq` on: cut anywhere, they are the same rows."""
+        from raymem import Trace
+
+        made = self._rows(seq + rows, seed)
+        hidden, tokens = (tensor[seq:] for tensor in made)
+        return Trace(hidden.bfloat16(), tokens, stream, run, seq, time=1.0)
+
+    def _rows(self, count: int, seed: int) -> tuple[Any, Any]:
+        # a fixed length first: random numbers drawn in one piece are not those drawn in another
+        longest = 4096
+        assert count <= longest
+        generator = self._torch.Generator().manual_seed(seed)
+        hidden = self._torch.randn(longest, len(self.layers), self.width, generator=generator) + 0.5
+        tokens = self._torch.randint(0, 50, (longest,), generator=generator)
+        return hidden[:count], tokens[:count]
+
+    @property
+    def _torch(self) -> Any:
+        import torch
+
+        return torch
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    """Return what a test needs to fill banks without a model."""
+    return Tiny()
+
+
 def _poisoned(make: Any, torch: Any) -> Any:
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         tensor = make(*args, **kwargs)
