@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -53,9 +54,7 @@ class Door:
 
     def _check_caller(self, scope: Scope, headers: Headers) -> None:
         if not self._keys:
-            client = scope.get("client")
-            if client is None or not is_loopback(client[0]):
-                raise Unauthorized("this gateway has no API keys, so it serves its own machine only; set api_keys")
+            _check_local(scope, headers)
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # headers are read as latin-1, whatever they hold; every key is compared, so that the time taken says nothing
@@ -89,6 +88,24 @@ class Door:
             return message
 
         return counted
+
+
+def _check_local(scope: Scope, headers: Headers) -> None:
+    client = scope.get("client")
+    # a page in a browser on this machine comes from loopback too: where it is from tells it apart
+    names = [_host_of(f"//{headers.get('host', '')}"), _host_of(headers.get("origin", "//localhost"))]
+    if client is None or not all(map(is_loopback, (client[0], *names))):
+        raise Unauthorized(
+            "this gateway has no API keys, so it serves its own machine only, at its own address; "
+            "set RAYMEM_GATEWAY__API_KEYS or gateway.api_keys"
+        )
+
+
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_loopback(host: str) -> bool:

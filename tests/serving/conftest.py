@@ -18,7 +18,9 @@ WIDTH = 24
 LONGEST_RUN = 1000
 
 
-def _calibration() -> Calibration:
+@pytest.fixture(scope="session")
+def gateway_calibration() -> Calibration:
+    """Statistics of the tiny model."""
     ranges = {KeySpec(layers=(layer,)): Range(0.2, 0.95) for layer in (3, 5)}
     return Calibration(model="content", layers=(3, 5), mean_LD=torch.full((2, WIDTH), 0.5), ranges=ranges)
 
@@ -74,13 +76,20 @@ def run_gateway() -> Callable[[Path, Settings], object]:
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def gateway(tmp_path_factory: pytest.TempPathFactory, gateway_calibration: Calibration) -> Iterator[str]:
     """The address of a gateway over a store that has the tiny model's calibration."""
     settings = Settings()
     with _running(tmp_path_factory.mktemp("gateway") / "memory", settings) as url:
         with connect(url) as store:
-            store.put_calibration(_calibration())
+            store.put_calibration(gateway_calibration)
         yield url
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with bind("127.0.0.1", 0) as free:
+        return int(free.getsockname()[1])
 
 
 @pytest.fixture

@@ -215,6 +215,16 @@ def test_an_export_that_fails_leaves_the_old_file_and_no_scraps(store, tmp_path)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("bank.raymem", "older")]
 
 
+async def test_an_upload_onto_a_full_disk_says_so():
+    from raymem.serving.routes.banks import _receive
+
+    async def chunks():
+        yield b"x" * 100
+
+    with pytest.raises(StorageError, match="No space left"):
+        await _receive(chunks(), Path("/dev/full"))
+
+
 def test_files_that_cannot_be_opened_are_named(store, rows_bank):
     missing = Path("no") / "such" / "folder.raymem"
     with pytest.raises(StorageError, match=r"folder\.raymem"):

@@ -122,6 +122,21 @@ async def test_without_keys_other_machines_are_turned_away(client):
     assert sent[0]["status"] == 401
 
 
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example:80"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "["}]
+)
+def test_without_keys_a_web_page_gets_nothing(gateway, headers):
+    answer = httpx.post(f"{gateway}/v1/banks/lab/a/detach", headers=headers)
+    assert answer.status_code in (400, 401)
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Host": "localhost:80"}, {"Origin": "http://127.0.0.1:8765"}, {"Host": "[::1]:80"}]
+)
+def test_without_keys_ones_own_pages_are_served(gateway, headers):
+    assert httpx.get(f"{gateway}/v1/nodes", headers=headers).status_code == 200
+
+
 def test_answers_are_not_held_back(locked):
     with httpx.Client(base_url=locked, headers=bearer(KEY)) as client:
         waits = []
