@@ -413,7 +413,7 @@ def test_a_cell_carries_on_where_its_state_left_off(options):
 
 
 def copy_batch(count: int, length: int, bits: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random bits to be repeated after a flag: inputs [count, 2 length + 1, bits + 1], targets [count, length, bits]."""
+    """Random bits to be repeated after a flag: inputs [count, 2 length + 1, bits + 1], and the bits as targets."""
     targets = torch.randint(2, (count, length, bits), generator=generator).float()
     inputs = torch.zeros(count, 2 * length + 1, bits + 1)
     inputs[:, :length, :bits] = targets
