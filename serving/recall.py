@@ -58,17 +58,16 @@ class Reader:
 
     def _load(self) -> LanguageModel:
         if self._model is None:
-            try:
-                import transformers  # noqa: F401 - asked for here, so that its absence has a name
+            from raymem.lm.models import LanguageModel
 
-                from raymem.lm.models import LanguageModel
-            except ImportError as error:
+            log.info("loading model", model=self.name)
+            try:
+                self._model = LanguageModel.load(self.name)
+            except ModuleNotFoundError as error:
                 raise MissingExtra(
                     f"recall in text runs a language model, and {error.name!r} is not installed: "
                     "`pip install 'raymem[lm]'`"
                 ) from error
-            log.info("loading model", model=self.name)
-            self._model = LanguageModel.load(self.name)
         return self._model
 
     def _check(self, model: LanguageModel, fingerprint: Fingerprint) -> None:

@@ -9,8 +9,20 @@ import typer
 
 import raymem
 from raymem.cli import bank, calibrate, demo, doctor, evaluate, output, recall, serve, status
-from raymem.errors import RaymemError
+from raymem.errors import MissingExtra, RaymemError
 
+# commands import what they need when they run; this is who brings it
+_EXTRAS = {
+    "accelerate": "lm",
+    "fastapi": "serve",
+    "gguf": "lm",
+    "prometheus_client": "serve",
+    "ray": "ray",
+    "tokenizers": "lm",
+    "transformers": "lm",
+    "uvicorn": "serve",
+    "vllm": "vllm",
+}
 app = typer.Typer(
     name="raymem",
     help="""Memory made of hidden states, in banks that fleets of LLM agents share.
@@ -59,9 +71,15 @@ def _start(
 
 
 def main() -> None:
-    """Run the command line; a RaymemError becomes one red line and exit code 1."""
+    """Run the command line; a RaymemError or a package that isn't there becomes one red line and exit code 1."""
     try:
         app(prog_name="raymem")
     except RaymemError as error:
         output.fail(error)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        output.fail(MissingExtra(f"{package!r} is not installed: `pip install 'raymem[{_EXTRAS[package]}]'`"))
         sys.exit(1)

@@ -9,7 +9,6 @@ import typer
 
 from raymem.cli import output
 from raymem.cli.options import DEFAULT_STORE, ColdOption, JsonOption, StoreOption
-from raymem.errors import MissingExtra
 
 
 def serve(
@@ -30,11 +29,8 @@ def serve(
 
         RAYMEM_GATEWAY__API_KEYS=secret raymem serve --host 0.0.0.0 --store ray --cold s3://bucket/memory
     """
-    try:
-        from raymem.serving.server import run
-    except ModuleNotFoundError as error:
-        raise MissingExtra(f"{error.name!r} is not installed: `pip install 'raymem[serve]'`") from error
     from raymem.config import Settings
+    from raymem.serving.server import run
 
     output.set_log_level(logging.INFO)
     settings = Settings.load()

@@ -99,6 +99,24 @@ def test_serve_refuses_to_be_open_to_others(raymem, store):
     assert "RAYMEM_GATEWAY__API_KEYS" in said.err
 
 
+@pytest.mark.parametrize(
+    ("missing", "extra", "command"),
+    [("transformers", "lm", ["calibrate", "--model"]), ("uvicorn", "serve", ["serve"]), ("ray", "ray", ["status"])],
+)
+def test_a_package_that_is_not_there_is_named_with_its_extra(
+    raymem, store, model, monkeypatch, missing, extra, command
+):
+    for name in [
+        name for name in sys.modules if name == missing or name.startswith(("raymem.serving", "raymem.actors"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    arguments = {"calibrate": [model], "status": ["--store", "ray"], "serve": []}[command[0]]
+    said = raymem(*command, *arguments)
+    assert said.code == 1
+    assert said.err.splitlines()[-1] == f"error: '{missing}' is not installed: `pip install 'raymem[{extra}]'`"
+
+
 def test_an_unknown_setting_is_named(raymem, store, monkeypatch):
     monkeypatch.setenv("RAYMEM_GATEWAY__PROT", "1")
     said = raymem("bank", "ls")
