@@ -173,3 +173,9 @@ async def test_a_bug_says_nothing_of_itself():
         answer = await client.get("/fail")
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "raymem_error")
     assert "secret" not in answer.text
+
+
+def test_the_page_about_http_lists_every_route(root):
+    page = (root / "docs" / "http.md").read_text()
+    listed = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert listed == {f"{route.method} {route.path}" for route in TABLE}
