@@ -15,6 +15,13 @@ KEY = VALUE = 24
 
 # beside each kind's defaults: other storage, other forms of learning, other values
 VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "dnc-int8-projected": ("dnc", {"key_dtype": "int8", "key_dims": 15}, 0),
+    "dnc-vectors": ("dnc", {"slots": 37}, VALUE),
+    "larimar-filter": ("larimar", {"addressing": "gaussian_filter", "memory_rows": 31, "filter_width": 0.1}, 0),
+    "larimar-float32": ("larimar", {"cross_dtype": "float32", "key_dims": 15}, 0),
+    "larimar-vectors": ("larimar", {"ridge": 0.1}, VALUE),
+    "ntm-bfloat16": ("ntm", {"key_dtype": "bfloat16"}, 0),
+    "ntm-vectors": ("ntm", {"strength": 30.0}, VALUE),
     "spalm-float32": ("spalm", {"key_dtype": "float32"}, 0),
     "spalm-int8-projected": ("spalm", {"key_dtype": "int8", "key_dims": 15}, 0),
     "spalm-vectors": ("spalm", {}, VALUE),
