@@ -217,6 +217,7 @@ class Runtime(Replica):
         except RaymemError as error:
             # some of a failed commit may be in the journal all the same: look before the next one
             self._unsure = True
+            self.counters.refused += len(traces)
             return [error] * len(traces)
 
     def _write(self, traces: Sequence[Trace]) -> list[Ack | RaymemError]:
