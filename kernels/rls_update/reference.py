@@ -25,7 +25,8 @@ def information_update_reference(
 def ridge_factor(gram_BSS: Tensor, ridge: float) -> Tensor:
     """Cholesky factor `[B, S, S]` of `C + ridge I`, which the ridge keeps positive definite."""
     factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(gram_BSS + ridge * torch.eye(gram_BSS.shape[-1], dtype=gram_BSS.dtype))
+    unit_SS = torch.eye(gram_BSS.shape[-1], dtype=gram_BSS.dtype, device=gram_BSS.device)
+    factor, info = torch.linalg.cholesky_ex(gram_BSS + ridge * unit_SS)
     assert not bool(info.any()), "a sum of squares plus a ridge is positive definite"
     return factor
 
