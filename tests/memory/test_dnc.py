@@ -123,6 +123,31 @@ def test_j4_replay_in_both_directions_is_exact_also_after_slots_were_used_again(
         assert not read(state, says._replace(modes=moves(mode)))["reads"].any()
 
 
+def test_ten_slots_serve_ten_sequences_when_each_is_freed_as_it_is_read():
+    # extended data figure 1 of the paper, with its script instead of a trained controller
+    slots, written = 10, set()
+    state = empty_slots(1, slots, W, 1, torch.float64)
+    # what was read in one step is freed in the next
+    free = {"free_gates": torch.ones(1, 1).double()}
+    busy = free | {"write_gate": torch.ones(1).double(), "allocation_gate": torch.ones(1).double()}
+    idle = {"erase": torch.ones(1, W).double(), "modes": torch.zeros(1, 1, 3).double()}
+    still = free | {"write_gate": torch.zeros(1).double()}
+    for _ in range(10):
+        words = torch.randn(slots, 1, W, dtype=torch.float64)
+        for word in words:
+            says = drawn_interface(1, 1, write_vector=word, **busy, **idle)
+            state = step(state, says, epsilon=0.0)
+            written.add(int(state["write_weights"].argmax()))
+        for place, word in enumerate(words):
+            sharp = torch.full((1, 1), 1e4, dtype=torch.float64)
+            mode = moves(FORWARD if place else CONTENT)
+            says = drawn_interface(1, 1, read_keys=word[:, None], read_strengths=sharp, modes=mode, **still)
+            state = step(state, says, epsilon=0.0)
+            assert torch.equal(state["reads"][:, 0], word)
+    # a hundred writes, and every slot had its turns
+    assert written == set(range(slots))
+
+
 def test_j5_invariants_hold_over_random_steps():
     state = drawn_state(0)
     for _ in range(60):
