@@ -181,7 +181,7 @@ def checksums(
         if (stream, run) not in seeds:
             seeds[stream, run] = crc32c(f"{stream}\0{run}".encode())
         crcs.append(crc32c(row, seeds[stream, run]))
-    return torch.tensor(crcs, dtype=torch.int64)
+    return torch.from_numpy(np.array(crcs, dtype=np.int64))
 
 
 def _pieces(table: pa.Table) -> Iterator[tuple[int, int]]:
