@@ -60,6 +60,7 @@ def test_find_tells_which_rows_are_there(journal: Journal, rows):
     assert journal.find("it's", "r", 2, 5) == dict(zip([2, 3, 4], mine.crc_T[2:5].tolist(), strict=True))
     assert journal.find("it's", "other", 0, 7) == {6: int(other.crc_T[0])}
     assert journal.find("' OR true --", "r", 0, 100) == {}
+    assert torch.equal(journal.tokens("it's", "r", 2, 9), mine.token_T[2:])
 
 
 def test_stats_count_what_is_there(journal: Journal, rows):
