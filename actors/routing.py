@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from raymem.actors import cluster
 from raymem.actors.calls import Remote, ask_all
@@ -140,7 +140,7 @@ class Router:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(_Again),
             stop=stop_after_delay(self._settings.retry_s),
-            wait=wait_exponential_jitter(initial=0.002, max=0.25, jitter=0.005),
+            wait=wait_random_exponential(multiplier=0.004, max=0.25),
             reraise=True,
         )
         try:
