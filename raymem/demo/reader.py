@@ -10,11 +10,10 @@ from torch import Tensor
 
 from raymem import Bank
 from raymem.errors import BankDetached
-from raymem.lm.mixing import Mixer
+from raymem.lm.mixing import NEIGHBOURS, Mixer
 from raymem.lm.models import LanguageModel
 
 WINDOW = 256
-NEIGHBOURS = 32
 
 
 @dataclass(frozen=True)
