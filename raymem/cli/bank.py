@@ -17,6 +17,7 @@ from raymem.cli.options import (
     LayersOption,
     ModelOption,
     StoreOption,
+    checked,
     opened,
     parse_layers,
 )
@@ -88,7 +89,7 @@ def create(
         "fingerprint": fingerprint_of(model, parse_layers(layers)),
     }
     with opened(store, cold, make=True) as memory:
-        info = memory.create(name, _checked(BankSpec, fields)).info()
+        info = memory.create(name, checked(BankSpec, fields)).info()
     output.show(
         info, lambda made: f"created {made.name}: {made.spec.kind}, {made.spec.fingerprint.model} layers {layers}"
     )
@@ -264,19 +265,6 @@ def parse_option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
-
-
-def _checked(cls: type[Any], fields: dict[str, Any]) -> Any:
-    from pydantic import ValidationError
-
-    from raymem.errors import InvalidSpec
-
-    try:
-        return cls(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidSpec(f"{where}={first['input']!r}: {first['msg']}") from error
 
 
 def _table(found: list[BankInfo]) -> Table:

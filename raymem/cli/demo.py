@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
+from raymem.cli.options import FileOption
 
 
-def demo(
-    json_: Annotated[Path | None, typer.Option("--json", help="Also write the figures here; - for stdout.")] = None,
-) -> None:
+def demo(json_: FileOption = None) -> None:
     """Show the whole of it on this machine: two nodes, a gateway, a real model, a memory that moves between them.
 
     For example:

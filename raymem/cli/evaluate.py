@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from raymem.cli import output
+from raymem.cli.options import DEFAULT_MODEL, FileOption, ModelOption, checked, parse_layers
 
 app = typer.Typer(no_args_is_help=True, help="What memory is worth to a frozen model, measured.")
 
@@ -10,3 +16,45 @@ app = typer.Typer(no_args_is_help=True, help="What memory is worth to a frozen m
 @app.callback()
 def _group() -> None:
     """What memory is worth to a frozen model, measured."""
+
+
+@app.command("lm")
+def lm(
+    more: Annotated[list[Path] | None, typer.Argument(help="More texts.", metavar="[FILE_OR_DIR]...")] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Files, or folders of files; each file is a document.", metavar="FILE_OR_DIR..."),
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    kind: Annotated[str, typer.Option("--kind", help="Memory algorithms, for example spalm,titans.")] = "spalm,titans",
+    max_docs: Annotated[int, typer.Option("--max-docs", help="The first documents, in name order.")] = 8,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="The first tokens of each document.")] = 4096,
+    window: Annotated[int, typer.Option("--window", help="Tokens that are predicted together.")] = 256,
+    layers: Annotated[str | None, typer.Option("--layers", help="For keys; the one at 87 % of the depth.")] = None,
+    json_: FileOption = None,
+) -> None:
+    """What memory is worth to a frozen language model on your own text.
+
+    Three quarters of each document are written to a fresh bank; the rest is predicted in windows that see nothing
+    earlier: without memory, with it, with another document's bank, with retrieved text, with the full context.
+
+    For example:
+
+        raymem eval lm --text notes/ --kind spalm,titans --json out.json
+
+        raymem eval lm --text a.txt b.txt --model path/to/model
+    """
+    paths = [*(text or []), *(more or [])]
+    if not paths:
+        raise typer.BadParameter("name at least one file or folder", param_hint="--text")
+    from raymem.lm.evaluate import EvalSettings, evaluate
+
+    fields = {
+        **{"texts": tuple(paths), "model": model, "kinds": tuple(kind.split(","))},
+        **{"max_docs": max_docs, "max_tokens": max_tokens, "window": window},
+        "layers": parse_layers(layers) if layers else (),
+    }
+    settings = checked(EvalSettings, fields)
+    with output.progress("reading, then predicting") as report:
+        found = evaluate(settings, report)
+    output.give(found.json_dict(), found.table(), json_)

@@ -6,16 +6,19 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from raymem.cli import output
-from raymem.errors import NotFound
+from raymem.errors import InvalidSpec, NotFound
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from raymem.store import Store
 
+M = TypeVar("M", bound="BaseModel")
 DEFAULT_STORE = "./memory"
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -30,6 +33,9 @@ ColdOption = Annotated[
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", callback=output.set_json, help="One JSON document on stdout, nothing else.")
+]
+FileOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here; - for stdout alone.")
 ]
 ModelOption = Annotated[str, typer.Option("--model", help=f"{DEFAULT_MODEL}, or a folder that transformers can load.")]
 LayersOption = Annotated[
@@ -88,3 +94,19 @@ def parse_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not a list of layer numbers such as 15,26") from error
+
+
+def checked(cls: type[M], fields: dict[str, Any]) -> M:
+    """A model of what was given on the command line.
+
+    Raises:
+        InvalidSpec: naming the first field that doesn't fit, and its value.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidSpec(f"{where}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from error

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from raymem.errors import RaymemError
+from raymem.errors import RaymemError, StorageError
 
 Report = Callable[[int, int], None]
 _wants_json = False
@@ -52,13 +52,28 @@ def show(data: Any, render: Callable[[Any], Any] | None = None) -> None:
         Console().print(render(data) if render else data)
 
 
+def give(figures: Any, table: Table, file: Path | None) -> None:
+    """Print a table, and write its figures to a file; for `-` print the figures alone."""
+    if str(file) != "-":
+        Console().print(table)
+    if file is not None:
+        write_json(figures, file)
+
+
 def write_json(data: Any, file: Path) -> None:
-    """Write figures to a file, or to stdout for `-`."""
+    """Write figures to a file, or to stdout for `-`.
+
+    Raises:
+        StorageError: the file can't be written.
+    """
     if str(file) == "-":
         print(to_json(data))
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(to_json(data) + "\n")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_json(data) + "\n")
+    except OSError as error:
+        raise StorageError(f"can't write {file}: {error}") from error
 
 
 def to_json(data: Any) -> str:
@@ -96,7 +111,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 def progress(what: str) -> Iterator[Report]:
     """A progress bar on stderr; the block gets a function to call with done and total."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
