@@ -64,9 +64,17 @@ def clipped(theta_BT: Tensor, found: Signals, limit: float) -> Tensor:
 
 
 def chunk_step(
-    weights: Weights, momenta: Weights | None, found: Signals, theta_BT: Tensor, moves: Transition
+    weights: Weights,
+    momenta: Weights | None,
+    found: Signals,
+    theta_BT: Tensor,
+    moves: Transition,
+    *,
+    push: bool = True,
 ) -> tuple[Weights, Weights | None]:
     """Weights and momenta after a chunk whose gradients were all taken at its first weights.
+
+    Without gradients the storage given is reused. `push=False` leaves the momenta as they were, for a look ahead.
 
     Reference:
         Titans (2501.00663) section 3.2; with momentum
@@ -77,13 +85,28 @@ def chunk_step(
     after: Weights = []
     pushed: Weights = []
     for layer, (source, delta) in enumerate(zip(found.inputs, found.deltas, strict=True)):
-        step = (source * (theta_BT * into_weight[:, 1:])[..., None]).mT @ delta
-        after.append(decay_B11 * weights[layer] - step)
-        if momenta is not None:
-            after[layer] = after[layer] + into_weight[:, :1, None] * momenta[layer]
-            push = (source * (theta_BT * into_momentum[:, 1:])[..., None]).mT @ delta
-            pushed.append(into_momentum[:, :1, None] * momenta[layer] - push)
-    return after, None if momenta is None else pushed
+        momentum = None if momenta is None else momenta[layer]
+        share = (theta_BT * into_weight[:, 1:])[..., None]
+        kept = _mixed(weights[layer], decay_B11, momentum, into_weight[:, :1, None])
+        after.append(_descended(kept, source * share, delta))
+        if momentum is not None and push:
+            share = (theta_BT * into_momentum[:, 1:])[..., None]
+            kept = _mixed(momentum, into_momentum[:, :1, None], None, decay_B11)
+            pushed.append(_descended(kept, source * share, delta))
+    return after, pushed if push and momenta is not None else momenta
+
+
+def _mixed(weight: Tensor, decay: Tensor, momentum: Tensor | None, share: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return decay * weight if momentum is None else decay * weight + share * momentum
+    weight.mul_(decay)
+    return weight if momentum is None else weight.addcmul_(momentum, share)
+
+
+def _descended(weight: Tensor, source: Tensor, delta: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return torch.baddbmm(weight, source.mT, delta, alpha=-1)
+    return weight.baddbmm_(source.mT, delta, alpha=-1)
 
 
 def _normalised(hidden: Tensor) -> tuple[Tensor, Tensor]:

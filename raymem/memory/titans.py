@@ -223,8 +223,10 @@ class Titans(StateMemory):
         theta, eta, alpha = (keys_BTK.new_full(keys_BTK.shape[:2], gate) for gate in constants)
         return theta, eta, alpha
 
-    def _advance(self, state: State, keys_BTK: Tensor, items_BT: Tensor, length_B: Tensor) -> State:
-        """The state after one chunk, of which each bank's first `length_B` rows count."""
+    def _advance(
+        self, state: State, keys_BTK: Tensor, items_BT: Tensor, length_B: Tensor, *, push: bool = True
+    ) -> State:
+        """The state after one chunk, of which each bank's first `length_B` rows count; momenta stay without `push`."""
         own, cleared = self.code.enter(state, items_BT, length_B)
         state = state | own
         if cleared is not None:
@@ -247,7 +249,7 @@ class Titans(StateMemory):
             residual_norm=self.titans.residual_norm,
         )
         theta = theta if self.titans.clip is None else nets.clipped(theta, found, self.titans.clip)
-        return self._with(state, *nets.chunk_step(weights, momenta, found, theta, moves))
+        return self._with(state, *nets.chunk_step(weights, momenta, found, theta, moves, push=push))
 
     def _transition(self, eta: Tensor, alpha: Tensor, active_BT: Tensor | None) -> Transition:
         if self.titans.learned or active_BT is not None:
@@ -296,7 +298,10 @@ class Titans(StateMemory):
         rows = int(waiting_B.max())
         if rows == 0:
             return state
-        return self._advance(state, state["wait_key"][:, :rows], state["wait_item"][:, :rows], waiting_B)
+        # the look ahead must not reuse the storage that the next write starts from
+        own = {f"weight_{layer}": weight.clone() for layer, weight in enumerate(self._layers(state)[0])}
+        keys, items = state["wait_key"][:, :rows], state["wait_item"][:, :rows]
+        return self._advance(state | own, keys, items, waiting_B, push=False)
 
     def _cleared(self, state: State, cleared_BV: Tensor) -> State:
         """Output columns whose token changed, emptied."""

@@ -202,6 +202,19 @@ def test_rows_of_an_unfinished_chunk_wait_but_are_read():
     assert all(torch.equal(before[name], state[name]) for name in state)
 
 
+@pytest.mark.parametrize("options", [{}, {"values": "signs", "depth": 2, "gradient": "chunk"}])
+def test_reusing_storage_without_gradients_changes_no_result(options):
+    memory, state = bank(8, 0, **options)
+    keys, tokens = unit(1, 40, 8), torch.randint(30, (1, 40))
+    functional = memory.read(memory.write(state, keys, None, tokens), keys, 5)
+    with torch.no_grad():
+        state = memory.write(state, keys, None, tokens)
+        for _ in range(2):
+            answer = memory.read(state, keys, 5)
+            for got, expected in zip(answer, functional, strict=True):
+                torch.testing.assert_close(got, expected, **EXACT)
+
+
 def test_surprise_is_high_for_the_new_and_low_for_the_known():
     memory, state = bank(16, 0, values="softmax", chunk=4)
     keys = orthonormal(8, 16)[None]

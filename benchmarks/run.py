@@ -1,0 +1,95 @@
+"""Run the registry: each contest is checked first, then timed in turn; a contest that fails its check shows no speed.
+
+python benchmarks/run.py [NAME ...] [--json FILE] [--small] [--repeats 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from registry import REGISTRY, Bench, Contest
+
+
+def measure(contest: Contest, repeats: int) -> dict[str, float]:
+    """Median seconds a call of each run, taken in turn so that all see the same machine.
+
+    Raises:
+        AssertionError: the runs' results don't agree.
+    """
+    contest.check({name: run() for name, run in contest.runs.items()})
+    times: dict[str, list[float]] = {name: [] for name in contest.runs}
+    for _ in range(repeats):
+        for name, run in contest.runs.items():
+            times[name].append(_seconds(run))
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def run_bench(bench: Bench, sizes: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
+    """One line of figures for each way of doing the work."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        contest = bench.make(**sizes)
+        taken = measure(contest, repeats)
+    return [
+        {
+            "bench": bench.name,
+            "sizes": sizes,
+            "run": name,
+            "ms": 1e3 * seconds,
+            f"{contest.unit}_per_s": contest.work / seconds,
+        }
+        for name, seconds in taken.items()
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """Run what was asked for; 1 if any check failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "names", nargs="*", help=f"any of {', '.join(bench.name for bench in REGISTRY)}; all by default"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--repeats", type=int, default=5)
+    asked = parser.parse_args(arguments)
+    if unknown := set(asked.names) - {bench.name for bench in REGISTRY}:
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
+    figures, failed = [], False
+    for bench in REGISTRY:
+        if asked.names and bench.name not in asked.names:
+            continue
+        for sizes in [bench.small] if asked.small else bench.sizes:
+            try:
+                lines = run_bench(bench, sizes, asked.repeats)
+            except AssertionError as error:
+                print(f"{bench.name} {sizes}: wrong results, no speed reported\n{error}", file=sys.stderr)
+                failed = True
+                continue
+            figures += lines
+            for line in lines:
+                print(
+                    "  ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{v}" for n, v in line.items()), flush=True
+                )
+    if asked.json:
+        asked.json.write_text(json.dumps({"threads": torch.get_num_threads(), "figures": figures}, indent=2) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
