@@ -11,13 +11,13 @@ from torch import Tensor
 
 from raymem.actors import cluster
 from raymem.actors.calls import Remote, ask_all
-from raymem.actors.routing import Router
+from raymem.actors.routing import Router, running_spec
 from raymem.actors.shard import ClusterSpec, open_shared
 from raymem.actors.transfer import pack, pack_fields, unpack_fields
 from raymem.backend import ColdBackend
 from raymem.cold.store import ColdStore
 from raymem.config import Settings
-from raymem.errors import BackendUnavailable, BankDetached, ConfigError, NotShared, RaymemError
+from raymem.errors import BankDetached, ConfigError, NotShared, RaymemError
 from raymem.limits import Limiter
 from raymem.types import Ack, BankInfo, MigrationReport, Readout, Trace
 
@@ -52,11 +52,8 @@ class RayBackend(ColdBackend):
         """
         await asyncio.to_thread(cluster.join, address)
         try:
-            try:
-                spec: ClusterSpec = await Remote(cluster.DIRECTORY).call("spec")
-            except BackendUnavailable as error:
-                if not error.details.get("gone"):
-                    raise
+            spec = await running_spec(Remote(cluster.DIRECTORY), settings.actors)
+            if spec is None:
                 return await cls._start(cold, settings)
             return await cls._enter(spec, cold, settings)
         except BaseException:

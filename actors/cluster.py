@@ -11,10 +11,12 @@ import socket
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import ray
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -37,11 +39,12 @@ _lifetime: dict[str, Any] = {
     "max_task_retries": 0,
     "max_concurrency": _CONCURRENT,
 }
-# of nodes on this machine: quiet, and not behind whatever else runs here
+# of nodes on this machine: quiet, not behind whatever else runs here, and soon missed when they are gone
 _LOCAL = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_health_check_period_ms": "500",
     "RAY_worker_niceness": "0",
 }
 _joining = threading.Lock()
@@ -202,7 +205,14 @@ class LocalNodes:
 
     def kill(self, name: str) -> None:
         """End a node without warning, with everything that runs on it."""
-        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+        node = self._nodes.pop(name)
+        raylets = node.all_processes[PROCESS_TYPE_RAYLET]
+        # without their raylet, workers would live on for a while
+        workers = [child for raylet in raylets for child in psutil.Process(raylet.process.pid).children(recursive=True)]
+        self._cluster.remove_node(node, allow_graceful=False)
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
 
     def close(self) -> None:
         """End every node."""

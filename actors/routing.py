@@ -11,6 +11,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from raymem.actors import cluster
 from raymem.actors.calls import Remote, ask_all
 from raymem.actors.placement import ShardInfo, Topology, choose, node_prefix
+from raymem.actors.shard import ClusterSpec
 from raymem.backend import detached
 from raymem.cold.store import ColdStore, Entry
 from raymem.config import ActorSettings
@@ -28,6 +29,33 @@ class _Again(Exception):
     def __init__(self, error: RaymemError) -> None:
         super().__init__(error)
         self.error = error
+
+
+async def repeat(once: Callable[[], Awaitable[T]], retry_s: float) -> T:
+    """Run `once` until it no longer says again, for `retry_s` at most; then its last error is raised."""
+    wait = wait_random_exponential(multiplier=0.004, max=0.25)
+    retrying = AsyncRetrying(
+        retry=retry_if_exception_type(_Again), stop=stop_after_delay(retry_s), wait=wait, reraise=True
+    )
+    try:
+        return await retrying(once)
+    except _Again as again:
+        raise again.error from again
+
+
+async def running_spec(directory: Remote, settings: ActorSettings) -> ClusterSpec | None:
+    """What the cluster's raymem was started with; None if it does not run there."""
+
+    async def once() -> ClusterSpec | None:
+        try:
+            spec: ClusterSpec = await directory.call("spec")
+        except BackendUnavailable as error:
+            if error.details.get("gone"):
+                return None
+            raise _Again(error) from error
+        return spec
+
+    return await repeat(once, settings.retry_s)
 
 
 class Router:
@@ -62,7 +90,7 @@ class Router:
                 raise _Again(error) from error
             return found
 
-        self.topology = await self._repeat(once)
+        self.topology = await repeat(once, self._settings.retry_s)
         return self.topology
 
     async def call(self, bank: str, method: str, *args: Any, settled_by: type[RaymemError] | None = None) -> Any:
@@ -91,7 +119,7 @@ class Router:
                     return None
                 raise
 
-        return await self._repeat(once)
+        return await repeat(once, self._settings.retry_s)
 
     async def call_in_time(self, bank: str, method: str, *args: Any) -> Any:
         """As `call`, given up after `retry_s` even if the shard is silent: for calls that are short by nature."""
@@ -124,7 +152,7 @@ class Router:
                 raise Conflict(f"bank {bank!r} is hot on {where}; move it: bank.migrate({node!r})", owner=owner)
             await self._ask(bank, owner, "attach", "")
 
-        await self._repeat(once)
+        await repeat(once, self._settings.retry_s)
 
     async def least(self, candidates: Sequence[ShardInfo]) -> str:
         """The candidate with the fewest bytes."""
@@ -135,18 +163,6 @@ class Router:
         """Look the bank up again before its next call."""
         self._routes.pop(bank, None)
         self._stale.add(bank)
-
-    async def _repeat(self, once: Callable[[], Awaitable[T]]) -> T:
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(_Again),
-            stop=stop_after_delay(self._settings.retry_s),
-            wait=wait_random_exponential(multiplier=0.004, max=0.25),
-            reraise=True,
-        )
-        try:
-            return await retrying(once)
-        except _Again as again:
-            raise again.error from again
 
     async def _once(self, bank: str, method: str, args: Sequence[Any]) -> Any:
         shard = self._routes.get(bank) or await self._find(bank)

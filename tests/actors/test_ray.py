@@ -1,0 +1,300 @@
+"""Real raylets, real processes, real kills. One cluster for the whole file; the last test takes a node away."""
+
+import asyncio
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+import raymem
+from raymem import Settings, Store
+from raymem.actors import backend as backend_module
+from raymem.actors import cluster
+from raymem.actors.calls import NAMESPACE, Remote, ask_all
+from raymem.actors.cluster import LocalNodes, local_nodes
+from raymem.cold.store import ColdStore
+from raymem.config import ColdSettings, HostSettings
+from raymem.errors import (
+    BackendUnavailable,
+    BankDetached,
+    BankNotFound,
+    ConfigError,
+    Conflict,
+    InvalidInput,
+    InvalidTrace,
+    NotShared,
+    Overloaded,
+    SequenceConflict,
+    Unavailable,
+)
+from raymem.memory import kinds
+from raymem.runtime import Runtime
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+# a commit that waits for the disk is the cold room's to test
+SETTINGS = Settings(cold=ColdSettings(sync="none"))
+names = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[LocalNodes]:
+    with local_nodes(2, cpus=1) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ray") / "memory"
+
+
+@pytest.fixture(scope="module")
+def store(nodes: LocalNodes, folder: Path, tiny) -> Iterator[Store]:
+    with raymem.connect("ray", cold=str(folder), settings=SETTINGS) as opened:
+        opened.put_calibration(tiny.calibration)
+        yield opened
+
+
+@pytest.fixture
+def bank(store: Store, tiny):
+    bank = store.create(f"ray/bank-{next(names)}", tiny.spec("spalm"))
+    bank.write(tiny.trace(50))
+    return bank
+
+
+def pid_of(store: Store, owner: str) -> int:
+    return next(shard["pid"] for shard in store.stats()["shards"] if shard["owner"] == owner)
+
+
+def other_node(store: Store, bank: raymem.Bank) -> str:
+    return next(node for node in store.nodes() if node != bank.info().node)
+
+
+class Writers:
+    """Threads that write runs of their own, five rows at a time, and remember what was acknowledged."""
+
+    def __init__(self, bank: raymem.Bank, tiny, count: int) -> None:
+        self.bank = bank
+        self.tiny = tiny
+        self.acknowledged: set[tuple[str, int]] = {("r", seq) for seq in range(50)}
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(count)
+        self._done = [self._pool.submit(self._write, f"run-{index}", index) for index in range(count)]
+
+    def _write(self, run: str, seed: int) -> None:
+        for seq in range(0, 4000, 5):
+            if self._stop.is_set():
+                return
+            ack = self.bank.write(self.tiny.trace(5, run=run, seq=seq, seed=seed))
+            assert ack.rows + ack.duplicates == 5
+            self.acknowledged |= {(run, seq + row) for row in range(5)}
+
+    def stop(self) -> None:
+        self._stop.set()
+        for done in self._done:
+            done.result()
+        self._pool.shutdown()
+
+
+def journal_of(folder: Path, name: str) -> list[tuple[str, int]]:
+    cold = ColdStore.open(str(folder), "none")
+    parts = cold.journal(cold.catalog.get(name)).scan()
+    return [row for part in parts for row in zip(part.runs, part.seq_T.tolist(), strict=True)]
+
+
+def undisturbed_digest(journal: list[tuple[str, int]], folder: Path, tiny, kind: str = "spalm") -> str:
+    """The digest of a bank in one process that got the same rows in the same order."""
+    cold = ColdStore.open(str(folder), "none")
+    calibration = tiny.calibration
+    cold.calibrations.put(calibration.hash, calibration.model, calibration.layers, calibration.to_bytes())
+    cold.catalog.create("a/b", tiny.spec(kind))
+    runtime = Runtime.open(cold, cold.catalog.claim("a/b", "here", 0))
+    seeds = {f"run-{index}": index for index in range(9)} | {"r": 0}
+    runtime.write([tiny.trace(1, run=run, seq=seq, seed=seeds[run]) for run, seq in journal])
+    return runtime.digest()
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_a_bank_lives_moves_sleeps_and_wakes(store, tiny, kind):
+    bank = store.create(f"ray/life-{kind}", tiny.spec(kind))
+    ack = bank.write(tiny.trace(100))
+    assert (ack.rows, ack.end, ack.durable) == (100, 100, True)
+    assert bank.write(tiny.trace(100)).duplicates == 100
+    digest, before = bank.digest(), bank.read(tiny.trace(5).hidden, 4)
+
+    source, target = bank.info().node, other_node(store, bank)
+    report = bank.migrate(target)
+    assert (report.source, report.target, report.rows) == (source, target, 100)
+    assert bank.info().node == target
+    assert bank.digest() == digest
+    assert bank.migrate(target).total_ms == 0
+
+    assert bank.detach().state == "cold"
+    with pytest.raises(BankDetached, match="attach it first"):
+        bank.read(tiny.trace(1).hidden)
+    info = bank.attach(source)
+    assert (info.state, info.node, info.rows) == ("hot", source, 100)
+    assert bank.digest() == digest
+    after = bank.read(tiny.trace(5).hidden, 4)
+    assert torch.equal(after.relevance_Q, before.relevance_Q)
+    assert torch.equal(after.tokens_Qk, before.tokens_Qk)
+
+
+def test_banks_spread_over_the_nodes(store, tiny):
+    made = [store.create(f"ray/spread-{index}", tiny.spec("titans")) for index in range(4)]
+
+    assert {bank.info().node for bank in made} == set(store.nodes()) == {"node-1", "node-2"}
+
+
+def test_errors_arrive_as_themselves(store, bank, tiny):
+    trace = tiny.trace(3)
+    with pytest.raises(InvalidTrace) as wrong:
+        bank.write(raymem.Trace(trace.hidden[:, :1], trace.tokens, "s", "r"))
+    assert type(wrong.value) is InvalidTrace
+    with pytest.raises(SequenceConflict) as conflict:
+        bank.write(tiny.trace(3, seed=5))
+    assert conflict.value.details == {"seq": 0}
+    with pytest.raises(BankNotFound):
+        store.bank("ray/none").write(trace)
+    with pytest.raises(InvalidInput, match=r"no node 'nowhere'; the nodes are node-1, node-2"):
+        bank.migrate("nowhere")
+    with pytest.raises(InvalidInput, match=r"no node 'nowhere'"):
+        bank.attach("nowhere")
+    with pytest.raises(Conflict, match=r"is hot on .*; move it: bank.migrate"):
+        bank.attach(other_node(store, bank))
+
+
+def test_a_caller_with_too_much_in_flight_is_refused(store, folder, bank, tiny):
+    few = SETTINGS.model_copy(update={"host": HostSettings(caller_requests=2)})
+    with raymem.connect("ray", settings=few) as impatient, ThreadPoolExecutor(12) as pool:
+        theirs = impatient.bank(bank.name)
+        calls = [pool.submit(theirs.write, tiny.trace(20, run=f"many-{index}")) for index in range(60)]
+        errors = [call.exception() for call in calls]
+
+    refused = [error for error in errors if error is not None]
+    assert 0 < len(refused) < 60
+    assert {type(error) for error in refused} == {Overloaded}
+    assert bank.info().rows == 50 + 20 * (60 - len(refused))
+
+
+def test_who_connects_later_needs_not_name_the_store_but_may_not_name_another(store, folder, bank, tmp_path):
+    with raymem.connect("ray") as later:
+        assert later.bank(bank.name).digest() == bank.digest()
+    with raymem.connect("ray", cold=str(folder)) as same:
+        assert [info.name for info in same.banks(bank.name)] == [bank.name]
+
+    with pytest.raises(ConfigError, match=rf"{folder}, which .*elsewhere is not; leave cold out"):
+        raymem.connect("ray", cold=str(tmp_path / "elsewhere"))
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_shard_killed_while_it_writes_loses_and_doubles_nothing(store, folder, bank, tiny, tmp_path):
+    writers = Writers(bank, tiny, 4)
+    while len(writers.acknowledged) < 200:
+        time.sleep(0.005)
+    os.kill(pid_of(store, bank.info().owner), signal.SIGKILL)
+    killed, before = time.monotonic(), len(writers.acknowledged)
+    while len(writers.acknowledged) < before + 200:
+        time.sleep(0.005)
+    print(f"acknowledging again {time.monotonic() - killed:.1f} s after kill -9")
+    writers.stop()
+
+    journal = journal_of(folder, bank.name)
+    assert len(journal) == len(set(journal))
+    assert set(journal) == writers.acknowledged
+    assert bank.digest() == undisturbed_digest(journal, tmp_path / "undisturbed", tiny)
+
+
+def test_moving_under_load_loses_nothing_and_answers_every_read(store, folder, bank, tiny, tmp_path):
+    writers = Writers(bank, tiny, 2)
+    reading, stop = ThreadPoolExecutor(1), threading.Event()
+
+    def read_on() -> int:
+        for count in itertools.count():
+            if stop.is_set():
+                return count
+            assert bank.read(tiny.trace(3).hidden, 4).relevance_Q.shape == (3,)
+        return 0
+
+    answered = reading.submit(read_on)
+    reports = [bank.migrate(other_node(store, bank)) for _ in range(4)]
+    writers.stop()
+    stop.set()
+
+    assert answered.result() > 4
+    reading.shutdown()
+    for report in reports:
+        print(f"{report.rows} rows moved in {report.total_ms:.0f} ms, writes paused {report.pause_ms:.0f} ms")
+        assert 0 < report.pause_ms <= report.total_ms
+    journal = journal_of(folder, bank.name)
+    assert len(journal) == len(set(journal))
+    assert set(journal) == writers.acknowledged
+    assert bank.digest() == undisturbed_digest(journal, tmp_path / "undisturbed", tiny)
+
+
+def test_the_directory_may_die(store, folder, bank, tiny):
+    ray.kill(ray.get_actor(cluster.DIRECTORY, namespace=NAMESPACE), no_restart=False)
+
+    assert bank.write(tiny.trace(10, seq=50)).rows == 10
+    with raymem.connect("ray") as fresh:
+        assert fresh.bank(bank.name).digest() == bank.digest()
+        assert fresh.nodes() == ["node-1", "node-2"]
+
+
+def test_a_fan_out_has_an_error_where_a_shard_is_missing(store, bank):
+    async def ask():
+        owner = store.stats()["shards"][0]["owner"]
+        return owner, await ask_all([Remote(owner), Remote("shard-none-0")], "bytes")
+
+    owner, answers = asyncio.run(ask())
+
+    assert isinstance(answers[owner], dict)
+    assert isinstance(answers["shard-none-0"], BackendUnavailable)
+    assert answers["shard-none-0"].details == {"shard": "shard-none-0", "gone": True}
+    # as `stats` shows it
+    assert backend_module._plain("shard-none-0", answers["shard-none-0"])["error"]["code"] == "backend_unavailable"
+
+
+def test_a_bank_whose_node_has_left_is_loaded_elsewhere_when_asked(nodes, store, bank, tiny):
+    if bank.info().node != "node-2":
+        bank.migrate("node-2")
+    digest = bank.digest()
+
+    nodes.kill("node-2")
+
+    with pytest.raises(Unavailable, match=r"whose node has left the cluster; .*bank.attach\(\)"):
+        bank.write(tiny.trace(10, seq=50))
+    assert bank.attach().node == "node-1"
+    assert bank.digest() == digest
+    assert bank.write(tiny.trace(10, seq=50)).rows == 10
+
+    nodes.add("node-3")
+    while "node-3" not in store.nodes():
+        time.sleep(0.1)
+    assert bank.migrate("node-3").target == "node-3"
+    assert bank.digest() != digest
+
+
+def test_raymem_ended_on_the_cluster_leaves_its_banks_in_the_store(store, folder, bank, tiny, monkeypatch):
+    digest = bank.digest()
+    asyncio.run(cluster.stop())
+
+    with pytest.raises(ConfigError, match="name the cold store that its nodes share"):
+        raymem.connect("ray")
+    with raymem.connect(folder) as local:
+        assert local.bank(bank.name).digest() == digest
+
+    with monkeypatch.context() as patch:
+        # the driver's answer alone differs: as if it had another store under the same path
+        patch.setattr(ColdStore, "nonce", lambda self: "another")
+        with pytest.raises(NotShared, match=rf"sees another cold store at {folder}"):
+            raymem.connect("ray", cold=str(folder))
+    with raymem.connect("ray", cold=str(folder)) as again:
+        assert again.bank(bank.name).digest() == digest

@@ -1,0 +1,234 @@
+"""One class over three backends: each verb, on each, for every kind, gives the same."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from raymem import Ack, AsyncStore, Bank, BankInfo, Calibration, MigrationReport, Readout, Store, Trace
+from raymem.errors import RaymemError
+from raymem.memory import kinds
+from raymem.store import AsyncBank
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+class On(NamedTuple):
+    """One kind on one backend."""
+
+    store: Store
+    bank: Bank
+    tiny: Any
+    kind: str
+    folder: Path
+
+    def other(self, name: str) -> Bank:
+        return self.store.bank(f"{self.kind}/{name}")
+
+
+class Step(NamedTuple):
+    """A call of a verb, in the order in which it is made."""
+
+    verb: str
+    what: str
+    run: Callable[[On], Any]
+
+
+STEPS: list[Step] = []
+
+
+def step(verb: str, what: str) -> Callable[[Callable[[On], Any]], Callable[[On], Any]]:
+    def add(run: Callable[[On], Any]) -> Callable[[On], Any]:
+        STEPS.append(Step(verb, what, run))
+        return run
+
+    return add
+
+
+def _not_finite(on: On) -> Trace:
+    trace = on.tiny.trace(3, run="bad")
+    trace.hidden[1, 0, 0] = float("nan")
+    return trace
+
+
+step("Store.put_calibration", "keeps it")(lambda on: on.store.put_calibration(on.tiny.calibration))
+step("Store.calibration", "finds it")(lambda on: on.store.calibration("content", (3, 5)))
+step("Store.calibration", "has none of another model")(lambda on: on.store.calibration("other", (3, 5)))
+step("Store.create", "makes a bank")(lambda on: on.store.create(on.bank.name, on.tiny.spec(on.kind)).name)
+step("Store.create", "refuses a name that is taken")(lambda on: on.store.create(on.bank.name, on.tiny.spec(on.kind)))
+step("Store.create", "refuses an unknown kind")(lambda on: on.store.create("a/kind", on.tiny.spec("none")))
+step("Store.create", "refuses an unknown option")(lambda on: on.store.create("a/opt", on.tiny.spec(on.kind, no=1)))
+step("Store.create", "refuses a bad name")(lambda on: on.store.create("../x", on.tiny.spec(on.kind)))
+step("Store.bank", "gives a handle")(lambda on: on.store.bank(on.bank.name).name)
+step("Store.bank", "refuses a bad name")(lambda on: on.store.bank("x" * 10_000))
+step("Bank.info", "of an empty bank")(lambda on: on.bank.info())
+step("Bank.info", "of no bank")(lambda on: on.other("none").info())
+step("Bank.read", "an empty bank")(lambda on: on.bank.read(on.tiny.trace(3).hidden, 4))
+step("Bank.write", "sixty rows")(lambda on: on.bank.write(on.tiny.trace(60)))
+step("Bank.write", "the same rows")(lambda on: on.bank.write(on.tiny.trace(60)))
+step("Bank.write", "rows that overlap")(lambda on: on.bank.write(on.tiny.trace(40, seq=37)))
+step("Bank.write", "one row")(lambda on: on.bank.write(on.tiny.trace(1, run="one")))
+step("Bank.write", "no row")(lambda on: on.bank.write(on.tiny.trace(0)))
+step("Bank.write", "after a gap")(lambda on: on.bank.write(on.tiny.trace(5, run="one", seq=9)))
+step("Bank.write", "other rows under the same names")(lambda on: on.bank.write(on.tiny.trace(5, seed=1)))
+step("Bank.write", "a row that is not finite")(lambda on: on.bank.write(_not_finite(on)))
+step("Bank.write", "one layer short")(
+    lambda on: on.bank.write(Trace(on.tiny.trace(2).hidden[:, :1], on.tiny.trace(2).tokens, "s", "r"))
+)
+step("Bank.write", "another dtype")(
+    lambda on: on.bank.write(Trace(on.tiny.trace(2).hidden.float(), on.tiny.trace(2).tokens, "s", "r"))
+)
+step("Bank.write", "a stream without a name")(lambda on: on.bank.write(on.tiny.trace(2, stream="")))
+step("Bank.write", "to no bank")(lambda on: on.other("none").write(on.tiny.trace(2)))
+step("Bank.write", "without waiting")(lambda on: on.bank.write(on.tiny.trace(9, run="soon"), durable=False))
+step("Bank.write", "without waiting, not finite")(lambda on: on.bank.write(_not_finite(on), durable=False))
+step("Bank.digest", "of what was written")(lambda on: on.bank.digest())
+step("Bank.digest", "of no bank")(lambda on: on.other("none").digest())
+step("Bank.read", "states that were written")(lambda on: on.bank.read(on.tiny.trace(7).hidden, 4))
+step("Bank.read", "states of another text")(lambda on: on.bank.read(on.tiny.trace(7, seed=2).hidden, 31))
+step("Bank.read", "from the first position")(lambda on: on.bank.read(on.tiny.trace(2).hidden, 4, start=0))
+step("Bank.read", "no state")(lambda on: on.bank.read(on.tiny.trace(0).hidden, 4))
+step("Bank.read", "no neighbour")(lambda on: on.bank.read(on.tiny.trace(2).hidden, 0))
+step("Bank.read", "before the start")(lambda on: on.bank.read(on.tiny.trace(2).hidden, 4, start=-1))
+step("Bank.read", "another dtype")(lambda on: on.bank.read(on.tiny.trace(2).hidden.float(), 4))
+step("Bank.read", "a state that is not finite")(lambda on: on.bank.read(_not_finite(on).hidden, 4))
+step("Bank.tag", "names the position")(lambda on: on.bank.tag("before"))
+step("Bank.tag", "refuses an empty name")(lambda on: on.bank.tag(""))
+step("Store.banks", "by prefix")(lambda on: on.store.banks(f"{on.kind}/"))
+step("Store.banks", "none")(lambda on: on.store.banks("nothing/"))
+step("Store.nodes", "has the bank's node")(lambda on: on.bank.info().node in on.store.nodes())
+step("Store.stats", "counts the bank's rows")(
+    lambda on: [
+        {key: shard["banks"][on.bank.name][key] for key in ("kind", "rows", "bytes", "rows_written", "refused", "gaps")}
+        for shard in on.store.stats()["shards"]
+        if on.bank.name in shard["banks"]
+    ]
+)
+step("Bank.migrate", "to where it is")(lambda on: on.bank.migrate(on.bank.info().node))
+step("Bank.migrate", "to no node")(lambda on: on.bank.migrate("nowhere"))
+step("Bank.attach", "a hot bank")(lambda on: on.bank.attach())
+step("Bank.detach", "settles and frees")(lambda on: on.bank.detach())
+step("Bank.detach", "a cold bank")(lambda on: on.bank.detach())
+step("Bank.detach", "no bank")(lambda on: on.other("none").detach())
+step("Bank.write", "a cold bank")(lambda on: on.bank.write(on.tiny.trace(2)))
+step("Bank.read", "a cold bank")(lambda on: on.bank.read(on.tiny.trace(2).hidden))
+step("Bank.digest", "of a cold bank")(lambda on: on.bank.digest())
+step("Bank.migrate", "a cold bank")(lambda on: on.bank.migrate(on.store.nodes()[0]))
+step("Bank.attach", "to no node")(lambda on: on.bank.attach("nowhere"))
+step("Bank.attach", "no bank")(lambda on: on.other("none").attach())
+step("Bank.attach", "a cold bank")(lambda on: on.bank.attach(on.store.nodes()[0]))
+step("Bank.digest", "after it slept")(lambda on: on.bank.digest())
+step("Bank.read", "after it slept")(lambda on: on.bank.read(on.tiny.trace(7).hidden, 4))
+step("Bank.export", "writes one file")(
+    lambda on: on.bank.export(on.folder / "bank") == (on.folder / "bank").stat().st_size
+)
+step("Bank.export", "no bank")(lambda on: on.other("none").export(on.folder / "none"))
+step("Store.import_", "makes a cold bank")(lambda on: on.store.import_(on.folder / "bank", f"{on.kind}/copy").info())
+step("Store.import_", "refuses a name that is taken")(lambda on: on.store.import_(on.folder / "bank", on.bank.name))
+step("Store.import_", "refuses a damaged file")(lambda on: on.store.import_(_cut_short(on), f"{on.kind}/cut"))
+step("Bank.attach", "an imported bank")(lambda on: on.other("copy").attach())
+step("Bank.digest", "of an imported bank")(lambda on: on.other("copy").digest() == on.bank.digest())
+step("Store.delete", "a hot bank")(lambda on: on.store.delete(f"{on.kind}/copy"))
+step("Store.delete", "no bank")(lambda on: on.store.delete(f"{on.kind}/copy"))
+step("Bank.info", "of a bank that was deleted")(lambda on: on.other("copy").info())
+
+
+def _cut_short(on: On) -> Path:
+    whole = (on.folder / "bank").read_bytes()
+    (on.folder / "cut").write_bytes(whole[: len(whole) * 2 // 3])
+    return on.folder / "cut"
+
+
+# these texts name what differs between backends: nodes, paths
+PLACES = {"to no node", "refuses a damaged file", "no bank"}
+
+
+def plain(outcome: Any, what: str) -> Any:
+    """What has to be equal: all but owners, nodes, moments and, where they name places, texts."""
+    if isinstance(outcome, RaymemError):
+        return type(outcome), outcome.code, outcome.details, outcome.message if what not in PLACES else ""
+    if isinstance(outcome, BankInfo):
+        return dataclasses.replace(outcome, owner=None, node=None, created=0.0)
+    if isinstance(outcome, MigrationReport):
+        return outcome.bank, outcome.rows, outcome.source == outcome.target, outcome.pause_ms, outcome.total_ms
+    if isinstance(outcome, Calibration):
+        return outcome.hash
+    if isinstance(outcome, list):
+        return [plain(item, what) for item in outcome]
+    return outcome
+
+
+def assert_same(got: Any, expected: Any, what: str) -> None:
+    assert not isinstance(expected, Exception) or isinstance(expected, RaymemError), repr(expected)
+    assert type(got) is type(expected), f"{got!r} is no {expected!r}"
+    if not isinstance(got, Readout):
+        assert plain(got, what) == plain(expected, what)
+        return
+    for field in dataclasses.fields(Readout):
+        mine, theirs = getattr(got, field.name), getattr(expected, field.name)
+        if isinstance(theirs, torch.Tensor) and theirs.is_floating_point():
+            # design.md §3: backend against backend within 1e-6 relative
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+        elif isinstance(theirs, torch.Tensor):
+            assert torch.equal(mine, theirs), field.name
+        else:
+            assert mine == theirs
+
+
+@pytest.fixture(scope="module")
+def outcome(store_on, tiny, tmp_path_factory) -> Callable[[str, str, Step], Any]:
+    """The outcome of a step, after those before it, for a kind on a backend."""
+
+    @cache
+    def run(backend: str, kind: str) -> dict[Step, Any]:
+        store = store_on(backend)
+        on = On(store, store.bank(f"{kind}/main"), tiny, kind, tmp_path_factory.mktemp(backend))
+        return {step: _caught(step.run, on) for step in STEPS}
+
+    return lambda backend, kind, step: run(backend, kind)[step]
+
+
+def _caught(run: Callable[[On], Any], on: On) -> Any:
+    try:
+        return run(on)
+    except Exception as error:  # noqa: BLE001 - the steps after this one still run; `assert_same` takes RaymemErrors only
+        return error
+
+
+@pytest.mark.parametrize("backend", ["ray", "http"])
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.verb} {step.what}")
+@pytest.mark.parametrize("kind", kinds())
+def test_every_backend_gives_what_one_process_gives(outcome, backend, kind, step):
+    assert_same(outcome(backend, kind, step), outcome("local", kind, step), step.what)
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_the_steps_do_what_they_say(outcome, kind):
+    # equal is not enough: three backends could be wrong alike
+    found = {(step.verb, step.what): outcome("local", kind, step) for step in STEPS}
+
+    assert found["Bank.write", "sixty rows"] == Ack(60, 0, 60, 0, durable=True)
+    assert found["Bank.write", "the same rows"].duplicates == 60
+    assert found["Bank.write", "after a gap"].gaps == 1
+    assert found["Bank.digest", "after it slept"] == found["Bank.digest", "of what was written"]
+    assert found["Bank.digest", "of an imported bank"] is True
+    assert found["Store.nodes", "has the bank's node"] is True
+    errors = {what: outcome for (_, what), outcome in found.items() if isinstance(outcome, RaymemError)}
+    refused = {"a cold bank", "no bank", "to no node", "a row that is not finite", "other rows under the same names"}
+    assert refused <= set(errors)
+
+
+def test_every_verb_is_compared():
+    def verbs(cls: type) -> set[str]:
+        return {name for name, member in inspect.getmembers(cls, callable) if not name.startswith("_")}
+
+    assert verbs(Store) == verbs(AsyncStore) - {"connect"}
+    assert verbs(Bank) == verbs(AsyncBank)
+    there_are = {f"Store.{name}" for name in verbs(Store)} | {f"Bank.{name}" for name in verbs(Bank)}
+    # closing ends the store that the steps share
+    assert {step.verb for step in STEPS} == there_are - {"Store.close"}
