@@ -148,7 +148,7 @@ class LogitsTap:
         self._step: Step | None = None
         self._sampled_N: Tensor | None = None
         self.calls_elsewhere = 0
-        self._hook = self._model.register_forward_hook(self._after_forward, with_kwargs=True)
+        self._model.register_forward_hook(self._after_forward, with_kwargs=True)
         self._model.compute_logits = self._logits
         runner._prepare_inputs = self._before_forward
 
@@ -163,12 +163,6 @@ class LogitsTap:
         size = cache.shape[2]
         slots_n = torch.tensor([int(table[at // size]) * size + at % size for at in range(start, stop)])
         return cache[slots_n // size, :, slots_n % size]
-
-    def close(self) -> None:
-        """Put vLLM's own functions back."""
-        self._hook.remove()
-        del self._model.compute_logits
-        del self._runner._prepare_inputs
 
     def _before_forward(self, *args: Any, **kwargs: Any) -> Any:
         prepared = self._prepare_inputs(*args, **kwargs)

@@ -15,7 +15,6 @@ from raymem.serving.vllm.params import banks_to_read
 from raymem.types import Readout
 
 log = structlog.get_logger("raymem.vllm")
-NEIGHBOURS = 32
 
 
 class Bank(Protocol):
@@ -72,6 +71,7 @@ class MemoryMixer:
         blend: gets logits `[R, V]` float32 and what a bank answered, and returns new logits.
         request_args: a request's `extra_args`.
         earlier_states: a request's states from the cache: (request index, start, stop) -> `[n, L, D]`.
+        neighbours: how many candidates are asked of a bank.
     """
 
     def __init__(
@@ -80,11 +80,13 @@ class MemoryMixer:
         blend: Callable[[Tensor, Readout], Tensor],
         request_args: Callable[[str], Any],
         earlier_states: Callable[[int, int, int], Tensor],
+        neighbours: int = 32,
     ) -> None:
         self._banks = banks
         self._blend = blend
         self._request_args = request_args
         self._earlier_states = earlier_states
+        self._neighbours = neighbours
         self.counters = ReadCounters()
 
     def change(self, step: Step, rows_R: Tensor, logits_RV: Tensor) -> Tensor:
@@ -120,14 +122,13 @@ class MemoryMixer:
     def _mix(self, logits_RV: Tensor, span: Span, name: str, bank: Bank, step: Step) -> None:
         try:
             states_QLD, start = self._queries(span, bank.window, step)
-            answer = bank.read(states_QLD, NEIGHBOURS, start)
+            answer = last(bank.read(states_QLD, self._neighbours, start), len(span.places))
+            logits_RV[span.places] = self._blend(logits_RV[span.places], answer)
         except RaymemError as error:
             # a request whose memory fails goes on without it
             log.error("read failed", bank=name, code=error.code, reason=str(error))
             self.counters.rows_failed += len(span.places)
             return
-        answer = last(answer, len(span.places))
-        logits_RV[span.places] = self._blend(logits_RV[span.places], answer)
         self.counters.reads += 1
         self.counters.rows_mixed += len(span.places)
 

@@ -69,7 +69,7 @@ def _memory_of(worker: Any) -> _WorkerMemory:
 
 
 class _WorkerMemory:
-    """The banks of one worker, and the tap on its logits while there are any."""
+    """The banks of one worker, and the tap on its logits from the first of them on."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
@@ -99,9 +99,6 @@ class _WorkerMemory:
         bank = self._banks.pop(name, None)
         if bank is not None:
             bank.close()
-        if not self._banks and self._tap is not None:
-            self._tap.close()
-            self._tap = None
         return bank is not None
 
     def stats(self) -> dict[str, Any]:
@@ -115,7 +112,7 @@ class _WorkerMemory:
     def _start_tap(self, connector: RaymemConnector) -> None:
         if self._tap is not None:
             return
-        from raymem.lm.mixing import Mixer
+        from raymem.lm.mixing import NEIGHBOURS, Mixer
 
         mixer = Mixer()
         tap = insides.LogitsTap(self._worker.model_runner, self._change)
@@ -124,9 +121,7 @@ class _WorkerMemory:
             cache, group = connector.paged_states()
             return tap.earlier_states(request, start, stop, group, cache)
 
-        counters = self._mixer.counters if self._mixer is not None else None
-        self._mixer = MemoryMixer(self._banks, mixer.logits, tap.request_args, earlier)
-        self._mixer.counters = counters or self._mixer.counters
+        self._mixer = MemoryMixer(self._banks, mixer.logits, tap.request_args, earlier, NEIGHBOURS)
         self._tap = tap
 
     def _change(self, step: Any, rows_R: Tensor, logits_RV: Tensor) -> Tensor:
