@@ -22,7 +22,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 bench: setup
-	$(BIN)/raymem bench
+	$(BIN)/python benchmarks/run.py
 
 # from a clean copy: what an earlier build left behind would be shipped
 wheel: setup

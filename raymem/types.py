@@ -20,6 +20,8 @@ from raymem.errors import FingerprintMismatch, InvalidName, InvalidTrace, NonFin
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _LABEL_MAX = 256
+# banks keep token ids in four bytes
+_TOKENS = 2**31
 
 
 class _Frozen(BaseModel):
@@ -130,8 +132,9 @@ class Trace:
         if self.tokens.shape != (len(self),) or self.tokens.dtype != torch.int64:
             found = f"{self.tokens.dtype} {list(self.tokens.shape)}"
             raise InvalidTrace(f"tokens are {found}; expected torch.int64 [{len(self)}], one id a row")
-        if len(self) and int(self.tokens.min()) < 0:
-            raise InvalidTrace(f"token id {int(self.tokens.min())} is negative")
+        if len(self) and not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < _TOKENS:
+            wrong = min(int(self.tokens.min()), 0) or int(self.tokens.max())
+            raise InvalidTrace(f"token id {wrong} is not in 0 … {_TOKENS - 1}")
         self._validate_values(fingerprint)
 
     def _validate_values(self, fingerprint: Fingerprint) -> None:

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 # set before anything imports triton, vllm or ray: they read these once
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    # two busy threads on a busy machine wait for each other at every small operation
+    "OMP_NUM_THREADS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
