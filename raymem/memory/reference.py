@@ -53,7 +53,7 @@ class Reference(nn.Module):
         padded = nn.functional.pad(flat, (0, 0, 0, -len(flat) % _BLOCK_ROWS))
         weigh = self._solve if self.addressing == "least_squares" else self._filter
         weights = torch.cat([weigh(block) for block in torch.split(padded, _BLOCK_ROWS)])[: len(flat)]
-        return to_grid(weights, self.grid_bits).reshape(*keys.shape[:-1], -1)
+        return to_grid(weights, self.grid_bits).reshape(*keys.shape[:-1], weights.shape[-1])
 
     def _solve(self, keys_NK: Tensor) -> Tensor:
         return keys_NK @ self.inverse_KS

@@ -218,6 +218,17 @@ def test_more_candidates_than_there_are_tokens_or_rows_are_marked_absent(case):
     assert bool(torch.isfinite(found.scores_Qk[~absent]).all())
 
 
+def test_no_query_and_no_candidate_asked_for_give_answers_of_that_shape(case):
+    memory = case.build()
+    for state in (memory.empty(), memory.absorb(memory.empty(), case.rows(20))):
+        none = memory.lookup(state, case.rows(0).keys_NK, 4)
+        assert none.values_QV.shape == (0, case.value)
+        assert none.tokens_Qk.shape == none.scores_Qk.shape == (0, 4)
+        found = memory.lookup(state, case.rows(3).keys_NK, 0)
+        assert found.tokens_Qk.shape == found.scores_Qk.shape == (3, 0)
+        assert found.similarity_Q.shape == (3,)
+
+
 def test_candidates_come_best_first(case):
     memory = case.build()
     found = memory.lookup(memory.absorb(memory.empty(), case.rows(70)), case.rows(6).keys_NK, 20)
