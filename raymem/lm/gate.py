@@ -1,0 +1,136 @@
+"""How far a memory is to be believed, query by query: a few numbers about its answer, and a small trained gate.
+
+Shape legend: Q queries, V vocabulary, k candidates, F features, E experts (the memory's answer at E temperatures).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raymem.errors import Corrupt
+from raymem.types import Readout
+
+GATES_FILE = "gates.json"
+# where candidate scores are cosines of rows, and where they are log-probabilities that a state gives to tokens
+TAUS = {"rows": (0.02, 0.05, 0.1, 0.2), "states": (0.5, 1.0, 2.0, 4.0)}
+FEATURES = 17
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Weights of the model's own prediction and of the memory's, at several temperatures, given `features`.
+
+    `taus` E temperatures; `mean_F` and `scale_F` standardise the features; `weight_GF` and `bias_G` are those of a
+    linear layer with G = 1 + E outputs, the model's own first.
+    """
+
+    taus: tuple[float, ...]
+    mean_F: Tensor
+    scale_F: Tensor
+    weight_GF: Tensor
+    bias_G: Tensor
+
+    def log_weights(self, features_QF: Tensor) -> Tensor:
+        """Logarithms `[Q, 1 + E]` of the mixture's weights, which sum to 1."""
+        standard_QF = (features_QF - self.mean_F) / self.scale_F
+        return torch.log_softmax(standard_QF @ self.weight_GF.T + self.bias_G, dim=-1)
+
+    def to_json(self) -> dict[str, Any]:
+        """The gate as plain data."""
+        return {
+            name: value.tolist() if isinstance(value, Tensor) else list(value) for name, value in vars(self).items()
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Gate:
+        """What `to_json` gave.
+
+        Raises:
+            Corrupt: parts are missing or don't fit each other.
+        """
+        try:
+            tensors = {name: torch.tensor(data[name]) for name in ("mean_F", "scale_F", "weight_GF", "bias_G")}
+            gate = Gate(taus=tuple(float(tau) for tau in data["taus"]), **tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise Corrupt(f"not a gate ({error!r}): make it again with `python -m raymem.lm.tune`") from error
+        shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+        outputs = 1 + len(gate.taus)
+        if shapes != [(FEATURES,), (FEATURES,), (outputs, FEATURES), (outputs,)]:
+            raise Corrupt(f"a gate's parts are {shapes}, which don't fit {FEATURES} features: make it again")
+        return gate
+
+
+@lru_cache
+def shipped_gates() -> dict[str, Gate]:
+    """The gates that come with raymem, by the family of the bank that answers: `rows` and `states`."""
+    data = json.loads(files("raymem.lm").joinpath(GATES_FILE).read_text())
+    return {family: Gate.from_json(gate) for family, gate in data.items()}
+
+
+def family_of(readout: Readout) -> str:
+    """Which gate an answer needs: rows are scored by cosine, tokens of a state by its own log-probability."""
+    return "states" if readout.pos_Qk is None else "rows"
+
+
+def shares(scores_Qk: Tensor, taus: tuple[float, ...]) -> Tensor:
+    """Each candidate's share `[Q, E, k]` of the memory's prediction at each temperature; 0 for an absent one."""
+    least = torch.finfo(scores_Qk.dtype).min
+    present_Qk = torch.isfinite(scores_Qk)
+    scaled_QEk = scores_Qk.masked_fill(~present_Qk, least)[:, None] / torch.tensor(taus)[:, None].to(scores_Qk)
+    return torch.softmax(scaled_QEk.clamp_min(least), dim=-1) * present_Qk[:, None]
+
+
+def features(log_probs_QV: Tensor, readout: Readout, taus: tuple[float, ...]) -> Tensor:
+    """What the gate looks at `[Q, F]`: how near and how unanimous the candidates are, and whether the model agrees.
+
+    Args:
+        log_probs_QV: the model's own, float32.
+        readout: with candidate tokens.
+        taus: the gate's; the second and third are looked at.
+    """
+    assert readout.tokens_Qk is not None
+    assert readout.scores_Qk is not None
+    tokens_Qk, scores_Qk = readout.tokens_Qk.clamp_min(0), readout.scores_Qk.float()
+    present_Qk = torch.isfinite(scores_Qk)
+    probs_QV = log_probs_QV.exp()
+    own_Qk = probs_QV.gather(1, tokens_Qk)
+    distinct_Qk = present_Qk / votes(tokens_Qk, present_Qk.float()).clamp_min(1)
+    covered_Q = (own_Qk * distinct_Qk).sum(1)
+    found = [readout.relevance_Q.float(), *_fall(scores_Qk, present_Qk)]
+    found += [-(probs_QV * log_probs_QV).sum(1), probs_QV.amax(1), covered_Q, _log(covered_Q)]
+    for share_Qk in shares(scores_Qk, taus[1:3]).unbind(1):
+        found += _agreement(share_Qk, tokens_Qk, own_Qk)
+    return torch.stack(found, dim=1)
+
+
+def votes(tokens_Qk: Tensor, share_Qk: Tensor) -> Tensor:
+    """At each candidate, the sum of the shares of all candidates with its token `[Q, k]`."""
+    same_Qkk = tokens_Qk[:, :, None] == tokens_Qk[:, None, :]
+    return (same_Qkk * share_Qk[:, None]).sum(-1)
+
+
+def _fall(scores_Qk: Tensor, present_Qk: Tensor) -> list[Tensor]:
+    """How far the mean of the best 8 and of the best 32 lies below the best score."""
+    above_Qk = (scores_Qk[:, :1] - scores_Qk).masked_fill(~present_Qk, 0.0)
+    return [above_Qk[:, :n].sum(1) / present_Qk[:, :n].sum(1).clamp_min(1) for n in (8, 32)]
+
+
+def _agreement(share_Qk: Tensor, tokens_Qk: Tensor, own_Qk: Tensor) -> list[Tensor]:
+    """The memory's favourite and its entropy, what the model expects of the memory, and of the favourite."""
+    mass_Qk = votes(tokens_Qk, share_Qk)
+    best_Q, at_Q = mass_Qk.max(1)
+    entropy_Q = -(share_Qk * _log(mass_Qk)).sum(1)
+    expected_Q = (share_Qk * own_Qk).sum(1)
+    return [best_Q, entropy_Q, expected_Q, _log(expected_Q), _log(own_Qk.gather(1, at_Q[:, None])[:, 0])]
+
+
+def _log(x: Tensor) -> Tensor:
+    return x.clamp_min(_LEAST).log()

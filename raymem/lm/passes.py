@@ -1,0 +1,121 @@
+"""What a frozen model makes of a document: one pass over all of it, and one over each window alone.
+
+The writing pass is a single causal pass over the document's start, as an agent reads it: every written row knows its
+own context, up to 3,072 tokens of it. A window's pass sees nothing earlier.
+
+Shape legend: T tokens of a document, W rows of a window with a known next token, L layers, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from raymem.lm.models import LanguageModel, Pass
+from raymem.lm.text import Document, Span, Split, chunks, split
+
+if TYPE_CHECKING:
+    from raymem.encode.calibration import Calibration
+
+CHUNK_TOKENS = 128
+
+
+class CachedModel:
+    """A model whose passes are kept on disk by content hash; what calibrating and reading need of it."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.content_hash = model.content_hash
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids [T]."""
+        return self.model.encode(text)
+
+    def run(self, tokens_T: Tensor, layers: Sequence[int]) -> Pass:
+        """One causal pass, from the cache where it is there."""
+        return self.model.run_cached(tokens_T, layers)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows of a window before each of its targets: states [W, L, d], final states [W, d], targets [W]."""
+
+    span: Span
+    hidden_WLd: Tensor
+    final_Wd: Tensor
+    targets_W: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A document as a model read it; `whole` is the pass over all of it."""
+
+    name: str
+    split: Split
+    whole: Pass
+    windows: tuple[Window, ...]
+
+    @property
+    def written_TLd(self) -> Tensor:
+        """States of the rows to write."""
+        return self.whole.hidden_TLd[: self.split.written]
+
+
+def read(model: CachedModel, document: Document, layers: Sequence[int], max_tokens: int, window: int) -> Reading:
+    """Pass a document and its windows through a model."""
+    # no tokenizer makes fewer than one token of 64 characters of plain text: the rest need not be looked at
+    parts = split(document.name, model.encode(document.text[: max_tokens * 64]), max_tokens, window)
+    windows = tuple(_window(model, parts, span, layers) for span in parts.windows)
+    return Reading(document.name, parts, model.run(parts.tokens_T, layers), windows)
+
+
+def full_context_losses(model: LanguageModel, reading: Reading, window: Window) -> Tensor:
+    """Losses [W] of a window's targets when the model sees the whole document before them."""
+    rows = slice(window.span.start, window.span.stop - 1)
+    return losses(model.logits(reading.whole.final_Td[rows]), window.targets_W)
+
+
+def retrieval_losses(
+    model: CachedModel, reading: Reading, window: Window, calibration: Calibration, pieces: int
+) -> Tensor:
+    """Losses [W] of a window's targets behind a prompt of the written chunks that are most like the window.
+
+    Likeness is the cosine of mean hidden states of chunk and whole window: it knows the text to be predicted, which
+    flatters retrieval.
+    """
+    prompt_T = torch.cat(
+        [reading.split.tokens_T[start:stop] for start, stop in _best(reading, window, calibration, pieces)]
+    )
+    ids_T = torch.cat([prompt_T, reading.split.tokens_T[slice(*window.span)]])
+    final_Td = model.run(ids_T, calibration.layers).final_Td
+    return losses(model.model.logits(final_Td[len(prompt_T) : -1]), window.targets_W)
+
+
+def losses(logits_WV: Tensor, targets_W: Tensor) -> Tensor:
+    """Negative log-likelihoods [W], in nats, computed in float32."""
+    return cross_entropy(logits_WV.float(), targets_W, reduction="none")
+
+
+def _window(model: CachedModel, parts: Split, span: Span, layers: Sequence[int]) -> Window:
+    ids_T = parts.tokens_T[slice(*span)]
+    done = model.run(ids_T, layers)
+    return Window(span, done.hidden_TLd[:-1], done.final_Td[:-1], ids_T[1:])
+
+
+def _best(reading: Reading, window: Window, calibration: Calibration, pieces: int) -> list[Span]:
+    spans = chunks(reading.split.written, CHUNK_TOKENS)
+    asked_K = _mean_state(window.hidden_WLd[1:], calibration)
+    likeness = [float(_mean_state(reading.whole.hidden_TLd[max(1, a) : b], calibration) @ asked_K) for a, b in spans]
+    order = sorted(range(len(spans)), key=lambda index: -likeness[index])
+    return [spans[index] for index in sorted(order[:pieces])]
+
+
+def _mean_state(hidden_TLd: Tensor, calibration: Calibration) -> Tensor:
+    mean_K = (hidden_TLd.float().mean(0) - calibration.mean_LD).flatten()
+    unit_K: Tensor = mean_K / mean_K.norm().clamp_min(1e-12)
+    return unit_K

@@ -1,0 +1,108 @@
+"""`raymem eval lm` from end to end, with the real model and the product's own banks."""
+
+import json
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+
+from raymem.errors import InvalidInput, InvalidSpec, ModelNotFound, NotFound
+from raymem.lm.evaluate import EvalSettings, evaluate, gap_closed
+
+FIGURES = {"ppl", "gap_closed", "wrong_memory_ratio", "bytes", "write_rows_per_s", "read_us_per_query"}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("texts")
+    for name, topic in (("a.txt", "booleans"), ("b.txt", "exceptions")):
+        # the end repeats the beginning: whatever remembers must do better there
+        text = topics[topic]
+        (folder / name).write_text(text + "\n\n" + text[: len(text) // 3])
+    calls = []
+    settings = EvalSettings(texts=(folder,), max_tokens=400, window=64)
+    found = evaluate(settings, lambda done, total: calls.append((done, total)))
+    return found, calls
+
+
+def test_the_json_has_the_promised_fields(report):
+    data = json.loads(json.dumps(report[0].json_dict()))
+    for name in ("base", "full_context", "text_retrieval_2x128", "text_retrieval_4x128"):
+        assert data[name]["ppl"] > 1
+    assert set(data["kinds"]) == {"spalm", "titans"}
+    for figures in data["kinds"].values():
+        assert set(figures) == FIGURES
+        assert all(math.isfinite(value) for value in figures.values())
+
+
+def test_what_is_remembered_helps_and_what_is_not_ones_own_does_not_hurt(report):
+    found = report[0]
+    assert found.full_context.ppl < found.base.ppl
+    for figures in found.kinds.values():
+        assert figures.gap_closed > 0.05
+        # the promise is 1.01 over whole documents; these are two of 400 tokens
+        assert figures.wrong_memory_ratio < 1.05
+
+
+def test_progress_ends_where_it_said(report):
+    calls = report[1]
+    assert calls[0] == (0, 4)
+    assert calls[-1] == (4, 4)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_the_table_shows_every_kind_and_baseline(report):
+    console = Console(width=120, record=True)
+    console.print(report[0].table())
+    text = console.export_text()
+    for word in ("none", "text retrieval 2×128", "full context", "spalm", "titans", "wrong memory"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("base", "found", "full", "share"), [(16, 8, 4, 0.5), (16, 16, 4, 0.0), (16, 32, 4, -0.5), (4, 4, 4, None)]
+)
+def test_the_gap_is_a_share_in_nats(base, found, full, share):
+    assert gap_closed(base, found, full) == (None if share is None else pytest.approx(share))
+
+
+def test_an_unknown_kind_is_refused_with_what_there_is(tmp_path):
+    with pytest.raises(InvalidSpec, match=r"spolm.*spalm"):
+        evaluate(EvalSettings(texts=(tmp_path,), kinds=("spolm",)))
+
+
+def test_an_unknown_setting_is_refused(tmp_path):
+    with pytest.raises(ValidationError, match="windows"):
+        EvalSettings(texts=(tmp_path,), windows=3)
+
+
+def test_bad_texts_are_refused_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(NotFound, match="no text at"):
+        evaluate(EvalSettings(texts=(tmp_path / "none.txt",), model="no-such-model"))
+
+
+def test_a_missing_model_and_a_text_that_is_too_short_are_named(tmp_path):
+    (tmp_path / "note.txt").write_text("Too short to measure.")
+    with pytest.raises(ModelNotFound, match="no-such-model"):
+        evaluate(EvalSettings(texts=(tmp_path,), model="no-such-model"))
+    with pytest.raises(InvalidInput, match=r"note\.txt"):
+        evaluate(EvalSettings(texts=(tmp_path,)))
+
+
+def test_a_trained_gate_prefers_the_expert_that_is_right_where_it_says_so():
+    from raymem.lm.gate import FEATURES
+    from raymem.lm.tune import Lesson, fit
+
+    # the first feature says whether the memory is right; the model itself is always unsure
+    told = (torch.arange(400) % 2).float()
+    features = torch.randn(400, FEATURES)
+    features[:, 0] = told
+    right = torch.where(told > 0, 0.9, 0.001)[:, None]
+    gate = fit([Lesson(features, right, torch.full((400,), math.log(0.1)), 1.0)], (0.1,))
+    believed = gate.log_weights(features).exp()[:, 1]
+    assert float(believed[told > 0].mean()) > 0.9
+    assert float(believed[told == 0].mean()) < 0.1

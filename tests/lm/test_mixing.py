@@ -1,0 +1,179 @@
+"""Memory's share in a prediction: identities that hold whatever the gate's weights are."""
+
+import math
+
+import pytest
+import torch
+
+from raymem import Readout
+from raymem.errors import Corrupt, InvalidInput
+from raymem.lm.gate import FEATURES, TAUS, Gate, features, shares, shipped_gates, votes
+from raymem.lm.mixing import Mixer, mixture, select
+
+VOCABULARY = 97
+
+
+def readout(tokens, scores, relevance=None, *, rows=True):
+    tokens = torch.tensor(tokens)
+    place = torch.zeros_like(tokens) if rows else None
+    return Readout(
+        values_QV=torch.zeros(len(tokens), 0),
+        relevance_Q=torch.ones(len(tokens)) if relevance is None else torch.tensor(relevance),
+        tokens_Qk=tokens,
+        scores_Qk=torch.tensor(scores),
+        pos_Qk=place,
+        seq_Qk=place,
+        source_Qk=place,
+    )
+
+
+def logits(rows):
+    return torch.randn(rows, VOCABULARY) * 3
+
+
+def fixed_gate(log_odds, taus=TAUS["rows"]):
+    """A gate whose weights don't depend on the features."""
+    zeros = torch.zeros(FEATURES)
+    return Gate(taus, zeros, zeros + 1, torch.zeros(1 + len(taus), FEATURES), torch.tensor(log_odds))
+
+
+def mixer(log_odds, taus=TAUS["rows"]):
+    return Mixer({"rows": fixed_gate(log_odds, taus)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [True, False])
+def test_no_relevance_gives_the_models_own_logits_bit_for_bit(dtype, rows):
+    own = logits(3).to(dtype)
+    silent = readout([[5, 6]] * 3, [[0.9, 0.8]] * 3, [0.0, 0.0, 0.0], rows=rows)
+    assert Mixer().logits(own, silent) is own
+
+
+def test_an_empty_bank_and_one_without_tokens_change_nothing():
+    own = logits(2)
+    empty = readout([[-1, -1]] * 2, [[-math.inf, -math.inf]] * 2)
+    assert Mixer().logits(own, empty) is own
+    vectors_only = Readout(values_QV=torch.ones(2, 4), relevance_Q=torch.ones(2))
+    assert Mixer().logits(own, vectors_only) is own
+
+
+def test_queries_that_the_bank_does_not_know_keep_their_bits_beside_those_it_does():
+    own = logits(3)
+    mixed = Mixer().logits(own, readout([[5, 6]] * 3, [[0.9, 0.8]] * 3, [0.0, 1.0, 0.0]))
+    assert torch.equal(mixed[[0, 2]], own[[0, 2]])
+    assert not torch.equal(mixed[1], own[1])
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_the_mixture_is_a_distribution(rows):
+    scores = torch.randn(7, 33).sort(descending=True).values * (0.1 if rows else 2.0)
+    tokens = torch.randint(0, VOCABULARY, (7, 33))
+    mixed = Mixer().logits(logits(7), readout(tokens.tolist(), scores.tolist(), rows=rows))
+    # float32 sums over 97 tokens
+    torch.testing.assert_close(mixed.exp().sum(1), torch.ones(7), atol=1e-5, rtol=0)
+
+
+def test_all_weight_on_one_neighbour_is_its_token():
+    sure = mixer([-1e4, 0.0], taus=(0.05,))
+    mixed = sure.logits(logits(1), readout([[41]], [[0.97]]))
+    assert float(mixed[0, 41]) == pytest.approx(0.0, abs=1e-6)
+    assert float(mixed[0].exp().sum()) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_all_weight_on_the_model_leaves_its_distribution():
+    own = logits(2)
+    mixed = mixer([0.0, -1e4], taus=(0.05,)).logits(own, readout([[41, 7]] * 2, [[0.9, 0.9]] * 2))
+    torch.testing.assert_close(mixed, torch.log_softmax(own, 1), atol=1e-6, rtol=0)
+
+
+def test_a_pair_stored_n_times_has_n_times_the_mass():
+    tokens, scores = torch.tensor([[3, 3, 3, 8]]), torch.full((1, 4), 0.7)
+    share = shares(scores, (0.05,))
+    found = mixture(torch.zeros(1, VOCABULARY), tokens, share, torch.tensor([[-math.inf, 0.0]])).exp()
+    assert float(found[0, 3]) == pytest.approx(0.75, abs=1e-6)
+    assert float(found[0, 8]) == pytest.approx(0.25, abs=1e-6)
+
+
+def test_the_mixture_is_kNN_LMs_formula():
+    own = torch.log_softmax(logits(2), 1)
+    tokens, scores, tau, weight = torch.tensor([[4, 9, 4], [1, 2, 3]]), torch.tensor([[0.9, 0.6, 0.5]] * 2), 0.2, 0.3
+    expected = (1 - weight) * own.exp()
+    for row in range(2):
+        total = sum(math.exp(score / tau) for score in scores[row].tolist())
+        for token, score in zip(tokens[row].tolist(), scores[row].tolist(), strict=True):
+            expected[row, token] += weight * math.exp(score / tau) / total
+    log_weights = torch.tensor([[1 - weight, weight]]).log().expand(2, 2)
+    found = mixture(own, tokens, shares(scores, (tau,)), log_weights)
+    torch.testing.assert_close(found.exp(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_absent_candidates_count_for_nothing():
+    with_absent = readout([[5, 6, -1, -1]], [[0.9, 0.8, -math.inf, -math.inf]])
+    without = readout([[5, 6]], [[0.9, 0.8]])
+    own = logits(1)
+    torch.testing.assert_close(Mixer().logits(own, with_absent), Mixer().logits(own, without))
+
+
+def test_a_nearer_memory_is_believed_more():
+    own = logits(1)
+    alone = float(torch.log_softmax(own, 1)[0, 5])
+    gains = []
+    for nearest in (0.70, 0.85, 0.99):
+        scores = [[nearest, nearest - 0.3, nearest - 0.3]]
+        found = Mixer().logits(own, readout([[5, 6, 7]], scores, [(nearest - 0.68) / 0.32]))
+        gains.append(float(found[0, 5]) - alone)
+    assert gains == sorted(gains)
+    assert gains[-1] > gains[0] + 0.1
+
+
+def test_features_stay_finite_at_the_extremes():
+    sure = torch.full((1, VOCABULARY), -1e4)
+    sure[0, 3] = 0.0
+    for answer in (readout([[9]], [[1.0]]), readout([[9, -1]], [[-50.0, -math.inf]], rows=False)):
+        taus = TAUS["rows"]
+        found = features(torch.log_softmax(sure, 1), answer, taus)
+        assert found.shape == (1, FEATURES)
+        assert bool(torch.isfinite(found).all())
+        assert bool(torch.isfinite(Mixer().logits(sure, answer).exp()).all())
+
+
+def test_votes_add_up_by_token():
+    found = votes(torch.tensor([[2, 5, 2]]), torch.tensor([[0.5, 0.25, 0.125]]))
+    assert found.tolist() == [[0.625, 0.25, 0.625]]
+
+
+def test_a_batch_is_mixed_as_its_rows_are():
+    own, answer = (
+        logits(5),
+        readout(torch.randint(0, VOCABULARY, (5, 9)).tolist(), torch.rand(5, 9).sort(descending=True).values.tolist()),
+    )
+    together = Mixer().logits(own, answer)
+    for row in range(5):
+        alone = Mixer().logits(own[row : row + 1], select(answer, torch.tensor([row])))
+        torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-5)
+
+
+def test_another_number_of_queries_is_refused():
+    with pytest.raises(InvalidInput, match="3 rows of logits and a readout of 1"):
+        Mixer().logits(logits(3), readout([[5]], [[0.9]]))
+
+
+def test_a_token_beyond_the_vocabulary_is_refused():
+    with pytest.raises(InvalidInput, match=f"token {VOCABULARY + 2}"):
+        Mixer().logits(logits(1), readout([[VOCABULARY + 2]], [[0.9]]))
+
+
+def test_a_gate_is_its_json():
+    for gate in shipped_gates().values():
+        again = Gate.from_json(gate.to_json())
+        assert again.taus == gate.taus
+        assert torch.equal(again.weight_GF, gate.weight_GF)
+
+
+@pytest.mark.parametrize("part", ["taus", "mean_F", "weight_GF"])
+def test_a_damaged_gate_is_refused(part):
+    data = shipped_gates()["rows"].to_json()
+    with pytest.raises(Corrupt, match=r"raymem\.lm\.tune"):
+        Gate.from_json({name: value for name, value in data.items() if name != part})
+    with pytest.raises(Corrupt):
+        Gate.from_json(data | {part: data[part][:-1]})
