@@ -1,7 +1,1 @@
 """The `raymem` command."""
-
-from __future__ import annotations
-
-from raymem.cli.app import main
-
-__all__ = ["main"]

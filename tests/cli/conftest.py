@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raymem import Calibration, KeySpec, Trace, connect
-from raymem.cli import main
+from raymem.cli.app import main
 from raymem.encode.calibration import Range
 from raymem.lm.models import content_hash
 

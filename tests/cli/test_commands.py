@@ -27,7 +27,7 @@ def test_help_teaches_with_examples(raymem, command):
 
 def test_help_is_quick_and_imports_nothing_heavy():
     probe = (
-        "import sys; sys.argv = ['raymem', '--help']; from raymem.cli import main\n"
+        "import sys; sys.argv = ['raymem', '--help']; from raymem.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers', 'lancedb', 'fastapi', 'pyarrow')"

@@ -55,7 +55,7 @@ def test_ray_and_the_gateway_start_with_token_authentication(cluster, when):
 
 
 def test_the_gateway_is_started_with_options_that_it_has(cluster):
-    from raymem.cli import app
+    from raymem.cli.app import app
 
     (start,) = [command for command in cluster["head_start_ray_commands"] if "raymem serve" in command]
     serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]

@@ -69,11 +69,11 @@ def test_the_wheel_alone_imports_with_its_rooms(wheel, python, tmp_path):
 def test_the_wheel_registers_the_command_and_the_plugin(wheel):
     (record,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
     entries = wheel.read(record).decode()
-    assert "raymem = raymem.cli:main" in entries
+    assert "raymem = raymem.cli.app:main" in entries
     assert "[vllm.general_plugins]\nraymem = raymem.serving.vllm.plugin:register" in entries
 
 
-@pytest.mark.parametrize("entry", ["raymem.cli:main", "raymem.serving.vllm.plugin:register"])
+@pytest.mark.parametrize("entry", ["raymem.cli.app:main", "raymem.serving.vllm.plugin:register"])
 def test_an_entry_point_leads_to_a_function(root, entry):
     module, _, function = entry.partition(":")
     folder = root.joinpath(*module.split("."))
