@@ -1,5 +1,5 @@
 """`python -m raymem.cli` is the `raymem` command."""
 
-from raymem.cli import main
+from raymem.cli.app import main
 
 main()

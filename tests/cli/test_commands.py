@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_serve_says_where_it_listens_answers_and_settles_on_a_signal(raymem, ali
     with served:
         try:
             assert served.stdout is not None
-            url = json.loads("".join(iter(served.stdout.readline, "}\n")) + "}")["url"]
+            url = json.loads("".join(itertools.takewhile(lambda line: line != "}\n", served.stdout)) + "}")["url"]
             assert raymem("bank", "show", alice, "--store", url, "--json").json["rows"] == 10
             assert raymem("bank", "attach", alice, "--store", url, "--json").json["bytes"] > 0
             held = raymem("bank", "detach", alice)
