@@ -143,7 +143,9 @@ class RayBackend(ColdBackend):
         """Counters of every shard; one that does not answer has its error in their place."""
         topology = await self._router.refresh()
         answers = await ask_all([self._router.remote(info.name) for info in topology.shards], "stats")
-        shards = [{"node": topology.node_of(name)} | _plain(name, answer) for name, answer in answers.items()]
+        shards = [
+            {"shard": name, "node": topology.node_of(name)} | _plain(name, answer) for name, answer in answers.items()
+        ]
         failed = {node: error.to_wire() for node, error in topology.failures.items()}
         about = {"backend": "ray", "cold": self.cold.uri, "sync": self.cold.sync}
         return about | {"shards": shards, "failed_nodes": failed}

@@ -34,7 +34,8 @@ class Remote:
         try:
             return await getattr(self._handle, method).remote(*args)
         except RayTaskError as error:
-            raise error.cause from None
+            # a RaymemError says all there is to say; of anything else the trace on the other side is worth having
+            raise error.cause from (None if isinstance(error.cause, RaymemError) else error)
         except RayError as error:
             self._handle = None
             raise self._unavailable(str(error).splitlines()[0], gone=False) from error

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -106,6 +107,15 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
 
 
+class ShardActor(Shard):
+    """A shard in a process of its own."""
+
+    def __init__(self, name: str, spec: ClusterSpec, device: str) -> None:
+        super().__init__(name, spec, device, Remote)
+        # Ray lets an actor have as many threads as it reserves CPUs, and a shard reserves next to none
+        torch.set_num_threads(min(spec.settings.host.threads, len(os.sched_getaffinity(0))))
+
+
 class RayCluster:
     """What the directory asks of Ray."""
 
@@ -125,8 +135,8 @@ class RayCluster:
         name = shard_name(node.id, index)
         options = _lifetime | {"name": name, "num_cpus": actors.cpus_per_shard, "num_gpus": gpus}
         pinned = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        make = ray.remote(Shard).options(**options, scheduling_strategy=pinned)
-        await asyncio.to_thread(make.remote, name, spec, "cuda:0" if gpus else "cpu", Remote)
+        make = ray.remote(ShardActor).options(**options, scheduling_strategy=pinned)
+        await asyncio.to_thread(make.remote, name, spec, "cuda:0" if gpus else "cpu")
         try:
             async with asyncio.timeout(actors.retry_s):
                 await Remote(name).call("start")
