@@ -41,12 +41,12 @@ async def move(name: str, source: Host, to: str, target: Peer) -> MigrationRepor
     try:
         await _copy(name, target)
         paused = time.perf_counter()
-        await source.yield_writes(name, to)
+        epoch = await source.yield_writes(name, to)
     except Exception:
         await _abandon(name, target)
         raise
     try:
-        rows = await target.call("adopt", name)
+        rows = await target.call("adopt", name, epoch)
     except Exception:
         await source.resume(name)
         await _abandon(name, target)

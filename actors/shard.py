@@ -104,9 +104,9 @@ class Shard:
         """As `Host.prepare`."""
         return await (await self._host()).prepare(name)
 
-    async def adopt(self, name: str) -> int:
+    async def adopt(self, name: str, epoch: int) -> int:
         """As `Host.adopt`."""
-        return await (await self._host()).adopt(name)
+        return await (await self._host()).adopt(name, epoch)
 
     async def abandon(self, name: str) -> None:
         """As `Host.abandon`."""

@@ -23,6 +23,8 @@ from raymem.worker import BankWorker
 
 T = TypeVar("T")
 log = structlog.get_logger("raymem.host")
+# no copy of a bank takes as long
+_ARRIVAL_S = 3600.0
 
 
 class Host:
@@ -166,30 +168,36 @@ class Host:
                 runtime = await self._thread(lambda: Runtime(self.cold, entry, self.device))
                 await self._thread(runtime.recover)
                 self._arriving[name] = runtime
+                # a source that dies half-way tells nobody: its copy must not stay for good
+                asyncio.get_running_loop().call_later(_ARRIVAL_S, self.abandon, name, runtime)
             else:
                 await self._thread(runtime.catch_up)
             return runtime.pos
 
-    async def yield_writes(self, name: str, to: str) -> None:
+    async def yield_writes(self, name: str, to: str) -> int:
         """Migration, at the source: finish queued writes, answer later ones with Moved, go on answering reads.
 
         The catalog names the source as the owner until the target has claimed the bank: if either dies in between,
-        one owner is left.
+        one owner is left. Returns the epoch to claim it from.
         """
         worker = self._writable(name)
         self._moved[name] = to
         await worker.call(lambda: None)
+        return worker.runtime.entry.epoch
 
-    async def adopt(self, name: str) -> int:
-        """Migration, at the target: claim the prepared bank, apply the last of its tail and serve it."""
+    async def adopt(self, name: str, epoch: int) -> int:
+        """Migration, at the target: claim the prepared bank, apply the last of its tail and serve it.
+
+        Raises:
+            NotOwner: the source that yielded at `epoch` no longer owns the bank.
+        """
         async with self._locks[name]:
-            entry = await self._thread(lambda: self.cold.catalog.get(name))
+            entry = await self._thread(lambda: self.cold.catalog.claim(name, self.owner, epoch))
             runtime = self._arriving.pop(name, None)
             if runtime is None:
-                await self._load(entry)
-                return self._workers[name].runtime.pos
-            claimed = await self._thread(lambda: self._claim(entry))
-            await self._thread(lambda: runtime.own(claimed))
+                runtime = await self._thread(lambda: Runtime.open(self.cold, entry, device=self.device))
+            else:
+                await self._thread(lambda: runtime.own(entry))
             self._serve(name, runtime)
             return runtime.pos
 
@@ -212,9 +220,10 @@ class Host:
         await worker.close()
         self._moved.pop(name, None)
 
-    def abandon(self, name: str) -> None:
-        """Migration, at the target: drop what was prepared."""
-        self._arriving.pop(name, None)
+    def abandon(self, name: str, runtime: Runtime | None = None) -> None:
+        """Migration, at the target: drop what was prepared; if `runtime` is named, only that."""
+        if runtime in (None, self._arriving.get(name)):
+            self._arriving.pop(name, None)
 
     async def _load(self, entry: Entry) -> None:
         claimed = await self._thread(lambda: self._claim(entry))

@@ -58,7 +58,10 @@ async def test_banks_nobody_asks_for_come_back_too(shards, bank):
 
 
 async def test_a_bank_that_cannot_be_loaded_does_not_keep_the_others_back(shards, bank, cold):
-    broken, sound = await bank(shards.start("one"), "a/broken"), await bank(shards.start("one"), "a/sound")
+    before = shards.start("one")
+    broken, sound = await bank(before, "a/broken"), await bank(before, "a/sound")
+    # its upkeep after the write has ended too
+    await before.digest(broken)
     cold.tables.drop(journal_table(cold.catalog.get(broken).id))
 
     again = shards.start("one")
@@ -190,6 +193,33 @@ async def test_a_source_that_dies_in_the_hand_over_still_owns_the_bank(shards, b
     assert (await write(again, name, tiny.trace(60))).duplicates == 50
     with pytest.raises(Moved):
         await write(two, name, tiny.trace())
+
+
+async def test_a_target_that_comes_too_late_gets_nothing(shards, bank, cold):
+    one, two = shards.start("one"), shards.start("two")
+    name = await bank(one)
+    await two.prepare(name)
+    epoch = await (await one._host()).yield_writes(name, "two")
+    again = shards.start("one")
+    assert await again.locate(name) == "one"
+
+    with pytest.raises(NotOwner):
+        await two.adopt(name, epoch)
+
+    assert cold.catalog.get(name).owner == "one"
+
+
+async def test_a_copy_that_nobody_comes_back_for_is_dropped(shards, bank, monkeypatch):
+    monkeypatch.setattr("raymem.host._ARRIVAL_S", 0.05)
+    one, two = shards.start("one"), shards.start("two")
+    name = await bank(one)
+    await two.prepare(name)
+
+    async with asyncio.timeout(10):
+        while (await two._host())._arriving:
+            await asyncio.sleep(0.01)
+    # the move still works, only with a longer pause
+    assert (await one.migrate(name, "two")).rows == 50
 
 
 async def test_two_moves_at_once_leave_one_owner(shards, bank, cold):
