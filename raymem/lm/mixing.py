@@ -27,16 +27,19 @@ class Mixer:
 
     Args:
         gates: by family of bank, `rows` and `states`; those that come with raymem by default.
+        strict: a query of relevance 0 keeps its logits bit for bit. Otherwise relevance is one of the things that the
+            gate weighs: half of all unrelated queries have 0, but so has many a query that memory helps.
     """
 
-    def __init__(self, gates: Mapping[str, Gate] | None = None) -> None:
+    def __init__(self, gates: Mapping[str, Gate] | None = None, *, strict: bool = False) -> None:
         self._gates = shipped_gates() if gates is None else gates
+        self._strict = strict
 
     def logits(self, logits_QV: Tensor, readout: Readout) -> Tensor:
         """New logits (normalised log-probabilities, float32) for the queries that the bank has something to say about.
 
-        Rows of relevance 0, or without candidates, keep their logits bit for bit; the very same tensor comes back
-        when that is so for all.
+        Rows without candidates keep their logits bit for bit, and the very same tensor comes back when that is so for
+        all: an empty bank changes nothing.
 
         Args:
             logits_QV: the model's own, any float dtype.
@@ -45,7 +48,7 @@ class Mixer:
         Raises:
             InvalidInput: another number of queries, or a token beyond the vocabulary.
         """
-        speaks_Q = self._check(logits_QV, readout)
+        speaks_Q = self._speaks(logits_QV, readout)
         if not bool(speaks_Q.any()):
             return logits_QV
         asked = select(readout, speaks_Q)
@@ -60,8 +63,7 @@ class Mixer:
         weights_QG = gate.log_weights(features(log_probs_QV, readout, gate.taus))
         return mixture(log_probs_QV, readout.tokens_Qk, shares(readout.scores_Qk.float(), gate.taus), weights_QG)
 
-    @staticmethod
-    def _check(logits_QV: Tensor, readout: Readout) -> Tensor:
+    def _speaks(self, logits_QV: Tensor, readout: Readout) -> Tensor:
         tokens_Qk, scores_Qk = readout.tokens_Qk, readout.scores_Qk
         if len(readout.relevance_Q) != len(logits_QV):
             raise InvalidInput(
@@ -74,7 +76,8 @@ class Mixer:
             raise InvalidInput(
                 f"the bank holds token {int(tokens_Qk.max())}, the logits have {logits_QV.shape[1]}: another tokenizer"
             )
-        return (readout.relevance_Q > 0) & torch.isfinite(scores_Qk).any(1)
+        speaks_Q = torch.isfinite(scores_Qk).any(1)
+        return speaks_Q & (readout.relevance_Q > 0) if self._strict else speaks_Q
 
 
 def mixture(log_probs_QV: Tensor, tokens_Qk: Tensor, shares_QEk: Tensor, log_weights_QG: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from raymem import Bank, BankSpec, Store, Trace, connect
 from raymem.encode.fit import calibrate
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.gate import TAUS, Gate, family_of, features, shares
-from raymem.lm.mixing import NEIGHBOURS, select
+from raymem.lm.mixing import NEIGHBOURS
 from raymem.lm.models import BUNDLED_MODEL, LanguageModel
 from raymem.lm.passes import CachedModel, Reading, read
 from raymem.lm.text import find_documents
@@ -86,34 +86,28 @@ def lessons_of(
     for here, domain in enumerate(track(domains, spec.kind, console=Console(stderr=True))):
         far = banks[(here + 1) % len(banks)]
         for place, reading in enumerate(domain):
-            found += lesson(model, reading, banks[here][place], 1.0)
+            found.append(lesson(model, reading, banks[here][place], 1.0))
             for bank in (banks[here][(place + 1) % len(domain)], far[place % len(far)]):
-                found += lesson(model, reading, bank, wrong_weight / 2)
+                found.append(lesson(model, reading, bank, wrong_weight / 2))
     return found
 
 
-def lesson(model: CachedModel, reading: Reading, bank: Bank, weight: float) -> list[Lesson]:
-    """What a bank says before the predicted tokens of a document; none where it never says anything."""
+def lesson(model: CachedModel, reading: Reading, bank: Bank, weight: float) -> Lesson:
+    """What a bank says before each predicted token of a document."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for window in reading.windows:
         readout = bank.read(window.hidden_WLd, NEIGHBOURS, start=0)
-        speaks_Q = readout.relevance_Q > 0
-        if not bool(speaks_Q.any()):
-            continue
-        readout, targets_N = select(readout, speaks_Q), window.targets_W[speaks_Q]
+        targets_N = window.targets_W
         taus = TAUS[family_of(readout)]
-        log_probs_NV = torch.log_softmax(model.model.logits(window.final_Wd[speaks_Q]).float(), dim=-1)
+        log_probs_NV = torch.log_softmax(model.model.logits(window.final_Wd).float(), dim=-1)
         assert readout.scores_Qk is not None
         assert readout.tokens_Qk is not None
         hit_N1k = (readout.tokens_Qk == targets_N[:, None])[:, None]
         found_NE = (shares(readout.scores_Qk.float(), taus) * hit_N1k).sum(-1)
         own_N = log_probs_NV.gather(1, targets_N[:, None])[:, 0]
         parts.append((features(log_probs_NV, readout, taus), found_NE, own_N))
-    if not parts:
-        return []
     features_NF, found_NE, own_N = (torch.cat(column) for column in zip(*parts, strict=True))
-    share = len(own_N) / sum(len(window.targets_W) for window in reading.windows)
-    return [Lesson(features_NF, found_NE, own_N, weight * share)]
+    return Lesson(features_NF, found_NE, own_N, weight)
 
 
 def fit(lessons: list[Lesson], taus: tuple[float, ...]) -> Gate:

@@ -37,16 +37,20 @@ def fixed_gate(log_odds, taus=TAUS["rows"]):
     return Gate(taus, zeros, zeros + 1, torch.zeros(1 + len(taus), FEATURES), torch.tensor(log_odds))
 
 
-def mixer(log_odds, taus=TAUS["rows"]):
-    return Mixer({"rows": fixed_gate(log_odds, taus)})
+def mixer(log_odds):
+    return Mixer({"rows": fixed_gate(log_odds)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [True, False])
-def test_no_relevance_gives_the_models_own_logits_bit_for_bit(dtype, rows):
+def test_a_strict_mixer_leaves_what_is_not_relevant_bit_for_bit(dtype, rows):
     own = logits(3).to(dtype)
     silent = readout([[5, 6]] * 3, [[0.9, 0.8]] * 3, [0.0, 0.0, 0.0], rows=rows)
-    assert Mixer().logits(own, silent) is own
+    assert Mixer(strict=True).logits(own, silent) is own
+    some = readout([[5, 6]] * 3, [[0.9, 0.8]] * 3, [0.0, 1.0, 0.0], rows=rows)
+    mixed = Mixer(strict=True).logits(own, some)
+    assert torch.equal(mixed[[0, 2]], own[[0, 2]].float())
+    assert not torch.equal(mixed[1], own[1].float())
 
 
 def test_an_empty_bank_and_one_without_tokens_change_nothing():
@@ -57,9 +61,9 @@ def test_an_empty_bank_and_one_without_tokens_change_nothing():
     assert Mixer().logits(own, vectors_only) is own
 
 
-def test_queries_that_the_bank_does_not_know_keep_their_bits_beside_those_it_does():
-    own = logits(3)
-    mixed = Mixer().logits(own, readout([[5, 6]] * 3, [[0.9, 0.8]] * 3, [0.0, 1.0, 0.0]))
+def test_queries_without_candidates_keep_their_bits_beside_those_with_some():
+    own, nothing = logits(3), [-math.inf, -math.inf]
+    mixed = Mixer().logits(own, readout([[-1, -1], [5, 6], [-1, -1]], [nothing, [0.9, 0.8], nothing]))
     assert torch.equal(mixed[[0, 2]], own[[0, 2]])
     assert not torch.equal(mixed[1], own[1])
 
@@ -74,7 +78,7 @@ def test_the_mixture_is_a_distribution(rows):
 
 
 def test_all_weight_on_one_neighbour_is_its_token():
-    sure = mixer([-1e4, 0.0], taus=(0.05,))
+    sure = mixer([-1e4, 0.0, 0.0, 0.0, 0.0])
     mixed = sure.logits(logits(1), readout([[41]], [[0.97]]))
     assert float(mixed[0, 41]) == pytest.approx(0.0, abs=1e-6)
     assert float(mixed[0].exp().sum()) == pytest.approx(1.0, abs=1e-6)
@@ -82,7 +86,7 @@ def test_all_weight_on_one_neighbour_is_its_token():
 
 def test_all_weight_on_the_model_leaves_its_distribution():
     own = logits(2)
-    mixed = mixer([0.0, -1e4], taus=(0.05,)).logits(own, readout([[41, 7]] * 2, [[0.9, 0.9]] * 2))
+    mixed = mixer([0.0, -1e4, -1e4, -1e4, -1e4]).logits(own, readout([[41, 7]] * 2, [[0.9, 0.9]] * 2))
     torch.testing.assert_close(mixed, torch.log_softmax(own, 1), atol=1e-6, rtol=0)
 
 
