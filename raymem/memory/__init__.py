@@ -9,7 +9,14 @@ from pydantic import ValidationError
 from raymem.errors import InvalidSpec
 from raymem.memory.base import Dims, Memory
 
-_CLASSES = {"dnc": "Dnc", "larimar": "Larimar", "ntm": "Ntm", "spalm": "Spalm", "titans": "Titans"}
+_CLASSES = {
+    "compressive": "Compressive",
+    "dnc": "Dnc",
+    "larimar": "Larimar",
+    "ntm": "Ntm",
+    "spalm": "Spalm",
+    "titans": "Titans",
+}
 
 
 def kinds() -> list[str]:

@@ -15,6 +15,11 @@ KEY = VALUE = 24
 
 # beside each kind's defaults: other storage, other forms of learning, other values
 VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "compressive-conv": ("compressive", {"compressor": "conv", "key_dims": 15}, 0),
+    "compressive-dilated": ("compressive", {"compressor": "dilated_conv", "block": 8, "ratio": 2}, 0),
+    "compressive-max-bfloat16": ("compressive", {"compressor": "max", "ratio": 3, "key_dtype": "bfloat16"}, 0),
+    "compressive-mean-vectors": ("compressive", {"compressor": "mean", "strength": 30.0}, VALUE),
+    "compressive-most-used-int8": ("compressive", {"compressor": "most_used", "block": 12, "key_dtype": "int8"}, 0),
     "dnc-int8-projected": ("dnc", {"key_dtype": "int8", "key_dims": 15}, 0),
     "dnc-vectors": ("dnc", {"slots": 37}, VALUE),
     "larimar-filter": ("larimar", {"addressing": "gaussian_filter", "memory_rows": 31, "filter_width": 0.1}, 0),
