@@ -11,6 +11,7 @@ from raymem.memory.base import Dims, Memory
 
 _CLASSES = {
     "compressive": "Compressive",
+    "dct": "Dct",
     "dnc": "Dnc",
     "larimar": "Larimar",
     "ntm": "Ntm",

@@ -1,0 +1,266 @@
+"""Dynamic Compressive Transformer memory: a policy decides which of the blocks that leave the fine rows to keep.
+
+Chang and Ma 2021, "Dynamic Compressive Transformer" (arXiv 2110.04821): each block is kept in compressed form or
+discarded, and what decides is trained with the model. The abstract fixes no more than that; features, policies and
+budget are readings of it.
+
+Shape legend: `B` banks, `G` blocks, `S` rows of a block, `M` rows that it becomes, `C` coarse slots, `L` entries of the
+log, `K` key width, `F` features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, normalize
+
+from raymem.errors import InvalidSpec
+from raymem.memory.base import Dims, Options, State
+from raymem.memory.compressive import Blocks, Compressive, CompressiveOptions
+from raymem.memory.slots import put, widened
+from raymem.memory.spec import StateSpec, TensorSpec
+
+PolicyName = Literal["novelty", "surprise", "learned", "keep", "discard"]
+_HIDDEN = 64
+# a policy starts near the Compressive Transformer, which keeps everything
+_FIRST_KEPT = 0.9
+_THRESHOLDS: dict[str, float] = {"novelty": 0.05, "learned": 0.5, "keep": 0.0, "discard": math.inf}
+
+
+class DctOptions(CompressiveOptions):
+    """Which blocks are kept: those whose score is at least `threshold`.
+
+    The score is the block's `novelty` (1 - the highest cosine of its compressed rows with those kept, on average, 1
+    where none is positive), its
+    `surprise` (mean length of its rows' vectors, which are what the model did not predict), or what the `learned`
+    policy gives it. `keep_rate` bounds the share of blocks kept since the start. The last `log` decisions can be seen.
+    """
+
+    policy: PolicyName = "novelty"
+    threshold: float | None = None
+    keep_rate: float = Field(default=1.0, gt=0, le=1)
+    log: int = Field(default=32, ge=1)
+
+    @model_validator(mode="after")
+    def _has_threshold(self) -> DctOptions:
+        if self.policy == "surprise" and self.threshold is None:
+            raise ValueError("policy='surprise' needs a threshold, the mean length of vectors from which on to keep")
+        return self
+
+
+class Features(NamedTuple):
+    """What is known of a block when it leaves the fine rows, one block a bank.
+
+    `mean_BK` and `last_BK` unit; `novelty_B` in [0, 1], `surprise_B` at least 0 (0 where rows carry no vectors),
+    `fill_B` the share of the coarse slots in use.
+    """
+
+    mean_BK: Tensor
+    last_BK: Tensor
+    novelty_B: Tensor
+    surprise_B: Tensor
+    fill_B: Tensor
+
+    def scalars(self) -> Tensor:
+        """`[B, 3]`: novelty, surprise, fill."""
+        return torch.stack([self.novelty_B, self.surprise_B, self.fill_B], -1)
+
+    def vector(self) -> Tensor:
+        """All of them, `[B, 2 K + 3]`."""
+        return torch.cat([self.mean_BK, self.last_BK, self.scalars()], -1)
+
+
+class KeepPolicy(nn.Module):
+    """A small network that gives each block the logit of being kept; untrained, it keeps all with p = 0.9."""
+
+    def __init__(self, key_dims: int, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(
+                nn.Linear(2 * key_dims + 3, _HIDDEN),
+                nn.Tanh(),
+                nn.Linear(_HIDDEN, _HIDDEN),
+                nn.Tanh(),
+                nn.Linear(_HIDDEN, 1),
+            )
+        with torch.no_grad():
+            last = list(self.layers.parameters())[-2:]
+            last[0].zero_()
+            last[1].fill_(math.log(_FIRST_KEPT / (1 - _FIRST_KEPT)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `[...]` of features `[..., F]`; see Features.vector."""
+        logits: Tensor = self.layers(features.to(next(self.parameters()).dtype))
+        return logits[..., 0]
+
+
+class Decision(NamedTuple):
+    """One line of the log: the block's number, what was known of it, its score, and whether it was kept."""
+
+    block: int
+    novelty: float
+    surprise: float
+    fill: float
+    score: float
+    kept: bool
+
+
+class Dct(Compressive):
+    """A Compressive memory that only takes the blocks its policy keeps, so that it reaches further back.
+
+    Decisions are thresholds and never drawn, so a stream gives one state. `policy` is the learned network, or None; the
+    functions below train it.
+    """
+
+    kind: ClassVar[str] = "dct"
+    options_type: ClassVar[type[Options]] = DctOptions
+
+    def __init__(self, dims: Dims, options: DctOptions, budget_bytes: int) -> None:
+        self.dct = options
+        super().__init__(dims, options, budget_bytes)
+        if options.policy == "surprise" and not dims.value:
+            raise InvalidSpec("policy='surprise' judges rows by their vectors, and this bank's rows carry none")
+        self.policy = KeepPolicy(self.key_dims) if options.policy == "learned" else None
+        self.threshold = _THRESHOLDS[options.policy] if options.threshold is None else options.threshold
+
+    def fixed_spec(self) -> StateSpec:
+        """Counters of blocks `seen` and `kept`, and the log."""
+        log = self.dct.log
+        return super().fixed_spec() | {
+            "seen": TensorSpec((), torch.int64),
+            "log_block": TensorSpec((log,), torch.int64),
+            "log_features": TensorSpec((log, 3)),
+            "log_score": TensorSpec((log,)),
+            "log_kept": TensorSpec((log,), torch.bool),
+        }
+
+    def start(self, banks: int) -> State:
+        """Empty FIFOs and an empty log."""
+        own = super().start(banks)
+        return own | {"log_block": own["log_block"] - 1}
+
+    def admit(self, state: State, blocks: Blocks) -> State:
+        """Decide block by block, each with the coarse memory that the ones before it left."""
+        new = self.compressed(blocks)
+        dtype = state["scope_scale"].dtype
+        # unit length, and zeros where a slot is free: made once, and kept up with what is kept
+        unit_BCK = normalize(state["cmem_key"].detach().to(dtype), dim=-1)
+        for g in range(blocks.real_BG.shape[1]):
+            block = {name: column[:, g : g + 1] for name, column in new.items()}
+            rounded_BMK = block["key"][:, 0].detach().to(state["cmem_key"].dtype).to(dtype)
+            new_BMK = normalize(rounded_BMK, dim=-1)
+            known = self.features(state, blocks, _novelty(unit_BCK, new_BMK), g)
+            before, state = state["kept"], state | self._decide(state, block, known, blocks.real_BG[:, g])
+            unit_BCK = self._joined(unit_BCK, new_BMK, before, state["kept"] > before)
+        return {name: state[name] for name in self.own_spec() if not name.startswith("mem_")}
+
+    def decisions(self, state: State, bank: int = 0) -> list[Decision]:
+        """The newest entries of one bank's log, oldest first."""
+        block_L = state["log_block"][bank]
+        order = block_L.argsort(stable=True)[int((block_L < 0).sum()) :]
+        columns = ("log_block", "log_features", "log_score", "log_kept")
+        lines = zip(*(state[name][bank, order].tolist() for name in columns), strict=True)
+        return [Decision(n, known[0], known[1], known[2], score, kept) for n, known, score, kept in lines]
+
+    def features(self, state: State, blocks: Blocks, novelty_B: Tensor, g: int) -> Features:
+        """What is known of block `g` of each bank."""
+        dtype = state["scope_scale"].dtype
+        rows_BSK = widened(blocks.rows["key"][:, g], dtype)
+        surprise = state["scope_scale"].new_zeros(len(rows_BSK))
+        if self.dims.value:
+            surprise = blocks.rows["value"][:, g].norm(dim=-1).mean(-1)
+        made = self.block // self.how.ratio
+        fill = (state["kept"] * made / max(1, self.coarse)).clamp_max(1.0).to(dtype)
+        mean, last = normalize(rows_BSK.mean(1), dim=-1), normalize(rows_BSK[:, -1], dim=-1)
+        return Features(mean, last, novelty_B, surprise, fill)
+
+    def _decide(self, state: State, block: State, known: Features, real_B: Tensor) -> State:
+        score_B = self._score(known).detach()
+        afford_B = state["kept"] < self.dct.keep_rate * (state["seen"] + 1)
+        keep_B = (score_B >= self.threshold) & afford_B & real_B
+        after = self.stored(state, block, keep_B[:, None])
+        bank = torch.nonzero(real_B)[:, 0]
+        where = (bank, state["seen"][bank] % self.dct.log)
+        entry = {
+            "log_block": state["seen"],
+            "log_features": known.scalars().detach(),
+            "log_score": score_B,
+            "log_kept": keep_B,
+        }
+        logged = {name: put(state[name], where, column[bank]) for name, column in entry.items()}
+        return after | logged | {"seen": state["seen"] + real_B}
+
+    def _score(self, known: Features) -> Tensor:
+        if self.policy is not None:
+            return torch.sigmoid(self.policy(known.vector()))
+        return known.surprise_B if self.dct.policy == "surprise" else known.novelty_B
+
+    def _joined(self, unit_BCK: Tensor, new_BMK: Tensor, kept_B: Tensor, keep_B: Tensor) -> Tensor:
+        if not self.coarse:
+            return unit_BCK
+        made = new_BMK.shape[1]
+        row_M = torch.arange(made, device=kept_B.device)[-self.coarse :]
+        bank = torch.nonzero(keep_B)[:, 0]
+        slot = (kept_B[bank, None] * made + row_M) % self.coarse
+        return unit_BCK.index_put_((bank[:, None], slot), new_BMK[bank][:, row_M])
+
+
+def _novelty(unit_BCK: Tensor, new_BMK: Tensor) -> Tensor:
+    if not unit_BCK.shape[1]:
+        return torch.ones_like(new_BMK[:, 0, 0])
+    return 1 - (unit_BCK @ new_BMK.mT).amax(1).clamp_min(0).mean(-1)
+
+
+class Baseline(NamedTuple):
+    """Moving average of rewards, unbiased from the first one on."""
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    def after(self, reward: float, decay: float = 0.99) -> Baseline:
+        """The average with one more reward."""
+        return Baseline(decay * self.total + (1 - decay) * reward, decay * self.weight + 1 - decay)
+
+    @property
+    def value(self) -> float:
+        """The average; 0 before any reward."""
+        return self.total / self.weight if self.weight else 0.0
+
+
+def reinforce_loss(logits: Tensor, kept: Tensor, advantage: Tensor, entropy_weight: float = 0.01) -> Tensor:
+    """Mean of `-advantage log p(decision) - w H`, whose gradient is that of the expected reward.
+
+    Args:
+        logits: of keeping, `[...]`.
+        kept: bool `[...]`, the decisions drawn.
+        advantage: `[...]`, reward minus a baseline; no gradient goes through it.
+        entropy_weight: of the bonus that keeps a policy from deciding too early.
+
+    Reference:
+        Williams 1992, REINFORCE; 2110.04821 trains its policy with the model.
+    """
+    surprise = binary_cross_entropy_with_logits(logits, kept.to(logits.dtype), reduction="none")
+    entropy = binary_cross_entropy_with_logits(logits, torch.sigmoid(logits), reduction="none")
+    return (advantage.detach() * surprise - entropy_weight * entropy).mean()
+
+
+def straight_through(logits: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+    """Gates `[...]` of 0 or 1 with the gradient of a Gumbel-sigmoid; `noise` `[...]` is uniform in (0, 1)."""
+    soft = torch.sigmoid((logits + torch.logit(noise)) / temperature)
+    return (soft >= 0.5).to(soft.dtype) + (soft - soft.detach())
+
+
+def gated_attention(logits: Tensor, gates: Tensor) -> Tensor:
+    """Softmax over the last axis with the gates' logs added to the logits; a gate of 0 hides a row and still learns."""
+    weights = (logits - logits.amax(-1, keepdim=True)).exp() * gates
+    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def budget_penalty(logits: Tensor, target: float) -> Tensor:
+    """Square of how far the expected keep rate is from `target`."""
+    return (torch.sigmoid(logits).mean() - target).square()
