@@ -92,12 +92,12 @@ class EvalReport(BaseModel):
             title=f"{len(self.documents)} documents, {self.predicted_tokens:,} tokens predicted", title_justify="left"
         )
         made.add_column("memory")
-        for name in ("perplexity", "gap closed", "wrong memory", "bank MB", "write rows/s", "read µs/query"):
+        for name in ("perplexity", "gap\nclosed", "wrong\nmemory", "bank\nMB", "write\nrows/s", "read\nµs/query"):
             made.add_column(name, justify="right")
         plain = {
             "none": self.base,
-            "text retrieval 2×128": self.text_retrieval_2x128,
-            "text retrieval 4×128": self.text_retrieval_4x128,
+            "retrieval 2×128": self.text_retrieval_2x128,
+            "retrieval 4×128": self.text_retrieval_4x128,
         }
         for name, found in plain.items():
             made.add_row(name, f"{found.ppl:.2f}", _number(self._gap(found.ppl), ".2f"))
