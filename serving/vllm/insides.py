@@ -147,7 +147,7 @@ class LogitsTap:
         self._prepare_inputs = runner._prepare_inputs
         self._step: Step | None = None
         self._sampled_N: Tensor | None = None
-        self.calls_elsewhere = 0
+        self.calls_unseen = 0
         self._model.register_forward_hook(self._after_forward, with_kwargs=True)
         self._model.compute_logits = self._logits
         runner._prepare_inputs = self._before_forward
@@ -167,6 +167,8 @@ class LogitsTap:
     def _before_forward(self, *args: Any, **kwargs: Any) -> Any:
         prepared = self._prepare_inputs(*args, **kwargs)
         self._sampled_N = prepared[0]
+        # a forward pass that the hook does not see, as inside a full CUDA graph, must not be taken for the last one
+        self._step = None
         return prepared
 
     def _after_forward(self, _model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -178,11 +180,11 @@ class LogitsTap:
 
     def _logits(self, head_input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         logits: Tensor | None = self._compute_logits(head_input, *args, **kwargs)
-        if logits is None or self._step is None:
-            return logits
-        rows_R = self._step.rows_of(head_input)
-        if rows_R is None:
-            self.calls_elsewhere += 1
+        if logits is None:
+            return None
+        rows_R = None if self._step is None else self._step.rows_of(head_input)
+        if self._step is None or rows_R is None:
+            self.calls_unseen += 1
             return logits
         return self._change(self._step, rows_R, logits)
 

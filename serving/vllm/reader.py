@@ -105,9 +105,14 @@ class _WorkerMemory:
         sender = _connector().sender
         return {
             "streamed": sender.stats().as_dict() if sender is not None else {},
-            "read": self._mixer.counters.as_dict() if self._mixer is not None else {},
+            "read": self._read_stats(),
             "banks": {name: bank.stats() for name, bank in self._banks.items()},
         }
+
+    def _read_stats(self) -> dict[str, Any]:
+        if self._mixer is None or self._tap is None:
+            return {}
+        return {**self._mixer.counters.as_dict(), "calls_unseen": self._tap.calls_unseen}
 
     def _start_tap(self, connector: RaymemConnector) -> None:
         if self._tap is not None:

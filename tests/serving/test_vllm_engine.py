@@ -25,7 +25,7 @@ MODEL = "smollm2-135m"
 LAYERS = (15, 26)
 CHUNK = 64
 # room for the longest request, and too little for four of them
-NUM_BLOCKS = 44
+NUM_BLOCKS = 24
 BLOCK = 32
 ROW_BYTES = len(LAYERS) * 576 * 2
 QUEUE_ROWS = 300
@@ -55,7 +55,9 @@ class Engine:
         return answer
 
     def streamed(self):
-        assert self.call("flush_memory", 60.0)
+        # a draft that is accepted at a request's very end leaves one engine step later
+        for _ in range(2):
+            assert self.call("flush_memory", 60.0)
         return self.call("memory_stats")["streamed"]
 
     def traces(self, bank) -> dict[str, Trace]:
@@ -309,7 +311,8 @@ def remembered(engine):
     text = engine.tokens(topics["string-methods"], 250)
     for bank in WINDOWS:
         engine.run([text], bank, max_tokens=1)
-    engine.streamed()
+        # the queue is too small for both at once
+        engine.streamed()
     return text
 
 
@@ -365,8 +368,8 @@ def test_a_bank_that_cannot_be_followed_is_refused_with_the_reason(engine, bank,
 
 def test_requests_that_ask_for_a_bank_that_is_not_attached_are_counted(engine, remembered):
     engine.call("attach_bank", "lab/single")
-    engine.run([remembered[:5]], read=["lab/window"], max_tokens=1)
-    assert engine.call("memory_stats")["read"]["missing"]["lab/window"] > 0
+    engine.run([remembered[:5]], read=["lab/plain"], max_tokens=1)
+    assert engine.call("memory_stats")["read"]["missing"]["lab/plain"] == 1
     engine.call("detach_bank", "lab/single")
 
 
