@@ -20,7 +20,7 @@ from raymem.types import Readout
 GATES_FILE = "gates.json"
 # where candidate scores are cosines of rows, and where they are log-probabilities that a state gives to tokens
 TAUS = {"rows": (0.02, 0.05, 0.1, 0.2), "states": (0.5, 1.0, 2.0, 4.0)}
-FEATURES = 17
+FEATURES = 18
 _LEAST = 1e-6
 
 
@@ -104,7 +104,7 @@ def features(log_probs_QV: Tensor, readout: Readout, taus: tuple[float, ...]) ->
     own_Qk = probs_QV.gather(1, tokens_Qk)
     distinct_Qk = present_Qk / votes(tokens_Qk, present_Qk.float()).clamp_min(1)
     covered_Q = (own_Qk * distinct_Qk).sum(1)
-    found = [readout.relevance_Q.float(), *_fall(scores_Qk, present_Qk)]
+    found = [readout.relevance_Q.float(), scores_Qk[:, 0], *_fall(scores_Qk, present_Qk)]
     found += [-(probs_QV * log_probs_QV).sum(1), probs_QV.amax(1), covered_Q, _log(covered_Q)]
     for share_Qk in shares(scores_Qk, taus[1:3]).unbind(1):
         found += _agreement(share_Qk, tokens_Qk, own_Qk)
