@@ -14,6 +14,7 @@ _CLASSES = {
     "dct": "Dct",
     "dnc": "Dnc",
     "larimar": "Larimar",
+    "lemn": "Lemn",
     "ntm": "Ntm",
     "spalm": "Spalm",
     "titans": "Titans",

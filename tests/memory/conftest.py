@@ -28,6 +28,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "larimar-filter": ("larimar", {"addressing": "gaussian_filter", "memory_rows": 31, "filter_width": 0.1}, 0),
     "larimar-float32": ("larimar", {"cross_dtype": "float32", "key_dims": 15}, 0),
     "larimar-vectors": ("larimar", {"ridge": 0.1}, VALUE),
+    "lemn-fifo-vectors": ("lemn", {"policy": "fifo", "strength": 30.0}, VALUE),
+    "lemn-im-int8": ("lemn", {"policy": "im", "key_dtype": "int8", "key_dims": 15}, 0),
     "ntm-bfloat16": ("ntm", {"key_dtype": "bfloat16"}, 0),
     "ntm-vectors": ("ntm", {"strength": 30.0}, VALUE),
     "spalm-float32": ("spalm", {"key_dtype": "float32"}, 0),

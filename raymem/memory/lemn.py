@@ -1,0 +1,154 @@
+"""Long-term Episodic Memory Network: slots, and an agent that decides which row makes room for the next.
+
+Jung et al. 2018, "Learning What to Remember" (arXiv 1812.04227). The agents and the policies they are compared with are
+in policies.py.
+
+Shape legend: `B` banks, `T` rows, `N` slots, `E = N + 1` entries, `Q` queries, `K` key width, `k` candidates.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+from raymem.errors import InvalidSpec, Unsupported
+from raymem.kernels.content_address import cosines
+from raymem.memory.base import Dims, Options, State
+from raymem.memory.packing import Projection
+from raymem.memory.policies import Entries, PolicyName, policy
+from raymem.memory.slots import SlotOptions, narrowed, put, row_spec, rows_of
+from raymem.memory.spec import StateSpec, TensorSpec
+from raymem.memory.state import Batch, StateMemory
+
+_LEAST_SLOTS = 16
+
+
+class LemnOptions(SlotOptions):
+    """How many rows there is room for, and who decides which.
+
+    `slots` at most, fewer where the budget is small. `policy` is one of policies.py; `gamma` is that of `im` (None:
+    learned), `hidden` the width of the agents `s` and `st`, which look at every slot for each row: for few slots.
+    """
+
+    slots: int = Field(default=1024, ge=1)
+    policy: PolicyName = "lru"
+    gamma: float | None = Field(default=0.5, ge=0)
+    hidden: int = Field(default=32, ge=1)
+
+
+class Lemn(StateMemory):
+    """Slots of a key, the token that followed it and a vector if rows carry one, kept or evicted row by row.
+
+    While a slot is free the newcomer takes it. Then the policy weighs all rows and the newcomer, and the largest logit
+    goes; learned agents are drawn from in training and never here. A read weighs slots by `softmax(beta cos)`;
+    candidates are the tokens of the slots with most weight, scores the logarithm of the weight.
+    """
+
+    kind: ClassVar[str] = "lemn"
+    options_type: ClassVar[type[Options]] = LemnOptions
+
+    def __init__(self, dims: Dims, options: LemnOptions, budget_bytes: int) -> None:
+        super().__init__(dims, options, budget_bytes, Projection(dims.key, options.key_dims, options.projection_seed))
+        self.lemn = options
+        self.policy = policy(
+            options.policy,
+            self.key_dims,
+            strength=options.strength,
+            gamma=options.gamma,
+            hidden=options.hidden,
+        )
+        self.slots = self._affordable_slots()
+        self.check_budget()
+
+    def slot_spec(self) -> StateSpec:
+        """One slot: the row, its number (-1 where free), and what the policy keeps of it."""
+        row = row_spec(self.dims, self.key_dims, self.lemn.key_dtype) | {"arrival": TensorSpec((), torch.int64)}
+        return row | {f"policy_{name}": spec for name, spec in self.policy.spec().items()}
+
+    def own_spec(self) -> StateSpec:
+        """All slots."""
+        return {name: TensorSpec((self.slots, *spec.shape), spec.dtype) for name, spec in self.slot_spec().items()}
+
+    def start(self, banks: int) -> State:
+        """Free slots."""
+        own = {name: torch.zeros(banks, *spec.shape, dtype=spec.dtype) for name, spec in self.own_spec().items()}
+        return own | {"token": own["token"] - 1, "arrival": own["arrival"] - 1}
+
+    def write_batch(self, state: State, batch: Batch) -> State:
+        """Take the rows in one by one, each making room for the next.
+
+        Reference:
+            1812.04227 section 3: append the newcomer, delete one of the N + 1 entries.
+        """
+        rows = rows_of(batch, self.dims)
+        rows["key"] = narrowed(rows["key"], state["key"].dtype)
+        own = {name: state[name] for name in self.own_spec()}
+        # unit length, and zeros where a slot is free: made once, and kept up with what is written
+        unit_BNK = normalize(state["key"].detach().to(batch.keys_BTK.dtype), dim=-1)
+        rounded_BTK = rows["key"].detach().to(state["key"].dtype).to(batch.keys_BTK.dtype)
+        units_BTK = normalize(rounded_BTK, dim=-1)
+        for t in range(batch.keys_BTK.shape[1]):
+            number_B = state["count"] + t
+            entries = Entries(unit_BNK, own["arrival"], units_BTK[:, t], number_B)
+            row = {name: column[:, t] for name, column in rows.items()} | {"arrival": number_B}
+            own, where = self._step(own, entries, row, t < batch.length_B)
+            unit_BNK = unit_BNK.index_put_(where, units_BTK[where[0], t])
+        return own
+
+    def answer(self, state: State, queries_BQK: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots weighed by content; see the class."""
+        log_BQN = self.log_weights(state, queries_BQK)
+        best, slot = log_BQN.topk(min(k, self.slots), dim=-1)
+        token_BQN = state["token"].long()[:, None].expand_as(log_BQN)
+        spare = (0, k - best.shape[-1])
+        blended = log_BQN.exp() @ state["value"] if self.dims.value else log_BQN[..., :0]
+        return blended, pad(token_BQN.gather(-1, slot), spare, value=-1), pad(best, spare, value=float("-inf"))
+
+    def log_weights(self, state: State, queries_BQK: Tensor) -> Tensor:
+        """Logarithm `[B, Q, N]` of the read weighting, -inf where a slot is free."""
+        free_B1N = (state["arrival"] < 0)[:, None]
+        scores = self.lemn.strength * cosines(state["key"].to(queries_BQK.dtype), queries_BQK)
+        # finite where nothing is held, so that nothing turns into NaN
+        masked = scores.masked_fill(free_B1N, torch.finfo(scores.dtype).min)
+        return torch.log_softmax(masked, -1).masked_fill(free_B1N, float("-inf"))
+
+    def merge(self, states: object) -> State:
+        """Refused.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported(
+            "lemn banks can't be merged, what their policies know of rows holds for one stream: write both journals to "
+            "a new bank"
+        )
+
+    def _step(self, own: State, entries: Entries, row: State, real_B: Tensor) -> tuple[State, tuple[Tensor, Tensor]]:
+        """Own tensors after one newcomer a bank, and the places `(bank, slot)` that newcomers took."""
+        kept = {n.removeprefix("policy_"): column for n, column in own.items() if n.startswith("policy_")}
+        logits_BE, seen = self.policy(kept, entries)
+        free_BN = own["arrival"] < 0
+        goes_B = torch.where(free_BN.any(1), free_BN.to(torch.int8).argmax(1), logits_BE.argmax(1))
+        bank = torch.nonzero(real_B & (goes_B < self.slots))[:, 0]
+        where = (bank, goes_B[bank])
+        after = dict(own)
+        for name, column in seen.items():
+            # a row that is not there must not be noticed either
+            noticed = torch.where(real_B.reshape(-1, *[1] * (column.dim() - 1)), column[:, :-1], kept[name])
+            after[f"policy_{name}"] = put(noticed.to(kept[name].dtype), where, column[bank, -1])
+        return after | {name: put(own[name], where, column[bank]) for name, column in row.items()}, where
+
+    def _affordable_slots(self) -> int:
+        fixed = sum(spec.nbytes for spec in self.base_spec().values())
+        each = sum(spec.nbytes for spec in self.slot_spec().values())
+        slots, least = min(self.lemn.slots, (self.budget_bytes - fixed) // each), min(_LEAST_SLOTS, self.lemn.slots)
+        if slots < least:
+            raise InvalidSpec(
+                f"budget_bytes={self.budget_bytes} leaves a lemn bank {max(0, slots)} slots of {each} bytes; it needs "
+                f"{least}, so {fixed + least * each} bytes, or a lower key_dims"
+            )
+        return slots

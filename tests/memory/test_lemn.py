@@ -1,0 +1,183 @@
+"""LEMN's slots under each policy, and an agent that learns what to keep; mechanisms.md section 5."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import normalize, one_hot
+
+from raymem.errors import InvalidSpec, InvalidTrace, Unsupported
+from raymem.memory import build
+from raymem.memory.base import Dims, Rows
+from raymem.memory.lemn import Lemn, LemnOptions
+from raymem.memory.policies import Spatial
+
+LARGE = 2**24
+
+
+def bank(key: int, value: int = 0, **options) -> Lemn:
+    return Lemn(Dims(key, value), LemnOptions(**options), LARGE).requires_grad_(False)
+
+
+def rows_of(keys: torch.Tensor, tokens: torch.Tensor | None = None, values: torch.Tensor | None = None) -> Rows:
+    numbers = torch.arange(len(keys))
+    return Rows(keys, numbers if tokens is None else tokens, values, numbers, numbers, 0 * numbers)
+
+
+def drawn(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    return normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def held(memory: Lemn, count: int) -> list[int]:
+    return sorted(memory.absorb(memory.empty(), rows_of(drawn(count, 8)))["arrival"][0].tolist())
+
+
+def test_j1_fifo_holds_the_last_rows_and_lifo_the_first():
+    assert held(bank(8, slots=5, policy="fifo"), 23) == list(range(18, 23))
+    assert held(bank(8, slots=5, policy="lifo"), 23) == list(range(5))
+
+
+@pytest.mark.parametrize("policy", ["fifo", "lifo", "uniform", "reservoir", "lru", "im", "s", "st"])
+def test_cutting_the_stream_elsewhere_gives_the_same_bits_under_every_policy(policy):
+    memory, keys = bank(8, slots=5, policy=policy), drawn(31, 8)
+    whole = memory.absorb(memory.empty(), rows_of(keys))
+    state = memory.empty()
+    for start, end in ((0, 1), (1, 4), (4, 4), (4, 20), (20, 31)):
+        part = rows_of(keys[start:end], torch.arange(start, end))
+        state = memory.absorb(state, part)
+    assert all(torch.equal(whole[name], state[name]) for name in whole)
+
+
+def test_j2_uniform_eviction_outlives_k_decisions_as_often_as_it_should():
+    slots, later, streams = 4, 6, 4000
+    memory = bank(2, slots=slots, policy="uniform")
+    start = memory.init_state(streams)
+    # each bank has its own numbers, and so its own draws
+    start["count"] += 1000 * torch.arange(streams)
+    keys, tokens = drawn(1, 2).expand(streams, slots + later, 2), torch.arange(slots + later).expand(streams, -1)
+    state = memory.write(start, keys, None, tokens)
+    alive = (state["token"] == 1).any(1).float().mean().item()
+    expected = (slots / (slots + 1)) ** later
+    # five standard deviations
+    assert abs(alive - expected) < 5 * (expected * (1 - expected) / streams) ** 0.5
+
+
+def test_a_reservoir_holds_every_part_of_the_stream_alike():
+    memory = bank(2, slots=200, policy="reservoir")
+    state = memory.absorb(memory.empty(), rows_of(drawn(2000, 2)))
+    quarters = torch.bincount(state["arrival"][0] // 500, minlength=4)
+    # five standard deviations of 200 draws with chance 1/4
+    assert bool(((quarters - 50).abs() < 5 * (200 * 0.25 * 0.75) ** 0.5).all())
+
+
+def test_lru_keeps_what_the_stream_comes_back_to():
+    keys = drawn(40, 32)
+    # row 0 comes up again and again, between rows that never do
+    stream = torch.stack([keys[0] if i % 3 == 0 else keys[i] for i in range(40)])
+    tokens = torch.tensor([0 if i % 3 == 0 else i for i in range(40)])
+    memory = bank(32, slots=6, policy="lru")
+    state = memory.absorb(memory.empty(), rows_of(stream, tokens))
+    assert 0 in state["token"][0].tolist()
+
+
+def test_a_bank_answers_with_the_tokens_of_what_it_kept():
+    memory, keys = bank(16, 3, slots=8, strength=40.0), drawn(30, 16)
+    values = torch.randn(30, 3)
+    state = memory.absorb(memory.empty(), rows_of(keys, values=values))
+    kept = state["arrival"][0]
+    found = memory.lookup(state, keys[kept], 20)
+    assert torch.equal(found.tokens_Qk[:, 0], kept)
+    assert torch.allclose(found.scores_Qk.exp().sum(1), torch.ones(8), atol=1e-5)
+    blended = (found.scores_Qk[:, :8].exp()[..., None] * values[found.tokens_Qk[:, :8]]).sum(1)
+    assert torch.allclose(found.values_QV, blended, atol=1e-5)
+
+
+def test_gradients_reach_keys_and_values_that_were_kept():
+    memory = Lemn(Dims(4, 2), LemnOptions(slots=3), LARGE)
+    keys, values = (torch.randn(1, 7, n, dtype=torch.float64, requires_grad=True) for n in (4, 2))
+    empty = {n: t.double() if t.is_floating_point() else t for n, t in memory.init_state(1).items()}
+
+    def blended(keys, values):
+        written = memory.write(empty, keys, values, torch.arange(7)[None])
+        return memory.read(written, drawn(2, 4)[None].double(), 1).values_BQV
+
+    assert torch.autograd.gradcheck(blended, (keys, values))
+
+
+def test_a_row_takes_less_than_a_millisecond():
+    with torch.no_grad():
+        memory = build("lemn", Dims(576, 0), {}, 2**28)
+        state = memory.absorb(memory.empty(), rows_of(drawn(1100, 576)))
+        keys = rows_of(drawn(500, 576, 1))
+        started = time.perf_counter()
+        memory.absorb(state, keys)
+        # 0.4 ms a row alone; other work may share the cores
+        assert time.perf_counter() - started < 1.0
+
+
+def test_too_small_a_budget_missing_vectors_and_merging_are_refused():
+    with pytest.raises(InvalidSpec, match=r"budget_bytes=1024 leaves a lemn bank \d+ slots .* needs 16, so \d+ bytes"):
+        build("lemn", Dims(64, 0), {}, 1024)
+    memory = bank(4, 3)
+    with pytest.raises(InvalidTrace, match="width 3"):
+        memory.absorb(memory.empty(), rows_of(drawn(2, 4)))
+    with pytest.raises(Unsupported, match="both journals"):
+        memory.merge([])
+
+
+WIDTH, STEPS, ROOM, RELEVANT, BATCH = 16, 30, 5, 3, 64
+
+
+def episodes(generator: torch.Generator, mix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    relevant = torch.rand(BATCH, STEPS, generator=generator).argsort(1) < RELEVANT
+    rows = torch.randn(BATCH, STEPS, WIDTH, generator=generator)
+    rows[..., 0] = torch.where(relevant, 2.0, 0.0)
+    return normalize(rows @ mix, dim=-1), relevant
+
+
+def rollout(agent: Spatial, rows: torch.Tensor, relevant: torch.Tensor):
+    """Log-probabilities and rewards `[T, B]` of draws, entropy, what `encode` made summed, and the share kept."""
+    entries, marked = rows[:, :ROOM], relevant[:, :ROOM]
+    logs, rewards, entropies, seen = [], [], [], []
+    for t in range(ROOM, STEPS):
+        entries = torch.cat([entries, rows[:, t : t + 1]], 1)
+        marked = torch.cat([marked, relevant[:, t : t + 1]], 1)
+        encoded = agent.encode(entries)
+        choice = torch.distributions.Categorical(logits=agent.score(encoded)[0])
+        gone = choice.sample()
+        logs.append(choice.log_prob(gone))
+        entropies.append(choice.entropy())
+        seen.append(encoded.detach().sum(1))
+        rewards.append(-marked.gather(1, gone[:, None])[:, 0].float() / RELEVANT)
+        stay = ~one_hot(gone, ROOM + 1).bool()
+        entries, marked = entries[stay].reshape(BATCH, ROOM, WIDTH), marked[stay].reshape(BATCH, ROOM)
+    return torch.stack(logs), torch.stack(rewards), torch.stack(entropies), torch.stack(seen)
+
+
+def test_a_trained_agent_keeps_the_relevant_rows_that_a_fifo_loses():
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))[0]
+    memory = bank(WIDTH, slots=ROOM, policy="s")
+    agent, value = memory.policy.requires_grad_(True), nn.Linear(64, 1)
+    optimiser = torch.optim.Adam([*agent.parameters(), *value.parameters()], lr=3e-3)
+    for _ in range(220):
+        logs, rewards, entropies, seen = rollout(agent, *episodes(generator, mix))
+        returns = rewards.flip(0).cumsum(0).flip(0)
+        baseline = value(seen)[..., 0]
+        advantage = (returns - baseline).detach()
+        loss = -(logs * advantage).mean() - 0.003 * entropies.mean() + (returns - baseline).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    kept = {}
+    rows, relevant = episodes(torch.Generator().manual_seed(99), mix)
+    for name, chosen in (("s", memory), ("fifo", bank(WIDTH, slots=ROOM, policy="fifo"))):
+        with torch.no_grad():
+            tokens = torch.arange(STEPS).expand(BATCH, -1)
+            state = chosen.write(chosen.init_state(BATCH), rows, None, tokens)
+        kept[name] = relevant.gather(1, state["arrival"]).sum(1).float().mean().item() / RELEVANT
+    # theory for the fifo: slots / steps = 0.167
+    assert kept["fifo"] == pytest.approx(ROOM / STEPS, abs=0.08)
+    assert kept["s"] >= 0.8, kept
