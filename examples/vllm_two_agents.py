@@ -24,7 +24,8 @@ TOPIC = "typesseq"
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = prepare(folder)
-        llm = LLM(str(model_path(MODEL)), max_model_len=1024, dtype="bfloat16", **engine_args(folder, LAYERS))
+        room = {"max_model_len": 1024, "kv_cache_memory_bytes": 2**30}
+        llm = LLM(str(model_path(MODEL)), dtype="bfloat16", **room, **engine_args(folder, LAYERS))
         try:
             play(llm, text[:768], text[768:1024])
         finally:
