@@ -32,6 +32,10 @@ class LemnOptions(SlotOptions):
 
     `slots` at most, fewer where the budget is small. `policy` is one of policies.py; `gamma` is that of `im` (None:
     learned), `hidden` the width of the agents `s` and `st`, which look at every slot for each row: for few slots.
+
+    On a frozen model's states of five texts, 3,072 rows into 250 slots, the next token is among the best 8 candidates
+    in 0.314 of cases with `fifo`, 0.313 with `lru`, 0.312 with `reservoir` and `uniform`, 0.296 with `lifo`, 0.287 with
+    `im`. `lru`, the default, is as good as any and also keeps what a longer stream comes back to.
     """
 
     slots: int = Field(default=1024, ge=1)
