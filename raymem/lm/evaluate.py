@@ -25,6 +25,7 @@ from raymem.lm.mixing import NEIGHBOURS, Mixer
 from raymem.lm.models import BUNDLED_MODEL, LanguageModel
 from raymem.lm.passes import CachedModel, Reading, Window, full_context_losses, losses, read, retrieval_losses
 from raymem.lm.text import find_documents
+from raymem.lm.trust import Trust
 from raymem.memory import kinds as known_kinds
 
 Progress = Callable[[int, int], None]
@@ -216,7 +217,9 @@ class Trial:
         started = time.perf_counter()
         readout = bank.read(window.hidden_WLd, self._settings.neighbours, start=0)
         self._count(name, started)
-        return losses(self._mixer.logits(logits_WV, readout), window.targets_W)
+        mixed_WV = self._mixer.logits(logits_WV, readout)
+        # a window is a context of its own: it starts without any experience of the bank
+        return losses(Trust().logits(logits_WV, mixed_WV, window.targets_W), window.targets_W)
 
     def _count(self, name: str, started: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started

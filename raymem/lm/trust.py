@@ -1,0 +1,59 @@
+"""Belief that a bank concerns the text at hand, learned from how well it did on the tokens already seen.
+
+Shape legend: Q consecutive rows of one context, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+PRIOR = 0.8
+
+
+class Trust:
+    """The posterior odds of "predictions with memory" against "predictions without", of one context and one bank.
+
+    Bayes' rule over two experts: a wrong memory can't cost more than `-log(1 - prior)` nats in a whole context, 1.6
+    by default, however wrong it is; a right one costs at most `-log(prior)`, 0.22. Each row is weighed by the tokens
+    before it alone.
+
+    Args:
+        prior: belief at the start of the context, in (0, 1).
+    """
+
+    def __init__(self, prior: float = PRIOR) -> None:
+        self.log_odds = math.log(prior / (1 - prior))
+
+    def observe(self, gains_Q: Tensor) -> Tensor:
+        """Log-odds `[Q]` that held before each row; the rows' own gains count from the next one on.
+
+        Args:
+            gains_Q: log-probability of the token that came, with memory minus without.
+        """
+        after_Q = self.log_odds + gains_Q.double().cumsum(0)
+        before_Q = torch.cat([after_Q.new_full((1,), self.log_odds), after_Q])[:-1]
+        if len(after_Q):
+            self.log_odds = float(after_Q[-1])
+        return before_Q
+
+    def logits(self, own_QV: Tensor, mixed_QV: Tensor, following_Q: Tensor) -> Tensor:
+        """Log-probabilities `[Q, V]` of both, weighed by the belief before each row; rows that are the same stay so.
+
+        Args:
+            own_QV: the model's logits.
+            mixed_QV: what `Mixer.logits` made of them.
+            following_Q: int64, the token that came after each row.
+        """
+        if mixed_QV is own_QV:
+            return own_QV
+        own = torch.log_softmax(own_QV.float(), dim=1)
+        mixed = torch.log_softmax(mixed_QV.float(), dim=1)
+        gains_Q = (mixed - own).gather(1, following_Q[:, None])[:, 0]
+        log_odds_Q1 = self.observe(gains_Q).to(own)[:, None]
+        blended_QV = torch.logaddexp(mixed + logsigmoid(log_odds_Q1), own + logsigmoid(-log_odds_Q1))
+        same_Q1 = (mixed_QV == own_QV).all(1, keepdim=True)
+        return torch.where(same_Q1, own_QV.float(), blended_QV)

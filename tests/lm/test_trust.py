@@ -1,0 +1,69 @@
+"""Trust in a bank: causal, a mixture, and never dear when misplaced."""
+
+import math
+
+import pytest
+import torch
+
+from raymem.lm.trust import PRIOR, Trust
+
+
+def rows(count=9, vocabulary=31):
+    own, mixed = torch.randn(2, count, vocabulary) * 2
+    return own, mixed, torch.randint(0, vocabulary, (count,))
+
+
+def chosen(logits, tokens):
+    return torch.log_softmax(logits, 1).gather(1, tokens[:, None])[:, 0]
+
+
+def test_what_is_yet_to_come_changes_nothing_before_it():
+    own, mixed, tokens = rows()
+    other = tokens.clone()
+    other[5:] = (other[5:] + 1) % 31
+    first, second = Trust().logits(own, mixed, tokens), Trust().logits(own, mixed, other)
+    assert torch.equal(first[:6], second[:6])
+    assert not torch.equal(first[6:], second[6:])
+
+
+def test_cutting_a_context_into_calls_changes_nothing():
+    own, mixed, tokens = rows()
+    whole, trust = Trust().logits(own, mixed, tokens), Trust()
+    parts = [trust.logits(own[cut], mixed[cut], tokens[cut]) for cut in (slice(0, 1), slice(1, 6), slice(6, 9))]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("prior", [0.2, PRIOR, 0.99])
+def test_a_memory_that_is_always_wrong_costs_a_bounded_amount_in_all(prior):
+    own = torch.zeros(500, 31)
+    mixed, tokens = own.clone(), torch.zeros(500, dtype=torch.int64)
+    mixed[:, 0] = -3.0
+    cost = float((chosen(own, tokens) - chosen(Trust(prior).logits(own, mixed, tokens), tokens)).sum())
+    # float32 log-probabilities of 500 rows
+    assert 0 < cost <= -math.log(1 - prior) + 1e-3
+
+
+def test_a_memory_that_is_right_is_soon_believed():
+    own = torch.zeros(50, 31)
+    mixed, tokens = own.clone(), torch.zeros(50, dtype=torch.int64)
+    mixed[:, 0] = 2.0
+    trust = Trust(0.5)
+    found = trust.logits(own, mixed, tokens)
+    torch.testing.assert_close(found[-1], torch.log_softmax(mixed, 1)[-1], atol=1e-4, rtol=0)
+    assert trust.log_odds > 20
+
+
+def test_the_total_is_the_bayesian_mixture_of_both_predictions():
+    own, mixed, tokens = rows()
+    total = float(chosen(Trust(0.3).logits(own, mixed, tokens), tokens).sum())
+    expected = math.log(
+        0.3 * math.exp(float(chosen(mixed, tokens).sum())) + 0.7 * math.exp(float(chosen(own, tokens).sum()))
+    )
+    assert total == pytest.approx(expected, abs=1e-4)
+
+
+def test_where_memory_was_silent_the_models_own_bits_stay():
+    own, mixed, tokens = rows()
+    mixed[3] = own[3]
+    assert torch.equal(Trust().logits(own, mixed, tokens)[3], own[3])
+    assert Trust().logits(own, own, tokens) is own
