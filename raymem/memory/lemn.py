@@ -13,14 +13,14 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from raymem.errors import InvalidSpec, Unsupported
 from raymem.kernels.content_address import cosines
 from raymem.memory.base import Dims, Options, State
 from raymem.memory.packing import Projection
 from raymem.memory.policies import Entries, PolicyName, policy
-from raymem.memory.slots import SlotOptions, narrowed, put, row_spec, rows_of
+from raymem.memory.slots import SlotOptions, answered, narrowed, put, row_spec, rows_of
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 
@@ -105,12 +105,7 @@ class Lemn(StateMemory):
 
     def answer(self, state: State, queries_BQK: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Slots weighed by content; see the class."""
-        log_BQN = self.log_weights(state, queries_BQK)
-        best, slot = log_BQN.topk(min(k, self.slots), dim=-1)
-        token_BQN = state["token"].long()[:, None].expand_as(log_BQN)
-        spare = (0, k - best.shape[-1])
-        blended = log_BQN.exp() @ state["value"] if self.dims.value else log_BQN[..., :0]
-        return blended, pad(token_BQN.gather(-1, slot), spare, value=-1), pad(best, spare, value=float("-inf"))
+        return answered(state, self.log_weights(state, queries_BQK), k)
 
     def log_weights(self, state: State, queries_BQK: Tensor) -> Tensor:
         """Logarithm `[B, Q, N]` of the read weighting, -inf where a slot is free."""

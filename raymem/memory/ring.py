@@ -13,12 +13,12 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import pad
 
 from raymem.errors import InvalidSpec, InvalidTrace
 from raymem.kernels.content_address import cosines
 from raymem.memory.base import Dims, Options, State
 from raymem.memory.packing import STORED, KeyDtype, Projection, pack
+from raymem.memory.slots import answered, put
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 
@@ -83,16 +83,11 @@ class RingMemory(StateMemory):
             if batch.values_BTV is None:
                 raise InvalidTrace(f"rows carry no values; this bank keeps vectors of width {self.dims.value} each")
             columns["value"] = batch.values_BTV[bank_M, row_M]
-        return {name: _put(state[name], (bank_M, slot_M), column) for name, column in columns.items()}
+        return {name: put(state[name], (bank_M, slot_M), column) for name, column in columns.items()}
 
     def answer(self, state: State, queries_BQK: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Slots weighed by content; see the class."""
-        log_BQN = self.log_weights(state, queries_BQK)
-        best, slot = log_BQN.topk(min(k, self.slots), dim=-1)
-        token_BQN = state["token"].long()[:, None].expand_as(log_BQN)
-        spare = (0, k - best.shape[-1])
-        blended = log_BQN.exp() @ state["value"] if self.dims.value else log_BQN[..., :0]
-        return blended, pad(token_BQN.gather(-1, slot), spare, value=-1), pad(best, spare, value=float("-inf"))
+        return answered(state, self.log_weights(state, queries_BQK), k)
 
     def log_weights(self, state: State, queries_BQK: Tensor) -> Tensor:
         """Logarithm `[B, Q, N]` of the read weighting, -inf where a slot holds nothing.
@@ -129,8 +124,3 @@ class RingMemory(StateMemory):
         if int(batch.tokens_BT.max()) > _TOKEN_MAX:
             raise InvalidTrace(f"token id {int(batch.tokens_BT.max())} is over {_TOKEN_MAX}, the largest a bank keeps")
         return batch.tokens_BT.to(torch.int32)
-
-
-def _put(column: Tensor, where: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-    rows = rows.to(column.dtype)
-    return column.index_put(where, rows) if torch.is_grad_enabled() else column.index_put_(where, rows)

@@ -1,6 +1,6 @@
 """Slots that hold rows: what a row is made of, and how rows are put into them.
 
-Shape legend: `B` banks, `T` rows, `M` rows put, `K` key width, `V` value width.
+Shape legend: `B` banks, `T` rows, `M` rows put, `N` slots, `Q` queries, `k` candidates, `K` key width, `V` value width.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from raymem.errors import InvalidTrace
 from raymem.memory.base import Dims, Options, State
@@ -69,3 +69,18 @@ def put(column: Tensor, where: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
     """`column` `[B, N, ...]` with rows `[M, ...]` at the places `(bank, slot)`; in place when gradients are off."""
     rows = rows.to(column.dtype)
     return column.index_put(where, rows) if torch.is_grad_enabled() else column.index_put_(where, rows)
+
+
+def answered(state: State, log_BQN: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What slots of one token each answer: blended values [B, Q, V], tokens [B, Q, k] and their log-weights.
+
+    Args:
+        state: `token` `[B, N]`, and `value` `[B, N, V]` where rows carry vectors.
+        log_BQN: logarithm of the read weighting, -inf where a slot holds nothing.
+        k: candidates; absent ones are token -1 of weight -inf.
+    """
+    best, slot = log_BQN.topk(min(k, log_BQN.shape[-1]), dim=-1)
+    token_BQN = state["token"].long()[:, None].expand_as(log_BQN)
+    spare = (0, k - best.shape[-1])
+    blended = log_BQN.exp() @ state["value"] if "value" in state else log_BQN[..., :0]
+    return blended, pad(token_BQN.gather(-1, slot), spare, value=-1), pad(best, spare, value=float("-inf"))
