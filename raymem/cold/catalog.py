@@ -34,6 +34,12 @@ _SCHEMA = pa.schema(
         pa.field("state", pa.string()),
         pa.field("created", pa.float64(), nullable=False),
         pa.field("tags", pa.string(), nullable=False),
+        pa.field("generation", pa.int64()),
+        pa.field("log", pa.string()),
+        pa.field("parent", pa.string()),
+        pa.field("base", pa.int64()),
+        pa.field("pinned", pa.bool_()),
+        pa.field("ttl_s", pa.float64()),
     ]
 )
 _ATTEMPTS = 12
@@ -46,7 +52,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry:
-    """One bank's line in the catalog; `id` names its tables and never changes, `epoch` counts its owners."""
+    """One bank's line in the catalog; `id` names its tables and never changes, `epoch` counts its owners.
+
+    `generation` counts rewrites of its journal's table. `log` is the incarnation whose log may hold rows that have not
+    settled in that table. A fork names its `parent` by id: positions under `base` are the parent's. `pinned` banks stay
+    hot when room is needed. Rows older than `ttl_s` seconds may be erased.
+    """
 
     id: str
     name: str
@@ -56,6 +67,12 @@ class Entry:
     state: Literal["hot", "cold"] = "cold"
     created: float = 0.0
     tags: dict[str, int] = field(default_factory=dict)
+    generation: int = 0
+    log: str | None = None
+    parent: str | None = None
+    base: int = 0
+    pinned: bool = False
+    ttl_s: float | None = None
 
 
 class Catalog:
@@ -89,7 +106,7 @@ class Catalog:
         """
         if self._rows(f"name = {quote(entry.name)}"):
             raise _bank_exists(entry.name)
-        table = journal_table(entry.id)
+        table = journal_table(entry.id, entry.generation)
         self._tables.fill(table, bank_schema(entry.spec), journal)
         self._swap(f"create {entry.name}", lambda: self._insert(_entry_row(entry)))
         if self.get(entry.name).id != entry.id:
@@ -107,6 +124,16 @@ class Catalog:
         if not rows:
             raise BankNotFound(f"no bank {shorten(name)!r}; {self._nearest(name)}")
         return _entry(rows[0])
+
+    def by_id(self, id: str) -> Entry | None:
+        """The bank of that id, whatever its name."""
+        rows = self._rows(f"id = {quote(id)} AND name != ''")
+        return _entry(rows[0]) if rows else None
+
+    def forks(self, id: str) -> builtins.list[Entry]:
+        """The banks whose journal begins with rows of this one, by name."""
+        rows = self._rows(f"parent = {quote(id)}")
+        return sorted((_entry(row) for row in rows), key=lambda entry: entry.name)
 
     def list(self, prefix: str = "") -> builtins.list[Entry]:
         """All banks whose name starts with `prefix`, by name."""
@@ -133,6 +160,17 @@ class Catalog:
             NotOwner: another epoch owns it. BankNotFound: there is no such bank.
         """
         self._change(name, epoch, {"owner": None, "state": state})
+
+    def change(self, entry: Entry, **values: Any) -> Entry:
+        """Change fields of a bank that is still at this epoch and generation; return what it is now.
+
+        Raises:
+            NotOwner: it has another owner, or its journal was rewritten. BankNotFound: there is no such bank.
+        """
+        where = f"id = {quote(entry.id)} AND epoch = {entry.epoch} AND generation = {entry.generation}"
+        if not self._update(where, values):
+            raise _not_owner(self.get(entry.name), entry.epoch)
+        return self.get(entry.name)
 
     def require(self, name: str, id: str, epoch: int) -> None:
         """Raise NotOwner unless the bank is still this one, at this epoch."""

@@ -34,7 +34,7 @@ class Journal:
         self._tables = tables
         self._catalog = catalog
         self._entry = entry
-        self._name = journal_table(entry.id)
+        self._name = journal_table(entry.id, entry.generation)
         self._schema = bank_schema(entry.spec)
         self._sync = tables.folder_sync(self._name)
         self._writer: Any = None

@@ -65,5 +65,5 @@ class ColdStore:
         """
         entry = self.catalog.get(name)
         self.catalog.drop(entry)
-        for table in (journal_table(entry.id), snapshot_table(entry.id)):
+        for table in (journal_table(entry.id, entry.generation), snapshot_table(entry.id)):
             self.tables.drop(table)

@@ -90,9 +90,9 @@ class _Source:
             raise
 
 
-def journal_table(bank_id: str) -> str:
-    """The name of the table that holds a bank's journal."""
-    return f"journal-{bank_id}"
+def journal_table(bank_id: str, generation: int = 0) -> str:
+    """The name of the table that holds a bank's journal; a rewritten journal is a table of its own."""
+    return f"journal-{bank_id}-{generation}" if generation else f"journal-{bank_id}"
 
 
 def snapshot_table(bank_id: str) -> str:
