@@ -7,7 +7,7 @@ import importlib
 from pydantic import ValidationError
 
 from raymem.errors import InvalidSpec
-from raymem.memory.base import Dims, Memory
+from raymem.memory.base import Dims, Memory, MergeRule
 
 _CLASSES = {
     "compressive": "Compressive",
@@ -26,15 +26,22 @@ def kinds() -> list[str]:
     return sorted(_CLASSES)
 
 
+def merge_rule(kind: str) -> MergeRule:
+    """What merging banks of a kind gives: "exact", "approximate" or "refused"; see Memory.
+
+    Raises:
+        InvalidSpec: unknown kind.
+    """
+    return _class(kind).merge_rule
+
+
 def build(kind: str, dims: Dims, options: dict[str, object], budget_bytes: int) -> Memory:
     """The mechanism `kind` with checked options.
 
     Raises:
         InvalidSpec: unknown kind or option, naming the value and what there is.
     """
-    if kind not in _CLASSES:
-        raise InvalidSpec(f"unknown kind {kind!r}; there is {', '.join(kinds())}")
-    cls: type[Memory] = getattr(importlib.import_module(f"raymem.memory.{kind}"), _CLASSES[kind])
+    cls = _class(kind)
     try:
         checked = cls.options_type.model_validate(options)
     except ValidationError as error:
@@ -43,3 +50,10 @@ def build(kind: str, dims: Dims, options: dict[str, object], budget_bytes: int) 
         known = ", ".join(cls.options_type.model_fields)
         raise InvalidSpec(f"{kind} option {name}={first['input']!r}: {first['msg']}; options are {known}") from error
     return cls(dims, checked, budget_bytes)
+
+
+def _class(kind: str) -> type[Memory]:
+    if kind not in _CLASSES:
+        raise InvalidSpec(f"unknown kind {kind!r}; there is {', '.join(kinds())}")
+    cls: type[Memory] = getattr(importlib.import_module(f"raymem.memory.{kind}"), _CLASSES[kind])
+    return cls

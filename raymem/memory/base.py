@@ -6,13 +6,15 @@ Shape legend: `B` banks, `T` or `N` rows, `Q` queries, `K` key width, `V` value 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+MergeRule = Literal["exact", "approximate", "refused"]
 
 
 class Options(BaseModel):
@@ -70,9 +72,13 @@ class Memory(nn.Module, ABC):
 
     These verbs are all that the runtime knows: one bank's state, whatever the family. `absorb` may reuse the storage
     of the state it was given when gradients are off; the caller keeps only what it returns.
+
+    `merge_rule` says what `merge` makes of several banks' states: "exact", the state of one bank that has seen all
+    their rows; "approximate", one that such a bank could have; or it is "refused". Each class says which and why.
     """
 
     kind: ClassVar[str]
+    merge_rule: ClassVar[MergeRule]
     options_type: ClassVar[type[Options]] = Options
 
     def __init__(self, dims: Dims, options: Options, budget_bytes: int) -> None:
@@ -92,6 +98,15 @@ class Memory(nn.Module, ABC):
     @abstractmethod
     def lookup(self, state: Any, queries_QK: Tensor, k: int) -> Found:
         """Read without changing the state."""
+
+    @abstractmethod
+    def merge(self, states: Sequence[Any]) -> Any:
+        """One state of several of this spec, by the class's `merge_rule`; those given are left as they are.
+
+        Raises:
+            Unsupported: the rule is "refused", or these states can't be merged.
+            InvalidInput: no states, or states of different forms.
+        """
 
     @abstractmethod
     def dump(self, state: Any) -> State:

@@ -10,6 +10,7 @@ slots, `m` tokens of a compressed row, `Q` queries, `K` key width, `V` value wid
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -17,11 +18,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from raymem.errors import InvalidSpec, Unsupported
+from raymem.errors import InvalidSpec
 from raymem.kernels.content_address import cosines
-from raymem.memory.base import Dims, Options, State
+from raymem.memory.base import Dims, MergeRule, Options, State
 from raymem.memory.compressors import CompressorName, compressor
+from raymem.memory.merging import bank_by_bank, interleaved
 from raymem.memory.packing import Projection
+from raymem.memory.scope import joined_scopes
 from raymem.memory.slots import SlotOptions, narrowed, put, row_spec, rows_of, widened
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
@@ -72,10 +75,11 @@ class Compressive(StateMemory):
     A stream's row carries its next token, so a pooled row stands for c tokens of weight 1/c each and a selected row for
     its own. Rows that have left the fine FIFO wait until their block is full, and are read as they are until then. A
     read weighs rows by `softmax(beta cos)`; candidates are tokens of the rows with most weight, scores the logarithm of
-    the weight. Two banks' orders can't be told from their states, so they are merged by writing both journals.
+    the weight. Merging is approximate: what was compressed stays so, however the other bank's rows would have cut it.
     """
 
     kind: ClassVar[str] = "compressive"
+    merge_rule: ClassVar[MergeRule] = "approximate"
     options_type: ClassVar[type[Options]] = CompressiveOptions
 
     def __init__(self, dims: Dims, options: CompressiveOptions, budget_bytes: int) -> None:
@@ -197,16 +201,62 @@ class Compressive(StateMemory):
         coarse = torch.arange(max(0, total - self.coarse), total) % max(1, self.coarse)
         return _level(state, "mem_", bank, fine), _level(state, "cmem_", bank, coarse)
 
-    def merge(self, states: object) -> State:
-        """Refused.
+    def merge(self, states: Sequence[State]) -> State:
+        """Rows of all, interleaved by age, then evicted and compressed again where that is too much; see merging.py."""
+        return bank_by_bank(self._merged, states)
 
-        Raises:
-            Unsupported: always.
-        """
-        raise Unsupported(
-            f"{self.kind} banks can't be merged, their states don't say whose row was first: write both journals to a "
-            "new bank"
-        )
+    def readmitted(self, state: State, new: State, states: Sequence[State]) -> State:
+        """The coarse memory after compressed blocks `[B, G, M, ...]` of other banks came in."""
+        return self.stored(state, new, torch.ones_like(new["token"][..., 0, 0], dtype=torch.bool))
+
+    def _merged(self, states: list[State]) -> State:
+        start = {name: tensor.to(states[0][name].dtype) for name, tensor in self.init_state(1).items()}
+        state = start | joined_scopes(states)
+        coarse = self._joined_coarse(states)
+        if coarse["token"].shape[1]:
+            state |= self.readmitted(state, coarse, states)
+        rows, total = self._joined_fine(states), sum(int(s["count"]) for s in states)
+        held = rows["token"].shape[1]
+        out = max(0, held - self.fine) // self.block * self.block
+        if out:
+            leaving = {n: c[:, :out].reshape(1, -1, self.block, *c.shape[2:]) for n, c in rows.items()}
+            use = leaving.pop("use") / self._age() if self.compress.wants_use else None
+            real = torch.ones_like(leaving["token"][..., 0], dtype=torch.bool)
+            state |= self.admit(state, Blocks(leaving, real, use))
+        # slots tell from the count which rows they hold: where blocks have gone it may be short of a part of one
+        held -= out
+        count = held if held < self.fine else total - (total - held) % self.block
+        where = (torch.zeros(held, dtype=torch.int64), torch.arange(count - held, count) % self.slots)
+        filled = {f"mem_{name}": put(state[f"mem_{name}"], where, column[0, out:]) for name, column in rows.items()}
+        return state | filled | {"count": torch.full_like(state["count"], count)}
+
+    def _joined_fine(self, states: list[State]) -> State:
+        """Fine rows of all banks `[1, N, ...]`, in the order of one journal."""
+        counts = [int(state["count"]) for state in states]
+        parts, numbers = [], []
+        for which, state in enumerate(states):
+            number_R = self._fine_number(state)[0]
+            numbers.append(interleaved(number_R[number_R >= 0].sort().values, which, counts))
+            parts.append(self.in_order(state)[0])
+        order = torch.cat(numbers).argsort()
+        return {name: torch.cat([part[name] for part in parts])[order][None] for name in parts[0]}
+
+    def _joined_coarse(self, states: list[State]) -> State:
+        """Whole compressed blocks of all banks `[1, G, M, ...]`, by their rank from the newest."""
+        made, kept = self.block // self.how.ratio, [int(state["kept"]) for state in states]
+        parts, numbers = [], []
+        for which, state in enumerate(states):
+            rows = self.in_order(state)[1]
+            whole = len(rows["token"]) // made
+            first = len(rows["token"]) - whole * made
+            parts.append({n: column[first:].reshape(whole, made, *column.shape[1:]) for n, column in rows.items()})
+            numbers.append(interleaved(torch.arange(kept[which] - whole, kept[which]), which, kept))
+        order = torch.cat(numbers).argsort()
+        return {name: torch.cat([part[name] for part in parts])[order][None] for name in parts[0]}
+
+    def _age(self) -> Tensor:
+        """How many later rows each row of a block has been there for when it leaves `[S]`."""
+        return self.block + self.fine - 1 - torch.arange(self.block)
 
     def _leaving(self, state: State, rows: State, batch: Batch) -> Blocks:
         """Everything but the last n_m of `[mem, h]`, in whole blocks (algorithm 1)."""
@@ -225,9 +275,7 @@ class Compressive(StateMemory):
             return torch.where(old_BGS.reshape(*old_BGS.shape, *[1] * (held.dim() - 3)), held, new)
 
         taken_rows = {name: taken(name, column) for name, column in rows.items()}
-        # a row was there for this many later ones when its block left
-        age_S = self.block + self.fine - 1 - step_S
-        use = taken_rows.pop("use") / age_S if self.compress.wants_use else None
+        use = taken_rows.pop("use") / self._age().to(count.device) if self.compress.wants_use else None
         return Blocks(taken_rows, block_BG < after[:, None], use)
 
     def _filled(self, state: State, rows: State, length_B: Tensor) -> State:

@@ -11,6 +11,7 @@ log, `K` key width, `F` features.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
 from raymem.errors import InvalidSpec
-from raymem.memory.base import Dims, Options, State
+from raymem.memory.base import Dims, MergeRule, Options, State
 from raymem.memory.compressive import Blocks, Compressive, CompressiveOptions
 from raymem.memory.slots import put, widened
 from raymem.memory.spec import StateSpec, TensorSpec
@@ -117,11 +118,13 @@ class Decision(NamedTuple):
 class Dct(Compressive):
     """A Compressive memory that only takes the blocks its policy keeps, so that it reaches further back.
 
-    Decisions are thresholds and never drawn, so a stream gives one state. `policy` is the learned network, or None; the
-    functions below train it.
+    Decisions are thresholds and never drawn, so a stream gives one state. Merging is approximate: the policy decides
+    anew about all compressed blocks, going by what they became, and the log starts anew with that. `policy` is the
+    learned network, or None; the functions below train it.
     """
 
     kind: ClassVar[str] = "dct"
+    merge_rule: ClassVar[MergeRule] = "approximate"
     options_type: ClassVar[type[Options]] = DctOptions
 
     def __init__(self, dims: Dims, options: DctOptions, budget_bytes: int) -> None:
@@ -150,7 +153,15 @@ class Dct(Compressive):
 
     def admit(self, state: State, blocks: Blocks) -> State:
         """Decide block by block, each with the coarse memory that the ones before it left."""
-        new = self.compressed(blocks)
+        return self._weighed(state, blocks, self.compressed(blocks))
+
+    def readmitted(self, state: State, new: State, states: Sequence[State]) -> State:
+        """Decide again about compressed blocks of several banks: what one knows is no news from another."""
+        seen = torch.stack([state["seen"] for state in states]).sum(0) - new["token"].shape[1]
+        real_BG = torch.ones_like(new["token"][..., 0, 0], dtype=torch.bool)
+        return self._weighed(state | {"seen": seen}, Blocks(new, real_BG, None), new)
+
+    def _weighed(self, state: State, blocks: Blocks, new: State) -> State:
         dtype = state["scope_scale"].dtype
         # unit length, and zeros where a slot is free: made once, and kept up with what is kept
         unit_BCK = normalize(state["cmem_key"].detach().to(dtype), dim=-1)

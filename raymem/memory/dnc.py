@@ -8,6 +8,7 @@ Shape legend: `B` banks, `N` slots, `W` word width, `R` read heads, `Q` queries,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from raymem.errors import Unsupported
 from raymem.kernels.content_address import content_address
 from raymem.kernels.link_update import link_update
-from raymem.memory.base import Dims, Options, State
+from raymem.memory.base import Dims, MergeRule, Options, State
 from raymem.memory.ring import RingMemory, RingOptions
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch
@@ -197,6 +198,7 @@ class Dnc(RingMemory):
     """
 
     kind: ClassVar[str] = "dnc"
+    merge_rule: ClassVar[MergeRule] = "refused"
     options_type: ClassVar[type[Options]] = DncOptions
 
     def __init__(self, dims: Dims, options: DncOptions, budget_bytes: int) -> None:
@@ -262,7 +264,7 @@ class Dnc(RingMemory):
         newest = (state["count"][:, None] - 1) % self.slots == slots
         return {"usage": used, "link": link, "precedence": newest.to(used.dtype) * used}
 
-    def merge(self, states: object) -> State:
+    def merge(self, states: Sequence[State]) -> State:
         """Refused.
 
         Raises:

@@ -19,11 +19,12 @@ from torch.nn.functional import pad
 
 from raymem.errors import InvalidInput, InvalidSpec, InvalidTrace, Unsupported
 from raymem.kernels.rls_update import information_update, leverage, ridge_factor, to_grid
-from raymem.memory.base import Dims, Options, Rows, State
+from raymem.memory.base import Dims, MergeRule, Options, Rows, State
 from raymem.memory.columns import take_columns
+from raymem.memory.merging import check_states
 from raymem.memory.packing import Projection, pack
 from raymem.memory.reference import Addressing, Reference
-from raymem.memory.scope import hash62
+from raymem.memory.scope import joined_scopes
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 
@@ -36,7 +37,6 @@ _FLOAT32_BITS = 12
 # a ridge so small that only written keys lie within the sums, and what rounding then does to a share of 1
 _TRACE_RIDGE = 1e-6
 _SLACK = 1e-3
-_HASHES = 2**40
 
 
 class LarimarOptions(Options):
@@ -66,13 +66,14 @@ class Larimar(StateMemory):
     """Writing adds a row to two sums, forgetting takes it out, merging adds the sums of several banks: all exact.
 
     Keys address a reference memory that never changes, so that a row can be found again to be forgotten; sequential and
-    batch writes are one and the same. Nothing is forgotten by itself.
+    batch writes are one and the same. Nothing is forgotten by itself. Merging is exact: the state is sums over rows.
 
     Reference:
         Larimar (2403.11901) equations 3 and 4; the ridge prior is the Kanerva machine's `U_0 = (sigma^2 / lambda) I`.
     """
 
     kind: ClassVar[str] = "larimar"
+    merge_rule: ClassVar[MergeRule] = "exact"
     options_type: ClassVar[type[Options]] = LarimarOptions
 
     def __init__(self, dims: Dims, options: LarimarOptions, budget_bytes: int) -> None:
@@ -180,8 +181,9 @@ class Larimar(StateMemory):
         Raises:
             Unsupported: the banks' tokens together need more columns than one bank has.
         """
+        check_states(states)
         total = {name: torch.stack([state[name] for state in states]).sum(0) for name in ("gram", "count")}
-        return total | self._merged_columns(states, total["count"]) | _merged_scopes(states)
+        return total | self._merged_columns(states, total["count"]) | joined_scopes(states)
 
     def _affordable(self) -> tuple[int, int]:
         """Memory rows and columns that the budget pays for: a quarter of it for the rows among themselves."""
@@ -287,17 +289,3 @@ class Larimar(StateMemory):
         # a column keeps its age; the younger of two counts
         used = state["slot_used"][bank, held] + count - int(state["count"][bank])
         merged["slot_used"][bank, where] = torch.maximum(merged["slot_used"][bank, where], used)
-
-
-def _merged_scopes(states: Sequence[State]) -> State:
-    """One reservoir of several: all keys while they fit, else those whose own hash is smallest, whatever the order."""
-    keys_BRK = torch.cat([state["scope_keys"] for state in states], 1)
-    scale_BR = torch.cat([state["scope_scale"] for state in states], 1)
-    places = torch.arange(1, keys_BRK.shape[2] + 1, device=keys_BRK.device)
-    mixed_BR = (hash62(keys_BRK.long() * places) % _HASHES).sum(-1) % _HASHES
-    order_BR = mixed_BR.masked_fill(scale_BR == 0, _HASHES).argsort(dim=1, stable=True)
-    order_BR = order_BR[:, : states[0]["scope_scale"].shape[1]]
-    return {
-        "scope_keys": keys_BRK.gather(1, order_BR[..., None].expand(-1, -1, keys_BRK.shape[2])),
-        "scope_scale": scale_BR.gather(1, order_BR),
-    }

@@ -8,6 +8,7 @@ Shape legend: `B` banks, `T` rows, `N` slots, `E = N + 1` entries, `Q` queries, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -15,11 +16,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from raymem.errors import InvalidSpec, Unsupported
+from raymem.errors import InvalidSpec
 from raymem.kernels.content_address import cosines
-from raymem.memory.base import Dims, Options, State
+from raymem.memory.base import Dims, MergeRule, Options, State
+from raymem.memory.merging import bank_by_bank, interleaved
 from raymem.memory.packing import Projection
 from raymem.memory.policies import Entries, PolicyName, policy
+from raymem.memory.scope import joined_scopes
 from raymem.memory.slots import SlotOptions, answered, narrowed, put, row_spec, rows_of
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
@@ -50,9 +53,11 @@ class Lemn(StateMemory):
     While a slot is free the newcomer takes it. Then the policy weighs all rows and the newcomer, and the largest logit
     goes; learned agents are drawn from in training and never here. A read weighs slots by `softmax(beta cos)`;
     candidates are the tokens of the slots with most weight, scores the logarithm of the weight.
+    Merging is approximate: rows that were evicted before it can't come back, though the other bank's were worth less.
     """
 
     kind: ClassVar[str] = "lemn"
+    merge_rule: ClassVar[MergeRule] = "approximate"
     options_type: ClassVar[type[Options]] = LemnOptions
 
     def __init__(self, dims: Dims, options: LemnOptions, budget_bytes: int) -> None:
@@ -115,16 +120,39 @@ class Lemn(StateMemory):
         masked = scores.masked_fill(free_B1N, torch.finfo(scores.dtype).min)
         return torch.log_softmax(masked, -1).masked_fill(free_B1N, float("-inf"))
 
-    def merge(self, states: object) -> State:
-        """Refused.
+    def merge(self, states: Sequence[State]) -> State:
+        """Rows of all, numbered by age, of which the policy evicts until they fit, the newest being the newcomer."""
+        return bank_by_bank(self._merged, states)
 
-        Raises:
-            Unsupported: always.
-        """
-        raise Unsupported(
-            "lemn banks can't be merged, what their policies know of rows holds for one stream: write both journals to "
-            "a new bank"
-        )
+    def _merged(self, states: list[State]) -> State:
+        rows = self._union(states)
+        while len(rows["arrival"]) > self.slots:
+            goes = int(self._logits(rows).argmax())
+            rows = {name: torch.cat([column[:goes], column[goes + 1 :]]) for name, column in rows.items()}
+        start = {name: tensor.to(states[0][name].dtype) for name, tensor in self.init_state(1).items()}
+        where = (torch.zeros_like(rows["arrival"]), torch.arange(len(rows["arrival"])))
+        own = {name: put(start[name], where, column) for name, column in rows.items()}
+        return start | own | joined_scopes(states) | {"count": torch.stack([s["count"] for s in states]).sum(0)}
+
+    def _union(self, states: list[State]) -> State:
+        """The slots in use of all banks, oldest first, numbered as in one journal."""
+        counts, parts = [int(state["count"]) for state in states], []
+        for which, state in enumerate(states):
+            held = torch.nonzero(state["arrival"][0] >= 0)[:, 0]
+            part = {name: state[name][0, held] for name in self.own_spec()}
+            for name in ("arrival", *(f"policy_{name}" for name in self.policy.numbers)):
+                part[name] = interleaved(part[name], which, counts)
+            parts.append(part)
+        order = torch.cat([part["arrival"] for part in parts]).argsort()
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+
+    def _logits(self, rows: State) -> Tensor:
+        wide = torch.float64 if rows["key"].dtype == torch.float64 else torch.float32
+        keys_1MK = normalize(rows["key"].to(wide), dim=-1)[None]
+        entries = Entries(keys_1MK[:, :-1], rows["arrival"][None, :-1], keys_1MK[:, -1], rows["arrival"][-1:])
+        kept = {n.removeprefix("policy_"): c[None, :-1] for n, c in rows.items() if n.startswith("policy_")}
+        logits_1E, _ = self.policy(kept, entries)
+        return torch.as_tensor(logits_1E[0])
 
     def _step(self, own: State, entries: Entries, row: State, real_B: Tensor) -> tuple[State, tuple[Tensor, Tensor]]:
         """Own tensors after one newcomer a bank, and the places `(bank, slot)` that newcomers took."""

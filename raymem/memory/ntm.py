@@ -8,6 +8,7 @@ Shape legend: `B` banks, `N` slots, `W` word width, `H` heads, `S` shift range.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from raymem.errors import Unsupported
 from raymem.kernels.content_address import content_address
-from raymem.memory.base import Options, State
+from raymem.memory.base import MergeRule, Options, State
 from raymem.memory.ring import RingMemory, RingOptions
 
 # far under any weight that matters, far over the smallest float32
@@ -133,13 +134,14 @@ class Ntm(RingMemory):
     """
 
     kind: ClassVar[str] = "ntm"
+    merge_rule: ClassVar[MergeRule] = "refused"
     options_type: ClassVar[type[Options]] = RingOptions
 
     def pointer(self, state: State) -> Tensor:
         """The write head's weighting `[B, N]` after the last write, one-hot; before any, on the last slot."""
         return one_hot((state["count"] - 1) % self.slots, self.slots).to(state["scope_scale"].dtype)
 
-    def merge(self, states: object) -> State:
+    def merge(self, states: Sequence[State]) -> State:
         """Refused.
 
         Raises:

@@ -9,7 +9,7 @@ Shape legend: `B` banks, `N` slots, `E = N + 1` entries (the newcomer last), `K`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,11 @@ class Entries(NamedTuple):
 class Policy(nn.Module, ABC):
     """Base of the eviction policies.
 
-    A policy keeps its own tensors, one entry a slot; the newcomer's entry moves to the slot that it takes.
+    A policy keeps its own tensors, one entry a slot; the newcomer's entry moves to the slot that it takes. `numbers`
+    names those that hold numbers of rows.
     """
+
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     def spec(self) -> StateSpec:
         """Shape and dtype of one slot's entry in each of the policy's tensors."""
@@ -78,16 +81,18 @@ class Uniform(Policy):
 
 
 class Reservoir(Policy):
-    """Every row of the stream is held with the same chance (Vitter's algorithm R), drawn by a hash of its number."""
+    """Every row of the stream is held with the same chance: those whose numbers have the largest hashes stay."""
 
     def forward(self, own: State, entries: Entries) -> tuple[Tensor, State]:
         """See Policy."""
-        drawn = hash62(entries.number_B) % (entries.number_B + 1)
-        return _only(entries, drawn.clamp_max(entries.arrival_BN.shape[1])), {}
+        # as many bits as float32 tells apart
+        return -(hash62(_arrivals(entries)) >> 38).float(), {}
 
 
 class Lru(Policy):
     """The one not used for longest goes; a row is used when a newcomer is nearer to it than to any other."""
+
+    numbers = ("used",)
 
     def spec(self) -> StateSpec:
         """`used`: number of the row that used the slot last."""

@@ -6,12 +6,13 @@ Shape legend: `N` rows, `Q` queries, `K` key width, `k` candidates.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from raymem.errors import Corrupt, InvalidSpec
+from raymem.errors import Corrupt, InvalidInput, InvalidSpec
 from raymem.memory.base import Dims, Found, Memory, Options, Rows, State
 from raymem.memory.spec import StateSpec, TensorSpec, check_state
 
@@ -54,7 +55,7 @@ class RowMemory(Memory):
 
     @abstractmethod
     def columns_spec(self) -> StateSpec:
-        """Shape and dtype of one row's entry in each column; `pos` is among them."""
+        """Shape and dtype of one row's entry in each column; `pos`, `seq` and `source` are among them."""
 
     @abstractmethod
     def encode(self, rows: Rows) -> State:
@@ -94,6 +95,34 @@ class RowMemory(Memory):
     def forget(self, state: RowState, positions: Tensor) -> RowState:
         """Exact: no trace of the rows at these positions is left in the state."""
         return self.drop(state, positions)
+
+    def merge(self, states: Sequence[RowState]) -> RowState:
+        """The set union of the rows, of which the newest positions stay where there are too many; in any order.
+
+        Rows are the same where position, source and seq are: states of banks that count theirs apart are `renumbered`
+        first. Read, it answers as the best of all the states' answers.
+
+        Raises:
+            InvalidInput: no states.
+        """
+        if not states:
+            raise InvalidInput("merge got no states; give it at least one")
+        held = [state.held() for state in states]
+        columns = {name: torch.cat([part[name] for part in held]) for name in held[0]}
+        identity_NI = torch.stack([columns[name].long() for name in ("pos", "source", "seq")], 1)
+        unique, inverse_N = torch.unique(identity_NI, dim=0, return_inverse=True)
+        first = torch.full((len(unique),), len(inverse_N)).scatter_reduce(
+            0, inverse_N, torch.arange(len(inverse_N)), "amin"
+        )
+        kept = first[-self.capacity :]
+        return RowState({name: column[kept] for name, column in columns.items()}, len(kept), len(kept) % self.capacity)
+
+    def renumbered(self, state: RowState, first: int, sources_S: Tensor) -> RowState:
+        """A copy whose positions start from `first` and whose source s is `sources_S[s]`, before it is merged."""
+        held = {name: column.clone() for name, column in state.held().items()}
+        held["pos"] += first
+        held["source"] = sources_S[held["source"].long()].to(held["source"].dtype)
+        return RowState(held, state.count, state.head)
 
     def state_spec(self) -> StateSpec:
         """Shapes and dtypes of a dumped state; -1 is the number of rows."""

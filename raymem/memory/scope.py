@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from raymem.memory.base import State
 from raymem.memory.packing import pack, unpack
 
 SCOPE_ROWS = 256
+_HASHES = 2**40
 _SEED = 0x5C09E
 _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
@@ -59,3 +63,17 @@ def similarity(kept_BRK: Tensor, scale_BR: Tensor, queries_BQK: Tensor) -> Tenso
     keys_BRK = unpack(kept_BRK, scale_BR).to(queries_BQK.dtype)
     scores_BQR = (queries_BQK @ keys_BRK.mT).masked_fill((scale_BR == 0)[:, None], -1.0)
     return scores_BQR.amax(-1).clamp(-1, 1)
+
+
+def joined_scopes(states: Sequence[State]) -> State:
+    """One reservoir of several: all keys while they fit, else those whose own hash is smallest, whatever the order."""
+    keys_BRK = torch.cat([state["scope_keys"] for state in states], 1)
+    scale_BR = torch.cat([state["scope_scale"] for state in states], 1)
+    places = torch.arange(1, keys_BRK.shape[2] + 1, device=keys_BRK.device)
+    mixed_BR = (hash62(keys_BRK.long() * places) % _HASHES).sum(-1) % _HASHES
+    order_BR = mixed_BR.masked_fill(scale_BR == 0, _HASHES).argsort(dim=1, stable=True)
+    order_BR = order_BR[:, : states[0]["scope_scale"].shape[1]]
+    return {
+        "scope_keys": keys_BRK.gather(1, order_BR[..., None].expand(-1, -1, keys_BRK.shape[2])),
+        "scope_scale": scale_BR.gather(1, order_BR),
+    }

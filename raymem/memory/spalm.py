@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raymem.errors import InvalidTrace
 from raymem.kernels.topk_cosine import topk_cosine
-from raymem.memory.base import Dims, Found, Options, Rows, State
+from raymem.memory.base import Dims, Found, MergeRule, Options, Rows, State
 from raymem.memory.packing import STORED, KeyDtype, Projection, pack, unpack
 from raymem.memory.rows import RowMemory, RowState
 from raymem.memory.spec import StateSpec, TensorSpec
@@ -43,10 +43,12 @@ class SpalmOptions(Options):
 class Spalm(RowMemory):
     """Every row is kept until the budget is full; then the oldest goes.
 
-    A read finds the k nearest rows by cosine, exactly, ties to the earlier row. Forgetting rows is exact.
+    A read finds the k nearest rows by cosine, exactly, ties to the earlier row. Forgetting rows is exact, and so is
+    merging, for a datastore is a set.
     """
 
     kind: ClassVar[str] = "spalm"
+    merge_rule: ClassVar[MergeRule] = "exact"
     options_type: ClassVar[type[Options]] = SpalmOptions
 
     def __init__(self, dims: Dims, options: SpalmOptions, budget_bytes: int) -> None:

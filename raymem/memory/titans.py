@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raymem.errors import InvalidSpec
+from raymem.errors import InvalidSpec, Unsupported
 from raymem.kernels.delta_update import Transition, chunk_delta_update, recurrent_delta_update, transition
 from raymem.memory import nets
-from raymem.memory.base import Dims, Options, State
-from raymem.memory.codes import OneHotCode, SignCode, SoftmaxCode, ValueCode, VectorCode
+from raymem.memory.base import Dims, MergeRule, Options, State
+from raymem.memory.codes import OneHotCode, SignCode, SoftmaxCode, TokenCode, ValueCode, VectorCode
+from raymem.memory.merging import bank_by_bank, interleaved
 from raymem.memory.packing import Projection
+from raymem.memory.scope import joined_scopes
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 
@@ -73,11 +76,16 @@ class Titans(StateMemory):
     """Writes by `S = eta S - theta grad loss`, `M = (1 - alpha) M + S`; reads `M(q)`.
 
     The squared loss is summed over features: titans-pytorch averages it, so its step sizes are V times larger for the
-    same update. Rows of an unfinished chunk wait in the state; a read sees them as if the chunk ended there. Two banks
-    can't be merged, and a row can't be taken out of one: both need the journal.
+    same update. Rows of an unfinished chunk wait in the state; a read sees them as if the chunk ended there. A row
+    can't be taken out of a bank without its journal.
+
+    Merging is approximate, and refused unless the memory is linear. The sum of updates is exact for gradients taken at
+    common weights (rows that still wait), and under the squared loss without momentum and decay where the banks' keys
+    are orthogonal; else each bank's later steps were taken without the other's, and what both learned counts twice.
     """
 
     kind: ClassVar[str] = "titans"
+    merge_rule: ClassVar[MergeRule] = "approximate"
     options_type: ClassVar[type[Options]] = TitansOptions
 
     def __init__(self, dims: Dims, options: TitansOptions, budget_bytes: int) -> None:
@@ -158,6 +166,66 @@ class Titans(StateMemory):
         items = self.code.items(Batch(keys, values_BTV, tokens_BT, state["count"]))
         settled = self._settled(state)
         return self.code.loss(settled, self._output(settled, keys), items)
+
+    def merge(self, states: Sequence[State]) -> State:
+        """`M = M_0 + sum_s (M_s - M_0)` of a linear memory, its momenta added likewise; see the class.
+
+        Token tables become one, of the tokens written last. Waiting rows of all are put in order and learned when they
+        fill chunks.
+
+        Raises:
+            Unsupported: the memory is not linear.
+        """
+        if self.titans.depth > 1 or self.titans.residual_norm:
+            raise Unsupported(
+                f"titans banks of depth {self.titans.depth} with residual_norm={self.titans.residual_norm} can't be "
+                "merged, their weights are not linear in what they learned: write both journals to a new bank"
+            )
+        return bank_by_bank(self._merged, states)
+
+    def _merged(self, states: list[State]) -> State:
+        start = {name: tensor.to(states[0][name].dtype) for name, tensor in self.init_state(1).items()}
+        merged, columns = self._merged_tables(start, states)
+        for name in ("weight_0", "momentum_0") if self.has_momentum else ("weight_0",):
+            merged[name] = start[name].clone()
+            for state, column in zip(states, columns, strict=True):
+                change = state[name] - start[name]
+                here = slice(None) if column is None else column >= 0
+                where = slice(None) if column is None else column[column >= 0]
+                merged[name][..., where] += change[..., here]
+        counts = [int(state["count"]) for state in states]
+        settled = sum(count // self.chunk * self.chunk for count in counts)
+        merged = start | merged | joined_scopes(states) | {"count": torch.full_like(start["count"], settled)}
+        own = self.write_batch(merged, self._all_waiting(states, counts)) if self.chunk > 1 else {}
+        return merged | own | {"count": torch.full_like(start["count"], sum(counts))}
+
+    def _merged_tables(self, start: State, states: list[State]) -> tuple[State, list[Tensor | None]]:
+        """One table of the tokens written last, and where each state's output columns go (-1: nowhere; None: stay)."""
+        if not isinstance(self.code, TokenCode):
+            return {}, [None] * len(states)
+        newest = max(int(state["slot_used"].max()) for state in states)
+        # a token keeps its age; the younger of two counts
+        ages = [state["slot_used"][0] + newest - int(state["slot_used"].max()) for state in states]
+        known, inverse = torch.unique(torch.cat([state["slot_token"][0] for state in states]), return_inverse=True)
+        used = torch.zeros_like(known).scatter_reduce(0, inverse, torch.cat(ages), "amax").masked_fill(known < 0, -1)
+        kept = used.argsort(descending=True, stable=True)[: self.code.slots]
+        kept = kept[known[kept] >= 0].sort().values
+        place = torch.full_like(known, -1).scatter(0, kept, torch.arange(len(kept)))
+        table = {"slot_token": start["slot_token"].clone(), "slot_used": start["slot_used"].clone()}
+        table["slot_token"][0, : len(kept)], table["slot_used"][0, : len(kept)] = known[kept], used[kept]
+        columns = torch.split(place[inverse], [len(age) for age in ages])
+        return table, [column if isinstance(self.code, OneHotCode) else None for column in columns]
+
+    def _all_waiting(self, states: list[State], counts: list[int]) -> Batch:
+        """Rows of all banks that wait for a chunk to fill, oldest first."""
+        waiting = [count % self.chunk for count in counts]
+        numbers = [interleaved(torch.arange(w), which, waiting) for which, w in enumerate(waiting)]
+        order = torch.cat(numbers).argsort()
+        keys, items = (
+            torch.cat([state[name][0, :w] for state, w in zip(states, waiting, strict=True)])[order][None]
+            for name in ("wait_key", "wait_item")
+        )
+        return Batch(keys, items, items, torch.tensor([sum(waiting)]))
 
     def _hidden_widths(self) -> list[int]:
         hidden = max(1, round(self.key_dims * self.titans.expansion))

@@ -8,7 +8,7 @@ from compressive_transformer_pytorch.compressive_transformer_pytorch import Conv
 from torch import nn
 from torch.nn.functional import normalize
 
-from raymem.errors import InvalidSpec, InvalidTrace, Unsupported
+from raymem.errors import InvalidSpec, InvalidTrace
 from raymem.memory import build
 from raymem.memory.base import Dims, Rows
 from raymem.memory.compressive import Compressive, CompressiveOptions
@@ -216,11 +216,6 @@ def test_rows_without_vectors_or_with_tokens_too_large_are_refused():
     plain = bank(4)
     with pytest.raises(InvalidTrace, match=str(2**31)):
         plain.absorb(plain.empty(), rows_of(drawn(1, 4), torch.tensor([2**31])))
-
-
-def test_merging_is_refused_saying_what_to_do():
-    with pytest.raises(Unsupported, match="write both journals"):
-        bank(4).merge([])
 
 
 def trained(loss, parameters, steps: int = 1200) -> None:

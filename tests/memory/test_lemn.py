@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize, one_hot
 
-from raymem.errors import InvalidSpec, InvalidTrace, Unsupported
+from raymem.errors import InvalidSpec, InvalidTrace
 from raymem.memory import build
 from raymem.memory.base import Dims, Rows
 from raymem.memory.lemn import Lemn, LemnOptions
@@ -116,14 +116,12 @@ def test_a_row_takes_less_than_a_millisecond():
         assert time.perf_counter() - started < 1.0
 
 
-def test_too_small_a_budget_missing_vectors_and_merging_are_refused():
+def test_too_small_a_budget_and_missing_vectors_are_refused():
     with pytest.raises(InvalidSpec, match=r"budget_bytes=1024 leaves a lemn bank \d+ slots .* needs 16, so \d+ bytes"):
         build("lemn", Dims(64, 0), {}, 1024)
     memory = bank(4, 3)
     with pytest.raises(InvalidTrace, match="width 3"):
         memory.absorb(memory.empty(), rows_of(drawn(2, 4)))
-    with pytest.raises(Unsupported, match="both journals"):
-        memory.merge([])
 
 
 WIDTH, STEPS, ROOM, RELEVANT, BATCH = 16, 30, 5, 3, 64
