@@ -18,8 +18,9 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
+# one test, or those that failed: make test-slow ARGS="-k ntm", ARGS=--last-failed. the table keeps earlier figures
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "(slow or figures) and not gpu" --figures figures.json $(ARGS)
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
@@ -31,4 +32,4 @@ wheel: setup
 	cp constraints.txt dist/
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis figures.json

@@ -1,8 +1,11 @@
-"""What every test shares: a quiet, offline, seeded environment, and uninitialised memory that shows."""
+"""What every test shares: a quiet, offline, seeded environment, uninitialised memory that shows, a table of figures."""
 
+import json
 import os
 import random
 import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +119,78 @@ def _unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, "empty", _poisoned(torch.empty, torch))
         monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like, torch))
         monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty, torch))
+
+
+KINDS = ("compressive", "dct", "ntm", "dnc", "lemn", "titans", "spalm", "larimar")
+COLUMNS = ("kind", "task", "figure", "baseline", "bound", "paper", "seconds")
+FIGURES = pytest.StashKey[dict[tuple[str, str], dict[str, str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where figures are kept between runs."""
+    parser.addoption("--figures", metavar="FILE", help="keep figures in this JSON file; those in it are shown too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin with the figures of earlier runs."""
+    file = config.getoption("figures")
+    kept = json.loads(Path(file).read_text()) if file and Path(file).exists() else []
+    config.stash[FIGURES] = {(row["kind"], row["task"]): row for row in kept}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what measures a figure, so that `make test-slow` shows all of them in one table."""
+    for item in items:
+        if "figure" in getattr(item, "fixturenames", ()):
+            item.add_marker("figures")
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Return a recorder of figures, which also fails the test when a figure misses its bound."""
+    start = time.perf_counter()
+
+    def record(
+        kind: str,
+        task: str,
+        value: float,
+        *,
+        below: float | None = None,
+        above: float | None = None,
+        baseline: dict[str, float] | None = None,
+        paper: str = "–",
+    ) -> None:
+        least, most = (float("-inf") if above is None else above), (float("inf") if below is None else below)
+        bounds = [f"≥ {above:g}" if above is not None else "", f"≤ {below:g}" if below is not None else ""]
+        shown = (
+            kind,
+            task,
+            f"{value:.3g}",
+            ", ".join(f"{name} {other:.3g}" for name, other in (baseline or {}).items()) or "–",
+            " ".join(filter(None, bounds)) + ("" if least <= value <= most else " MISSED"),
+            paper,
+            f"{time.perf_counter() - start:.0f}",
+        )
+        request.config.stash[FIGURES][kind, task] = dict(zip(COLUMNS, shown, strict=True))
+        assert least <= value <= most, f"{kind}, {task}: {value} is not {' '.join(filter(None, bounds))}"
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table of figures, and keep it where asked."""
+    found = config.stash[FIGURES]
+    rows = sorted(found.values(), key=lambda row: KINDS.index(row["kind"]))
+    if file := config.getoption("figures"):
+        Path(file).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    if rows:
+        terminalreporter.section("figures")
+        for line in _aligned([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]):
+            terminalreporter.write_line(line)
+
+
+def _aligned(rows: list[Iterable[str]]) -> list[str]:
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import one_hot, softplus
 
 from raymem.memory.base import State
 from raymem.memory.ntm import Heads, step
@@ -15,6 +15,8 @@ from raymem.memory.ntm import Heads, step
 # Collier and Beel's: keeps a run from going to NaN
 _CLIP = 20.0
 _FIRST_MEMORY = 1e-6
+# a softmax with this at one slot puts nearly all weight there
+_FOCUS = 10.0
 
 
 class NtmCell(nn.Module):
@@ -22,7 +24,8 @@ class NtmCell(nn.Module):
 
     The controller sees its input and the last reads; reading comes before writing, and the output joins what was read.
     The memory starts at one small constant, first reads and weightings are learned, keys and what is added go through
-    tanh, head parameters and outputs are clipped to ±20: the settings that train most reliably.
+    tanh, head parameters and outputs are clipped to ±20: the settings that train most reliably. All heads start at
+    slot 0: a head that starts everywhere must first learn to be somewhere, which takes copying 20 times as long.
 
     Args:
         inputs: I, width of an input.
@@ -58,7 +61,7 @@ class NtmCell(nn.Module):
         self.interface = nn.Linear(hidden, heads * sum(self._sizes()) + writers * 2 * word)
         self.output = nn.Linear(hidden + readers * word, outputs)
         self.first_reads = nn.Parameter(torch.randn(readers, word))
-        self.first_weights = nn.Parameter(torch.randn(heads, slots))
+        self.first_weights = nn.Parameter(_FOCUS * one_hot(torch.zeros(heads, dtype=torch.int64), slots).float())
 
     def init_state(self, batch: int) -> State:
         """The constant memory, the learned first reads and weightings, and a controller of zeros."""

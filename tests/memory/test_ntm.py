@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import normalize, one_hot
 
 from raymem.errors import InvalidSpec, Unsupported
@@ -224,61 +223,3 @@ def test_a_cell_carries_on_where_its_state_left_off(heads):
     assert torch.equal(torch.cat([first, rest], 1), whole)
     whole.square().sum().backward()
     assert all(torch.isfinite(p.grad).all() and p.grad.abs().max() > 0 for p in cell.parameters())
-
-
-class Lstm(nn.Module):
-    """Twice as wide as the NTM's controller, without a memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.core, self.output = nn.LSTM(9, 128, batch_first=True), nn.Linear(128, 8)
-
-    def forward(self, inputs):
-        hidden, state = self.core(inputs)
-        return self.output(hidden), state
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_trained_ntm_copies_sequences_twice_as_long_where_an_lstm_does_not():
-    errors = torch.tensor([copy_errors(lambda: NtmCell(9, 8, slots=64, word=16, hidden=64), seed) for seed in range(3)])
-    at_20, at_40 = errors.median(0).values.tolist()
-    assert at_20 < 0.01, errors
-    assert at_40 < 0.05, errors
-    assert copy_errors(Lstm, 0)[1] > 0.3
-
-
-def copy_errors(make, seed: int, updates: int = 4000) -> tuple[float, float]:
-    """Share of wrong bits at lengths 20 and 40 after training on lengths that grow from 4 to 20."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = make()
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    # late large steps undo what was learned
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, updates)
-    for update in range(updates):
-        longest = min(20, 4 + update // 150)
-        length = int(torch.randint(1, longest + 1, (), generator=generator))
-        inputs, targets = copy_batch(32, length, 8, generator)
-        loss = nn.functional.binary_cross_entropy_with_logits(model(inputs)[0][:, length + 1 :], targets)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-        optimizer.step()
-        schedule.step()
-    return wrong_bits(model, 20, generator), wrong_bits(model, 40, generator)
-
-
-def wrong_bits(model, length: int, generator: torch.Generator) -> float:
-    inputs, targets = copy_batch(200, length, 8, generator)
-    with torch.no_grad():
-        return float(((model(inputs)[0][:, length + 1 :] > 0) != (targets > 0.5)).float().mean())
-
-
-def copy_batch(count: int, length: int, bits: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random bits to be repeated after a flag: inputs [count, 2 length + 1, bits + 1], and the bits as targets."""
-    targets = torch.randint(2, (count, length, bits), generator=generator).float()
-    inputs = torch.zeros(count, 2 * length + 1, bits + 1)
-    inputs[:, :length, :bits] = targets
-    inputs[:, length, bits] = 1
-    return inputs, targets
