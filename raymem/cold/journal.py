@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raymem.cold.catalog import Catalog, Entry
 from raymem.cold.failures import reading, writing
+from raymem.cold.holes import HOLES, Holes
 from raymem.cold.rows import JournalRows, bank_schema
 from raymem.cold.tables import Tables, journal_table, quote
 from raymem.errors import Conflict, Corrupt, NotOwner, StorageError
@@ -116,6 +117,16 @@ class Journal:
             found = self._open().search().where(where).select(["seq", "crc32c"]).to_arrow()
         return dict(zip(found["seq"].to_pylist(), found["crc32c"].to_pylist(), strict=True))
 
+    def matches(self, where: str) -> Tensor:
+        """Positions [T] int64 of the rows for which an SQL condition on their columns holds, ascending."""
+        with reading(f"search the journal of {self._entry.name}"):
+            found = self._open().search().where(where).select(["pos"]).to_arrow()
+        return torch.tensor(found["pos"].to_pylist(), dtype=torch.int64).sort().values
+
+    def holes(self) -> Holes:
+        """The positions whose rows were erased."""
+        return self._holes_of(self._open())
+
     def tokens(self, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
         """Token ids [T] int64 of a run's rows in [seq_from, seq_to), in order; rows that are not there are left out."""
         where = f"stream = {quote(stream)} AND run = {quote(run)} AND seq >= {seq_from} AND seq < {seq_to}"
@@ -158,6 +169,7 @@ class Journal:
     def _scan_version(self, start: int, stop: int | None, batch_rows: int) -> Iterator[JournalRows]:
         name = self._entry.name
         table = self._open()
+        holes = self._holes_of(table)
         limits = [f"pos >= {start}"] * (start > 0) + [f"pos < {stop}"] * (stop is not None)
         with reading(f"read the journal of {name} from position {start}"):
             query = table.search()
@@ -171,8 +183,8 @@ class Journal:
             if not pieces:
                 return
             for rows in pieces:
-                self._require_order(rows, expect)
-                expect += len(rows)
+                self._require_order(rows, expect, holes)
+                expect = int(rows.pos_T[-1]) + 1
                 yield rows.verify()
 
     def _pieces(self, batches: list[pa.RecordBatch]) -> list[JournalRows]:
@@ -183,28 +195,35 @@ class Journal:
             )
         return JournalRows.from_arrow(pa.Table.from_batches(batches, schema=self._schema))
 
-    def _require_order(self, rows: JournalRows, expect: int) -> None:
-        wrong_T = (rows.pos_T.diff() != 1).nonzero().flatten()
-        at = 0 if int(rows.pos_T[0]) != expect else int(wrong_T[0]) + 1 if len(wrong_T) else None
+    def _require_order(self, rows: JournalRows, expect: int, holes: Holes) -> None:
+        at = holes.wrong(rows.pos_T, expect)
         if at is not None:
+            wanted = holes.next(int(rows.pos_T[at - 1]) + 1 if at else expect)
             raise Corrupt(
-                f"the journal of {self._entry.name} has position {int(rows.pos_T[at])} where {expect + at} belongs; "
+                f"the journal of {self._entry.name} has position {int(rows.pos_T[at])} where {wanted} belongs; "
                 "restore the bank from an export or a copy of the store",
-                pos=expect + at,
+                pos=wanted,
             )
 
     def _end_of(self, table: Any) -> int:
+        holes = self._holes_of(table)
         with reading(f"find the end of the journal of {self._entry.name}"):
             rows = int(table.count_rows())
             last = table.search().select(["pos"]).offset(rows - 1).limit(1).to_arrow()["pos"] if rows else []
-        end: int = last[0].as_py() + 1 if rows else 0
-        if end != rows:
+        # of a journal whose last rows were erased, the next row still gets a position of its own
+        end: int = max(holes.end, last[0].as_py() + 1 if rows else 0)
+        if end != rows + len(holes):
             raise Corrupt(
-                f"the journal of {self._entry.name} holds {rows} rows but ends at position {end}; "
-                "restore the bank from an export or a copy of the store",
+                f"the journal of {self._entry.name} holds {rows} rows but ends at position {end}, of which "
+                f"{len(holes)} were erased; restore the bank from an export or a copy of the store",
                 pos=end,
             )
         return end
+
+    def _holes_of(self, table: Any) -> Holes:
+        with reading(f"open the journal of {self._entry.name}"):
+            text = (table.schema.metadata or {}).get(HOLES)
+        return Holes() if text is None else Holes.decode(text)
 
     def _take_over(self, writer: Any) -> None:
         """Commit a restore: appends based on an older version conflict with it."""

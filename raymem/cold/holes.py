@@ -1,0 +1,112 @@
+"""Positions that a journal no longer has because their rows were erased: what tells an erasure from a loss.
+
+Shape legend: `T` rows, `R` ranges.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raymem.errors import Corrupt
+
+Ints = NDArray[np.int64]
+HOLES = b"raymem.holes"
+
+
+def _none() -> Ints:
+    return np.zeros((0, 2), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Holes:
+    """Erased positions, as ranges `[R, 2]` from, to (exclusive), ascending and apart; `end` no row may lie before.
+
+    A journal's rows have every position but these: a row more or a row less is damage. Positions are given once, so a
+    journal whose last rows were erased goes on at `end`.
+    """
+
+    ranges_R2: Ints = field(default_factory=_none)
+    end: int = 0
+
+    @classmethod
+    def of(cls, positions: Iterable[int] | Tensor, end: int) -> Holes:
+        """Holes at these positions of a journal that has given `end` positions out."""
+        listed = positions.tolist() if isinstance(positions, Tensor) else list(positions)
+        pos = np.unique(np.array(listed, dtype=np.int64))
+        if not len(pos):
+            return cls(end=end)
+        cuts = np.flatnonzero(np.diff(pos) != 1)
+        starts, stops = pos[np.r_[0, cuts + 1]], pos[np.r_[cuts, len(pos) - 1]] + 1
+        return cls(np.stack([starts, stops], axis=1), end)
+
+    def __len__(self) -> int:
+        return int((self.ranges_R2[:, 1] - self.ranges_R2[:, 0]).sum())
+
+    def __or__(self, other: Holes) -> Holes:
+        """The positions of both."""
+        return Holes.of(np.r_[self.positions(), other.positions()].tolist(), max(self.end, other.end))
+
+    def positions(self) -> Ints:
+        """Every erased position, ascending."""
+        parts = [np.arange(start, stop) for start, stop in self.ranges_R2.tolist()]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def has(self, pos_T: Ints) -> NDArray[np.bool_]:
+        """Which of these positions were erased."""
+        if not len(self.ranges_R2):
+            return np.zeros(len(pos_T), dtype=np.bool_)
+        place_T = np.searchsorted(self.ranges_R2[:, 0], pos_T, side="right") - 1
+        return np.asarray((place_T >= 0) & (pos_T < self.ranges_R2[place_T, 1]))
+
+    def rank(self, pos_T: Ints) -> Ints:
+        """How many rows there should be before each position."""
+        lengths = np.diff(self.ranges_R2, axis=1)[:, 0]
+        before = np.r_[0, np.cumsum(lengths)]
+        place_T = np.searchsorted(self.ranges_R2[:, 0], pos_T, side="right")
+        inside_T = np.zeros(len(pos_T), dtype=np.int64)
+        if len(lengths):
+            over_T = self.ranges_R2[place_T - 1, 1] - pos_T
+            inside_T = np.where((place_T > 0) & (over_T > 0), over_T, 0)
+        return np.asarray(pos_T - before[place_T] + inside_T)
+
+    def next(self, pos: int) -> int:
+        """The first position from `pos` on that was not erased."""
+        inside = np.flatnonzero((self.ranges_R2[:, 0] <= pos) & (pos < self.ranges_R2[:, 1]))
+        return int(self.ranges_R2[inside[0], 1]) if len(inside) else pos
+
+    def wrong(self, pos_T: Tensor, expect: int) -> int | None:
+        """Index of the first row that is not the next one there should be from position `expect` on."""
+        pos = pos_T.numpy()
+        wanted_T = int(self.rank(np.array([expect]))[0]) + np.arange(len(pos))
+        bad = np.flatnonzero((self.rank(pos) != wanted_T) | self.has(pos))
+        return int(bad[0]) if len(bad) else None
+
+    def encode(self) -> bytes:
+        """Text of the shortest kind: rows erased here and there must not make every commit's manifest large."""
+        flat = np.diff(np.r_[0, self.ranges_R2.reshape(-1), self.end]).astype("<i8")
+        return base64.b64encode(zlib.compress(flat.tobytes()))
+
+    @classmethod
+    def decode(cls, text: bytes) -> Holes:
+        """What `encode` wrote.
+
+        Raises:
+            Corrupt: it did not.
+        """
+        try:
+            flat = np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8"))
+            return cls(flat[:-1].reshape(-1, 2).astype(np.int64), int(flat[-1]))
+        except (ValueError, IndexError, zlib.error) as error:
+            raise Corrupt(f"the record of a journal's erased positions is damaged ({error})") from error
+
+    def tensor(self) -> Tensor:
+        """`positions` as a tensor."""
+        return torch.from_numpy(self.positions())

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+
+from raymem.cold.holes import Holes
+from raymem.errors import Corrupt
+
+HOLES = Holes.of([0, 1, 5, 6, 7, 9], end=10)
+LEFT = [2, 3, 4, 8, 10, 11, 12]
+
+
+def test_rows_that_keep_every_position_but_the_erased_are_in_order():
+    for first in range(len(LEFT)):
+        for expect in range(LEFT[first - 1] + 1 if first else 0, LEFT[first] + 1):
+            assert HOLES.wrong(torch.tensor(LEFT[first:]), expect) is None
+
+
+@pytest.mark.parametrize("missing", range(len(LEFT) - 1))
+def test_a_row_less_is_noticed_where_it_is_missing(missing):
+    assert HOLES.wrong(torch.tensor(LEFT[:missing] + LEFT[missing + 1 :]), 0) == missing
+
+
+@pytest.mark.parametrize("back", [0, 6, 9])
+def test_an_erased_row_that_came_back_is_noticed(back):
+    assert HOLES.wrong(torch.tensor(sorted([*LEFT, back])), 0) is not None
+
+
+def test_rank_counts_the_rows_that_should_be_before():
+    assert HOLES.rank(np.arange(14)).tolist() == [0, 0, 0, 1, 2, 3, 3, 3, 3, 4, 4, 5, 6, 7]
+
+
+def test_the_next_row_is_the_first_that_was_not_erased():
+    assert [HOLES.next(pos) for pos in (0, 1, 2, 5, 8, 9, 11)] == [2, 2, 2, 8, 8, 10, 11]
+
+
+def test_two_erasures_add_up():
+    both = HOLES | Holes.of([8, 12], end=13)
+
+    assert both.positions().tolist() == [0, 1, 5, 6, 7, 8, 9, 12]
+    assert both.end == 13
+
+
+@pytest.mark.parametrize("holes", [Holes(), HOLES, Holes(end=7), Holes.of(range(0, 9999, 3), 10_000)])
+def test_what_is_written_down_reads_back(holes):
+    again = Holes.decode(holes.encode())
+
+    assert np.array_equal(again.ranges_R2, holes.ranges_R2)
+    assert (again.end, len(again)) == (holes.end, len(holes))
+
+
+def test_every_third_of_many_rows_is_a_short_record():
+    # it travels in each of the table's manifests: a twentieth of a byte a row
+    assert len(Holes.of(range(0, 300_000, 3), 300_000).encode()) < 300_000 / 20
+
+
+@pytest.mark.parametrize("text", [b"", b"x", b"AAAA"])
+def test_a_damaged_record_is_refused(text):
+    with pytest.raises(Corrupt):
+        Holes.decode(text)
