@@ -22,6 +22,7 @@ from raymem.errors import InvalidSpec
 from raymem.kernels.content_address import cosines
 from raymem.memory.base import Dims, MergeRule, Options, State
 from raymem.memory.compressors import CompressorName, compressor
+from raymem.memory.eviction import EvictionOptions
 from raymem.memory.merging import bank_by_bank, interleaved
 from raymem.memory.packing import Projection
 from raymem.memory.scope import joined_scopes
@@ -87,6 +88,7 @@ class Compressive(StateMemory):
         self.how = options
         self.block = options.block or options.ratio
         self.compress = compressor(options.compressor, options.ratio, self.key_dims)
+        self.rule = options.rule(self.key_dims, options.strength) if isinstance(options, EvictionOptions) else None
         self.fine, self.coarse = self._affordable()
         self.check_budget()
 
@@ -197,9 +199,12 @@ class Compressive(StateMemory):
         """One bank's fine rows (those that wait for their block among them) and compressed rows, oldest first."""
         number_R = self._fine_number(state)[bank]
         fine = number_R.argsort(stable=True)[int((number_R < 0).sum()) :]
+        return _level(state, "mem_", bank, fine), _level(state, "cmem_", bank, self.coarse_order(state, bank))
+
+    def coarse_order(self, state: State, bank: int) -> Tensor:
+        """One bank's coarse slots in use, oldest first."""
         total = int(state["kept"][bank]) * (self.block // self.how.ratio)
-        coarse = torch.arange(max(0, total - self.coarse), total) % max(1, self.coarse)
-        return _level(state, "mem_", bank, fine), _level(state, "cmem_", bank, coarse)
+        return torch.arange(max(0, total - self.coarse), total) % max(1, self.coarse)
 
     def merge(self, states: Sequence[State]) -> State:
         """Rows of all, interleaved by age, then evicted and compressed again where that is too much; see merging.py."""

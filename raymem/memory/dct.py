@@ -22,30 +22,34 @@ from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from raymem.errors import InvalidSpec
 from raymem.memory.base import Dims, MergeRule, Options, State
 from raymem.memory.compressive import Blocks, Compressive, CompressiveOptions
+from raymem.memory.eviction import EvictionOptions, Places, make_room, policy_part, policy_spec
+from raymem.memory.policies import Entries, Policy
 from raymem.memory.slots import put, widened
 from raymem.memory.spec import StateSpec, TensorSpec
 
-PolicyName = Literal["novelty", "surprise", "learned", "keep", "discard"]
+KeepName = Literal["novelty", "surprise", "learned", "keep", "discard"]
 _HIDDEN = 64
 # a policy starts near the Compressive Transformer, which keeps everything
 _FIRST_KEPT = 0.9
 _THRESHOLDS: dict[str, float] = {"novelty": 0.2, "learned": 0.5, "keep": 0.0, "discard": math.inf}
 
 
-class DctOptions(CompressiveOptions):
+class DctOptions(CompressiveOptions, EvictionOptions):
     """Which blocks are kept: those whose score is at least `threshold`.
 
     The score is the block's `novelty` (1 - the highest cosine of its compressed rows with those kept, on average, 1
     where none is positive), its
     `surprise` (mean length of its rows' vectors, which are what the model did not predict), or what the `learned`
-    policy gives it. `keep_rate` bounds the share of blocks kept since the start. The last `log` decisions can be seen.
+    policy gives it. `keep_rate` bounds the share of blocks kept since the start. `eviction` says which block makes room
+    for one that is to be kept where there is none left; a block's key is then the mean of its compressed rows. The last
+    `log` decisions can be seen.
 
     The default novelty, 0.2, kept 0.73 of the blocks of five texts and answered a little better than keeping all (next
     token among the best 8 candidates in 0.361 of cases, 0.357; at 0.4 it was 0.345). The default of `learned` is 0.5;
     `surprise` has none.
     """
 
-    policy: PolicyName = "novelty"
+    policy: KeepName = "novelty"
     threshold: float | None = None
     keep_rate: float = Field(default=1.0, gt=0, le=1)
     log: int = Field(default=32, ge=1)
@@ -130,10 +134,26 @@ class Dct(Compressive):
     def __init__(self, dims: Dims, options: DctOptions, budget_bytes: int) -> None:
         self.dct = options
         super().__init__(dims, options, budget_bytes)
+        self.made = self.block // options.ratio
+        if self.rule is not None:
+            # a policy lets whole blocks go
+            self.coarse -= self.coarse % self.made
         if options.policy == "surprise" and not dims.value:
             raise InvalidSpec("policy='surprise' judges rows by their vectors, and this bank's rows carry none")
         self.policy = KeepPolicy(self.key_dims) if options.policy == "learned" else None
         self.threshold = _THRESHOLDS[options.policy] if options.threshold is None else options.threshold
+
+    def coarse_spec(self) -> StateSpec:
+        """One compressed slot; its block's number and what the policy keeps of it, where a policy makes room."""
+        number = {} if self.rule is None else {"number": TensorSpec((), torch.int64)}
+        return super().coarse_spec() | number | policy_spec(self.rule)
+
+    def coarse_order(self, state: State, bank: int) -> Tensor:
+        """See Compressive."""
+        if self.rule is None:
+            return super().coarse_order(state, bank)
+        number_C = state["cmem_number"][bank]
+        return number_C.argsort(stable=True)[int((number_C < 0).sum()) :]
 
     def fixed_spec(self) -> StateSpec:
         """Counters of blocks `seen` and `kept`, and the log."""
@@ -149,7 +169,7 @@ class Dct(Compressive):
     def start(self, banks: int) -> State:
         """Empty FIFOs and an empty log."""
         own = super().start(banks)
-        return own | {"log_block": own["log_block"] - 1}
+        return own | {name: own[name] - 1 for name in ("log_block", "cmem_number") if name in own}
 
     def admit(self, state: State, blocks: Blocks) -> State:
         """Decide block by block, each with the coarse memory that the ones before it left."""
@@ -170,8 +190,9 @@ class Dct(Compressive):
             rounded_BMK = block["key"][:, 0].detach().to(state["cmem_key"].dtype).to(dtype)
             new_BMK = normalize(rounded_BMK, dim=-1)
             known = self.features(state, blocks, _novelty(unit_BCK, new_BMK), g)
-            before, state = state["kept"], state | self._decide(state, block, known, blocks.real_BG[:, g])
-            unit_BCK = self._joined(unit_BCK, new_BMK, before, state["kept"] > before)
+            decided, (bank, slot_M) = self._decide(state, block, known, blocks.real_BG[:, g], unit_BCK)
+            state = state | decided
+            unit_BCK = unit_BCK.index_put_((bank[:, None], slot_M), new_BMK[bank][:, self.made - slot_M.shape[1] :])
         return {name: state[name] for name in self.own_spec() if not name.startswith("mem_")}
 
     def decisions(self, state: State, bank: int = 0) -> list[Decision]:
@@ -194,11 +215,18 @@ class Dct(Compressive):
         mean, last = normalize(rows_BSK.mean(1), dim=-1), normalize(rows_BSK[:, -1], dim=-1)
         return Features(mean, last, novelty_B, surprise, fill)
 
-    def _decide(self, state: State, block: State, known: Features, real_B: Tensor) -> State:
+    def _decide(
+        self, state: State, block: State, known: Features, real_B: Tensor, unit_BCK: Tensor
+    ) -> tuple[State, Places]:
+        """Own tensors after one block a bank, and the coarse slots `[bank]`, `[bank, M]` that were taken."""
         score_B = self._score(known).detach()
         afford_B = state["kept"] < self.dct.keep_rate * (state["seen"] + 1)
         keep_B = (score_B >= self.threshold) & afford_B & real_B
-        after = self.stored(state, block, keep_B[:, None])
+        if self.rule is None or not self.coarse:
+            after, taken = self.stored(state, block, keep_B[:, None]), self._next_slots(state, keep_B)
+        else:
+            after, taken = self._replaced(state, block, keep_B, unit_BCK, self.rule)
+            keep_B = after["kept"] > state["kept"]
         bank = torch.nonzero(real_B)[:, 0]
         where = (bank, state["seen"][bank] % self.dct.log)
         entry = {
@@ -208,21 +236,41 @@ class Dct(Compressive):
             "log_kept": keep_B,
         }
         logged = {name: put(state[name], where, column[bank]) for name, column in entry.items()}
-        return after | logged | {"seen": state["seen"] + real_B}
+        return after | logged | {"seen": state["seen"] + real_B}, taken
+
+    def _replaced(
+        self, state: State, block: State, keep_B: Tensor, unit_BCK: Tensor, rule: Policy
+    ) -> tuple[State, Places]:
+        """The coarse memory after the policy let a block go for the one that comes, or that one itself."""
+
+        def whole(column: Tensor) -> Tensor:
+            return column.reshape(len(column), -1, self.made, *column.shape[2:])
+
+        held = {name.removeprefix("cmem_"): column for name, column in state.items() if name.startswith("cmem_")}
+        kept = {name: whole(column)[:, :, 0] for name, column in policy_part(held).items()}
+        newcomer_BK = normalize(normalize(block["key"][:, 0].to(unit_BCK.dtype), dim=-1).mean(1), dim=-1)
+        keys_BPK = normalize(whole(unit_BCK).mean(2), dim=-1)
+        entries = Entries(keys_BPK, whole(held["number"])[:, :, 0], newcomer_BK, state["seen"])
+        seen, (bank, place) = make_room(rule, kept, entries, keep_B)
+        slot_M = place[:, None] * self.made + torch.arange(self.made, device=place.device)
+        fresh = {f"policy_{name}": column.repeat_interleave(self.made, 1) for name, column in seen.items()}
+        rows = {name: column[bank, 0] for name, column in block.items() if name not in ("number", *fresh)}
+        rows["number"] = state["seen"][bank, None].expand(-1, self.made)
+        where = (bank[:, None].expand_as(slot_M), slot_M)
+        after = {f"cmem_{name}": put(held[name], where, column) for name, column in rows.items()}
+        after |= {f"cmem_{name}": column for name, column in fresh.items()}
+        kept_B = state["kept"].index_add(0, bank, torch.ones_like(bank))
+        return after | {"kept": kept_B}, (bank, slot_M)
+
+    def _next_slots(self, state: State, keep_B: Tensor) -> Places:
+        bank = torch.nonzero(keep_B)[:, 0]
+        row_M = torch.arange(self.made, device=bank.device)[max(0, self.made - self.coarse) :]
+        return bank, (state["kept"][bank, None] * self.made + row_M) % max(1, self.coarse)
 
     def _score(self, known: Features) -> Tensor:
         if self.policy is not None:
             return torch.sigmoid(self.policy(known.vector()))
         return known.surprise_B if self.dct.policy == "surprise" else known.novelty_B
-
-    def _joined(self, unit_BCK: Tensor, new_BMK: Tensor, kept_B: Tensor, keep_B: Tensor) -> Tensor:
-        if not self.coarse:
-            return unit_BCK
-        made = new_BMK.shape[1]
-        row_M = torch.arange(made, device=kept_B.device)[-self.coarse :]
-        bank = torch.nonzero(keep_B)[:, 0]
-        slot = (kept_B[bank, None] * made + row_M) % self.coarse
-        return unit_BCK.index_put_((bank[:, None], slot), new_BMK[bank][:, row_M])
 
 
 def _novelty(unit_BCK: Tensor, new_BMK: Tensor) -> Tensor:

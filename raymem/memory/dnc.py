@@ -14,12 +14,16 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from raymem.errors import Unsupported
 from raymem.kernels.content_address import content_address
 from raymem.kernels.link_update import link_update
 from raymem.memory.base import Dims, MergeRule, Options, State
+from raymem.memory.eviction import EvictionOptions, Places, make_room, policy_part, policy_spec
+from raymem.memory.policies import Entries, Policy
 from raymem.memory.ring import RingMemory, RingOptions
+from raymem.memory.slots import narrowed, put, rows_of
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch
 
@@ -147,16 +151,17 @@ def step(state: State, says: Interface, *, epsilon: float = 1e-6, deallocate: bo
     return read(write(state, says, epsilon=epsilon, deallocate=deallocate), says)
 
 
-def tape_step(state: State, words_BW: Tensor) -> State:
+def tape_step(state: State, words_BW: Tensor, freed_B: Tensor | None = None) -> State:
     """Write words by the full equations under the tape's script, which `Dnc` does in one go.
 
-    The script is `g_w = g_a = 1`, `e = 1`, `epsilon = 0`; once every slot is used, a read head on the oldest frees it.
+    The script is `g_w = g_a = 1`, `e = 1`, `epsilon = 0`; once every slot is used, a read head on slot `freed_B` (None:
+    the oldest) frees it.
     """
     banks, slots, _ = state["memory"].shape
     ones, zeros = words_BW.new_ones(banks), words_BW.new_zeros(banks)
     usage = next_usage(state["usage"], state["write_weights"], torch.ones_like(state["usage"]))
     # the oldest slot in use is the one that was written after no other
-    oldest = (usage - state["link"].sum(-1)).argmax(-1)
+    oldest = (usage - state["link"].sum(-1)).argmax(-1) if freed_B is None else freed_B
     says = Interface(
         read_keys=words_BW[:, None],
         read_strengths=ones[:, None],
@@ -183,14 +188,17 @@ class Replay(NamedTuple):
     values_QSV: Tensor
 
 
-class DncOptions(RingOptions):
-    """`sharpness` is the power that keeps a replay's weighting from blurring; 1 leaves it as it is."""
+class DncOptions(RingOptions, EvictionOptions):
+    """`sharpness` is the power that keeps a replay's weighting from blurring; 1 leaves it as it is.
+
+    `eviction` says which slot a full tape frees for the next row; policies other than "fifo" take rows one by one.
+    """
 
     sharpness: float = Field(default=1.0, ge=1)
 
 
 class Dnc(RingMemory):
-    """An episodic tape: each row takes a free slot, the oldest when none is; links remember the order.
+    """An episodic tape: each row takes a free slot, or that which the eviction policy frees; links remember the order.
 
     Under the tape's script all weightings are one-hot, so a slot's row of L has at most one 1, and `before` holds its
     place: the state takes N numbers instead of N². `dense` writes the full tensors out. A tape can't be merged with
@@ -206,16 +214,23 @@ class Dnc(RingMemory):
         self.dnc = options
 
     def slot_spec(self) -> StateSpec:
-        """A slot of the ring, and the slot written before it."""
-        return super().slot_spec() | {"before": TensorSpec((), torch.int32)}
+        """A slot of the ring, and the slot written before it; its row's number where a policy asks for it."""
+        spec = super().slot_spec() | {"before": TensorSpec((), torch.int32)}
+        return spec if self.rule is None else spec | {"arrival": TensorSpec((), torch.int64)} | policy_spec(self.rule)
+
+    def own_spec(self) -> StateSpec:
+        """All slots, and the one written last where that is not told by the count of rows."""
+        return super().own_spec() | ({} if self.rule is None else {"last": TensorSpec((), torch.int32)})
 
     def start(self, banks: int) -> State:
         """Free slots without links."""
         own = super().start(banks)
-        return own | {"before": own["before"] - 1}
+        return own | {name: own[name] - 1 for name in ("before", "arrival", "last") if name in own}
 
     def write_batch(self, state: State, batch: Batch) -> State:
         """Allocate, write and link; see RingMemory.write_batch."""
+        if self.rule is not None:
+            return self._write_each(state, batch, self.rule)
         own = super().write_batch(state, batch)
         bank_M, row_M, slot_M = self._places(state["count"], batch)
         number_M = state["count"][bank_M] + row_M
@@ -261,7 +276,7 @@ class Dnc(RingMemory):
         used = (state["token"] >= 0).to(state["scope_scale"].dtype)
         slots = torch.arange(self.slots, device=used.device)
         link = (state["before"][..., None] == slots).to(used.dtype)
-        newest = (state["count"][:, None] - 1) % self.slots == slots
+        newest = self._last(state)[:, None] == slots
         return {"usage": used, "link": link, "precedence": newest.to(used.dtype) * used}
 
     def merge(self, states: Sequence[State]) -> State:
@@ -273,6 +288,36 @@ class Dnc(RingMemory):
         raise Unsupported(
             "dnc banks can't be merged: two tapes have no common order; write both journals to a new bank"
         )
+
+    def _write_each(self, state: State, batch: Batch, rule: Policy) -> State:
+        """Rows one by one, each in a free slot or in the one that the policy frees."""
+        rows = rows_of(batch, self.dims)
+        rows["key"] = narrowed(rows["key"], state["key"].dtype)
+        own = {name: state[name] for name in self.own_spec()}
+        unit_BNK = normalize(state["key"].detach().to(batch.keys_BTK.dtype), dim=-1)
+        units_BTK = normalize(rows["key"].detach().to(state["key"].dtype).to(batch.keys_BTK.dtype), dim=-1)
+        for t in range(batch.keys_BTK.shape[1]):
+            number_B = state["count"] + t
+            entries = Entries(unit_BNK, own["arrival"], units_BTK[:, t], number_B)
+            seen, where = make_room(rule, policy_part(own), entries, t < batch.length_B)
+            row = {name: column[where[0], t] for name, column in rows.items()} | {"arrival": number_B[where[0]]}
+            own |= {f"policy_{name}": column for name, column in seen.items()}
+            own |= {name: put(own[name], where, column) for name, column in row.items()} | self._linked(own, where)
+            unit_BNK = unit_BNK.index_put_(where, units_BTK[where[0], t])
+        return own
+
+    def _linked(self, own: State, where: Places) -> State:
+        """`before` and `last` after slots were written: a slot that is overwritten loses its links both ways."""
+        bank, slot = where
+        before, last = own["before"].clone(), own["last"].clone()
+        before[bank] = before[bank].masked_fill(before[bank] == slot[:, None], -1)
+        before[bank, slot] = last[bank].masked_fill(last[bank] == slot, -1)
+        last[bank] = slot.to(torch.int32)
+        return {"before": before, "last": last}
+
+    def _last(self, state: State) -> Tensor:
+        """Slot `[B]` written last."""
+        return (state["count"] - 1) % self.slots if self.rule is None else state["last"].long()
 
     def _moved(self, before_BN: Tensor, weights_BQN: Tensor, direction: Literal["forward", "backward"]) -> Tensor:
         linked_B1N = (before_BN >= 0)[:, None]

@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from raymem.errors import InvalidSpec
 from raymem.kernels.content_address import cosines
 from raymem.memory.base import Dims, MergeRule, Options, State
+from raymem.memory.eviction import make_room, policy_part, policy_spec, survivors
 from raymem.memory.merging import bank_by_bank, interleaved
 from raymem.memory.packing import Projection
 from raymem.memory.policies import Entries, PolicyName, policy
@@ -76,7 +77,7 @@ class Lemn(StateMemory):
     def slot_spec(self) -> StateSpec:
         """One slot: the row, its number (-1 where free), and what the policy keeps of it."""
         row = row_spec(self.dims, self.key_dims, self.lemn.key_dtype) | {"arrival": TensorSpec((), torch.int64)}
-        return row | {f"policy_{name}": spec for name, spec in self.policy.spec().items()}
+        return row | policy_spec(self.policy)
 
     def own_spec(self) -> StateSpec:
         """All slots."""
@@ -126,9 +127,10 @@ class Lemn(StateMemory):
 
     def _merged(self, states: list[State]) -> State:
         rows = self._union(states)
-        while len(rows["arrival"]) > self.slots:
-            goes = int(self._logits(rows).argmax())
-            rows = {name: torch.cat([column[:goes], column[goes + 1 :]]) for name, column in rows.items()}
+        wide = torch.float64 if rows["key"].dtype == torch.float64 else torch.float32
+        unit_MK = normalize(rows["key"].to(wide), dim=-1)
+        left = survivors(self.policy, policy_part(rows), unit_MK, rows["arrival"], self.slots)
+        rows = {name: column[left] for name, column in rows.items()}
         start = {name: tensor.to(states[0][name].dtype) for name, tensor in self.init_state(1).items()}
         where = (torch.zeros_like(rows["arrival"]), torch.arange(len(rows["arrival"])))
         own = {name: put(start[name], where, column) for name, column in rows.items()}
@@ -146,28 +148,12 @@ class Lemn(StateMemory):
         order = torch.cat([part["arrival"] for part in parts]).argsort()
         return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
-    def _logits(self, rows: State) -> Tensor:
-        wide = torch.float64 if rows["key"].dtype == torch.float64 else torch.float32
-        keys_1MK = normalize(rows["key"].to(wide), dim=-1)[None]
-        entries = Entries(keys_1MK[:, :-1], rows["arrival"][None, :-1], keys_1MK[:, -1], rows["arrival"][-1:])
-        kept = {n.removeprefix("policy_"): c[None, :-1] for n, c in rows.items() if n.startswith("policy_")}
-        logits_1E, _ = self.policy(kept, entries)
-        return torch.as_tensor(logits_1E[0])
-
     def _step(self, own: State, entries: Entries, row: State, real_B: Tensor) -> tuple[State, tuple[Tensor, Tensor]]:
         """Own tensors after one newcomer a bank, and the places `(bank, slot)` that newcomers took."""
-        kept = {n.removeprefix("policy_"): column for n, column in own.items() if n.startswith("policy_")}
-        logits_BE, seen = self.policy(kept, entries)
-        free_BN = own["arrival"] < 0
-        goes_B = torch.where(free_BN.any(1), free_BN.to(torch.int8).argmax(1), logits_BE.argmax(1))
-        bank = torch.nonzero(real_B & (goes_B < self.slots))[:, 0]
-        where = (bank, goes_B[bank])
-        after = dict(own)
-        for name, column in seen.items():
-            # a row that is not there must not be noticed either
-            noticed = torch.where(real_B.reshape(-1, *[1] * (column.dim() - 1)), column[:, :-1], kept[name])
-            after[f"policy_{name}"] = put(noticed.to(kept[name].dtype), where, column[bank, -1])
-        return after | {name: put(own[name], where, column[bank]) for name, column in row.items()}, where
+        kept = policy_part(own)
+        seen, where = make_room(self.policy, kept, entries, real_B)
+        after = own | {f"policy_{name}": column for name, column in seen.items()}
+        return after | {name: put(own[name], where, column[where[0]]) for name, column in row.items()}, where
 
     def _affordable_slots(self) -> int:
         fixed = sum(spec.nbytes for spec in self.base_spec().values())

@@ -38,10 +38,12 @@ class Policy(nn.Module, ABC):
     """Base of the eviction policies.
 
     A policy keeps its own tensors, one entry a slot; the newcomer's entry moves to the slot that it takes. `numbers`
-    names those that hold numbers of rows.
+    names those that hold numbers of rows. A policy that is not `by_content` never looks at keys, which may then have no
+    width.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ()
+    by_content: ClassVar[bool] = True
 
     def spec(self) -> StateSpec:
         """Shape and dtype of one slot's entry in each of the policy's tensors."""
@@ -58,6 +60,8 @@ class Policy(nn.Module, ABC):
 class Fifo(Policy):
     """The oldest goes."""
 
+    by_content = False
+
     def forward(self, own: State, entries: Entries) -> tuple[Tensor, State]:
         """See Policy."""
         # differences are small enough for float32, numbers need not be
@@ -67,6 +71,8 @@ class Fifo(Policy):
 class Lifo(Policy):
     """The newcomer goes: the memory keeps what it saw first."""
 
+    by_content = False
+
     def forward(self, own: State, entries: Entries) -> tuple[Tensor, State]:
         """See Policy."""
         return _only(entries, torch.full_like(entries.number_B, entries.arrival_BN.shape[1])), {}
@@ -75,6 +81,8 @@ class Lifo(Policy):
 class Uniform(Policy):
     """Any entry goes, the newcomer too, drawn by a hash of its number: a row outlives k more with `(N/(N+1))^k`."""
 
+    by_content = False
+
     def forward(self, own: State, entries: Entries) -> tuple[Tensor, State]:
         """See Policy."""
         return _only(entries, hash62(entries.number_B) % (entries.arrival_BN.shape[1] + 1)), {}
@@ -82,6 +90,8 @@ class Uniform(Policy):
 
 class Reservoir(Policy):
     """Every row of the stream is held with the same chance: those whose numbers have the largest hashes stay."""
+
+    by_content = False
 
     def forward(self, own: State, entries: Entries) -> tuple[Tensor, State]:
         """See Policy."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from raymem.errors import InvalidSpec, InvalidTrace
 from raymem.kernels.content_address import cosines
 from raymem.memory.base import Dims, Options, State
+from raymem.memory.eviction import EvictionOptions
 from raymem.memory.packing import STORED, KeyDtype, Projection, pack
 from raymem.memory.slots import answered, put
 from raymem.memory.spec import StateSpec, TensorSpec
@@ -52,6 +53,7 @@ class RingMemory(StateMemory):
     def __init__(self, dims: Dims, options: RingOptions, budget_bytes: int) -> None:
         super().__init__(dims, options, budget_bytes, Projection(dims.key, options.key_dims, options.projection_seed))
         self.ring = options
+        self.rule = options.rule(self.key_dims, options.strength) if isinstance(options, EvictionOptions) else None
         self.slots = self._affordable_slots()
         self.check_budget()
 

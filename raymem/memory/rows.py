@@ -6,6 +6,7 @@ Shape legend: `N` rows, `Q` queries, `K` key width, `k` candidates.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec
 from raymem.memory.base import Dims, Found, Memory, Options, Rows, State
+from raymem.memory.eviction import make_room, policy_part, policy_spec, survivors
+from raymem.memory.policies import Entries, Policy
 from raymem.memory.spec import StateSpec, TensorSpec, check_state
 
 _FIRST_ROWS = 256
@@ -40,18 +43,27 @@ class RowMemory(Memory):
     """A mechanism that keeps rows, one bank at a time; nothing already held is copied per write.
 
     A kind says what a row's columns are (`columns_spec`), how rows fill them (`encode`), and how to `read`. Capacity
-    follows from the budget; at capacity the oldest row makes room.
+    follows from the budget; at capacity the row that `rule` picks makes room, the oldest where that is None. The newest
+    `newest` rows always stay, at most half of what there is room for.
     """
 
-    def __init__(self, dims: Dims, options: Options, budget_bytes: int) -> None:
+    def __init__(
+        self, dims: Dims, options: Options, budget_bytes: int, rule: Policy | None = None, newest: int = 0
+    ) -> None:
         super().__init__(dims, options, budget_bytes)
-        row_bytes = sum(spec.nbytes for spec in self.columns_spec().values())
+        self.rule = rule
+        row_bytes = sum(spec.nbytes for spec in self.all_columns_spec().values())
         self.capacity = budget_bytes // row_bytes
         if self.capacity < 1:
             raise InvalidSpec(
                 f"one row of a {self.kind} bank takes {row_bytes} bytes and its budget_bytes is {budget_bytes}; "
                 "raise the budget, or lower key_dims"
             )
+        self.newest = min(newest, self.capacity // 2)
+
+    def all_columns_spec(self) -> StateSpec:
+        """A row's columns, and what the policy keeps of it."""
+        return self.columns_spec() | policy_spec(self.rule)
 
     @abstractmethod
     def columns_spec(self) -> StateSpec:
@@ -60,6 +72,10 @@ class RowMemory(Memory):
     @abstractmethod
     def encode(self, rows: Rows) -> State:
         """Rows as columns, the leading axis being the row."""
+
+    @abstractmethod
+    def units(self, columns: State) -> Tensor:
+        """Unit keys `[N, K]` float32 of rows as `encode` made them."""
 
     @abstractmethod
     def read(self, state: RowState, queries_QK: Tensor, k: int, mask: Tensor | None = None) -> Found:
@@ -73,7 +89,10 @@ class RowMemory(Memory):
         """
 
     def append(self, state: RowState, rows: Rows) -> RowState:
-        """Add rows, each over the oldest once the bank is full; changes and returns `state`."""
+        """Add rows, each over another once the bank is full; changes and returns `state`."""
+        return self._append_ring(state, rows) if self.rule is None else self._append_each(state, rows, self.rule)
+
+    def _append_ring(self, state: RowState, rows: Rows) -> RowState:
         added = len(rows)
         skipped = max(0, added - self.capacity)
         columns = self.encode(_tail(rows, skipped))
@@ -84,6 +103,54 @@ class RowMemory(Memory):
         state.head = (state.head + added) % self.capacity
         state.count = min(self.capacity, state.count + added)
         return state
+
+    @torch.no_grad()
+    def _append_each(self, state: RowState, rows: Rows, rule: Policy) -> RowState:
+        """Rows one by one, each asking the policy; if it goes by keys, all are unpacked once a call."""
+        new = self.encode(rows)
+        held, room = state.count, min(self.capacity, state.count + len(rows))
+        self._grow(state, room)
+        for name, spec in policy_spec(rule).items():
+            new[name] = torch.zeros(len(rows), *spec.shape, dtype=spec.dtype)
+            state.columns[name][held:room] = 0
+        state.columns["pos"][held:room] = -1
+        units_NK, new_NK = (self._looked_at(columns, rule) for columns in (state.columns, new))
+        units_NK[held:room] = 0
+        recent = deque(state.held()["pos"].argsort()[max(0, held - self.newest) :].tolist(), maxlen=self.newest)
+        for t in range(len(rows)):
+            entries = Entries(
+                units_NK[None, : min(self.capacity, state.count + 1)],
+                state.columns["pos"][None, : min(self.capacity, state.count + 1)],
+                new_NK[t : t + 1],
+                new["pos"][t : t + 1],
+            )
+            slot = self._seat(state, entries, rule, recent)
+            if slot is not None:
+                units_NK[slot] = new_NK[t]
+                for name in self.columns_spec():
+                    state.columns[name][slot] = new[name][t]
+                state.count = max(state.count, slot + 1)
+        state.head = state.count % self.capacity
+        return state
+
+    def _seat(self, state: RowState, entries: Entries, rule: Policy, recent: deque[int]) -> int | None:
+        """The slot that a newcomer takes, None where it goes itself; the policy's columns are brought up to date."""
+        slots = entries.arrival_BN.shape[1]
+        kept = {name: column[None, :slots] for name, column in policy_part(state.columns).items()}
+        stays_1E = torch.zeros(1, slots + 1, dtype=torch.bool)
+        stays_1E[0, list(recent)] = True
+        stays_1E[0, slots] = self.newest > 0
+        after, (_, slot_1) = make_room(rule, kept, entries, torch.ones(1, dtype=torch.bool), stays_1E)
+        for name, column in after.items():
+            state.columns[f"policy_{name}"][:slots] = column[0]
+        if not len(slot_1):
+            return None
+        slot = int(slot_1)
+        recent.append(slot)
+        return slot
+
+    def _looked_at(self, columns: State, rule: Policy) -> Tensor:
+        return self.units(columns) if rule.by_content else columns["pos"].new_zeros(len(columns["pos"]), 0).float()
 
     def drop(self, state: RowState, positions: Tensor) -> RowState:
         """The state without the rows at these journal positions; what is left keeps its order and its values."""
@@ -97,7 +164,7 @@ class RowMemory(Memory):
         return self.drop(state, positions)
 
     def merge(self, states: Sequence[RowState]) -> RowState:
-        """The set union of the rows, of which the newest positions stay where there are too many; in any order.
+        """The set union of the rows, of which the policy lets go one after another where there are too many.
 
         Rows are the same where position, source and seq are: states of banks that count theirs apart are `renumbered`
         first. Read, it answers as the best of all the states' answers.
@@ -114,8 +181,12 @@ class RowMemory(Memory):
         first = torch.full((len(unique),), len(inverse_N)).scatter_reduce(
             0, inverse_N, torch.arange(len(inverse_N)), "amin"
         )
-        kept = first[-self.capacity :]
-        return RowState({name: column[kept] for name, column in columns.items()}, len(kept), len(kept) % self.capacity)
+        union = {name: column[first] for name, column in columns.items()}
+        kept = torch.arange(len(first))[-self.capacity :]
+        if self.rule is not None:
+            units_MK = self._looked_at(union, self.rule)
+            kept = survivors(self.rule, policy_part(union), units_MK, union["pos"], self.capacity, self.newest)
+        return RowState({name: column[kept] for name, column in union.items()}, len(kept), len(kept) % self.capacity)
 
     def renumbered(self, state: RowState, first: int, sources_S: Tensor) -> RowState:
         """A copy whose positions start from `first` and whose source s is `sources_S[s]`, before it is merged."""
@@ -126,12 +197,14 @@ class RowMemory(Memory):
 
     def state_spec(self) -> StateSpec:
         """Shapes and dtypes of a dumped state; -1 is the number of rows."""
-        columns = {name: TensorSpec((-1, *spec.shape), spec.dtype) for name, spec in self.columns_spec().items()}
+        columns = {name: TensorSpec((-1, *spec.shape), spec.dtype) for name, spec in self.all_columns_spec().items()}
         return columns | {"head": TensorSpec((), torch.int64)}
 
     def empty(self) -> RowState:
         """A bank without rows."""
-        return RowState({n: torch.empty(0, *spec.shape, dtype=spec.dtype) for n, spec in self.columns_spec().items()})
+        return RowState(
+            {n: torch.empty(0, *spec.shape, dtype=spec.dtype) for n, spec in self.all_columns_spec().items()}
+        )
 
     def absorb(self, state: RowState, rows: Rows) -> RowState:
         """Append the rows."""
