@@ -23,6 +23,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "dct-keep-mean": ("dct", {"policy": "keep", "compressor": "mean"}, 0),
     "dct-learned": ("dct", {"policy": "learned", "keep_rate": 0.5, "key_dtype": "int8", "key_dims": 15}, 0),
     "dct-lru": ("dct", {"eviction": "lru", "block": 8, "compressor": "mean", "fine": 30, "coarse": 40}, 0),
+    "dct-surprise": ("dct", {"policy": "surprise", "compressor": "mean", "threshold": 0.9}, 0),
     "dct-surprise-vectors": ("dct", {"policy": "surprise", "threshold": 4.9, "log": 8, "strength": 30.0}, VALUE),
     "dnc-int8-projected": ("dnc", {"key_dtype": "int8", "key_dims": 15}, 0),
     "dnc-im-int8": ("dnc", {"eviction": "im", "key_dtype": "int8", "key_dims": 15}, 0),

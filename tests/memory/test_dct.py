@@ -1,5 +1,7 @@
 """The Dynamic Compressive Transformer's policies, their log, and what they are worth; mechanisms.md section 2."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -129,17 +131,38 @@ def test_the_log_says_what_was_decided_and_why():
     assert [line.block for line in memory.decisions(state)] == [2, 3, 4]
 
 
-def test_surprise_keeps_the_blocks_whose_vectors_are_long_and_needs_vectors():
+def test_surprise_keeps_the_blocks_whose_vectors_are_long_and_then_needs_a_threshold():
     values = torch.ones(16, 5)
     values[4:8] = 3.0
     memory = bank(6, 5, policy="surprise", threshold=5.0, **SIZES)
     rows = rows_of(drawn(24, 6), values=torch.cat([values, torch.zeros(8, 5)]))
     state = memory.absorb(memory.empty(), rows)
     assert [line.kept for line in memory.decisions(state)] == [False, True, False, False]
-    with pytest.raises(InvalidSpec, match="carry none"):
-        bank(6, policy="surprise", threshold=5.0)
-    with pytest.raises(ValueError, match="needs a threshold"):
-        DctOptions(policy="surprise")
+    with pytest.raises(InvalidSpec, match="needs a threshold"):
+        bank(6, 5, policy="surprise")
+
+
+def test_without_vectors_surprise_is_what_the_memory_itself_says_of_the_tokens_that_came():
+    memory = bank(6, policy="surprise", threshold=0.5, fine=2, coarse=8, ratio=2, compressor="mean", strength=40.0)
+    keys = torch.eye(6).repeat_interleave(2, 0)
+    # two blocks with tokens of their own; the first again; its keys with other tokens; two rows that stay fine
+    at = [0, 1, 2, 3, 0, 1, 0, 1, 10, 11]
+    state = memory.absorb(memory.empty(), rows_of(keys[at], torch.tensor([1, 1, 2, 2, 1, 1, 7, 7, 0, 0])))
+    lines = memory.decisions(state)
+    assert [line.kept for line in lines] == [True, True, False, True]
+    assert [line.novelty for line in lines] == pytest.approx([1, 1, 0, 0], abs=1e-6)
+    assert [line.surprise for line in lines] == pytest.approx([1, 1, 0, 1], abs=1e-3)
+
+
+def test_own_surprise_is_minus_log_of_the_weight_on_rows_with_that_token():
+    memory = bank(6, policy="surprise", threshold=0.0, fine=2, coarse=8, ratio=2, compressor="subsample", strength=2.0)
+    keys, tokens = drawn(10, 6), torch.tensor([1, 2, 1, 3, 2, 3, 1, 2, 0, 0])
+    state = memory.absorb(memory.empty(), rows_of(keys, tokens))
+    held = keys[[1, 3, 5]]
+    weights = torch.softmax(2 * keys[6:8] @ held.T, -1)
+    # of rows 6 and 7, tokens 1 and 2, the first is unknown: a selected row stands for its own token alone
+    p = 1e-4 + (1 - 1e-4) * torch.stack([0 * weights[0, 0], weights[1, 0]])
+    assert memory.decisions(state)[3].surprise == pytest.approx((p.log().mean() / math.log(1e-4)).item(), rel=1e-5)
 
 
 def test_a_baseline_is_the_mean_of_equal_rewards_from_the_first_on():
@@ -162,10 +185,9 @@ def streams(count: int, seed: int, mark: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def inputs(rows: torch.Tensor) -> torch.Tensor:
-    """What a policy sees of blocks; novelty and fill are drawn at random, so that it learns to look at the rows."""
+    """What a policy sees of blocks; the numbers are drawn at random, so that it learns to look at the rows."""
     mean = normalize(rows.mean(2), dim=-1)
-    known = torch.cat([torch.rand(*mean.shape[:2], 1), torch.zeros(*mean.shape[:2], 1)], -1)
-    return torch.cat([mean, rows[:, :, -1], known, torch.rand(*mean.shape[:2], 1)], -1)
+    return torch.cat([mean, rows[:, :, -1], torch.rand(*mean.shape[:2], 3)], -1)
 
 
 def test_a_trained_policy_recalls_the_marked_facts_that_always_keeping_forgets():
