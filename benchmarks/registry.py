@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from raymem.bench.contest import Bench, Contest
 from raymem.kernels.delta_update import chunk_delta_update, recurrent_delta_update, transition
 from raymem.kernels.topk_cosine import topk_cosine
 from raymem.memory import build
 from raymem.memory.base import Dims, Rows
 from raymem.memory.packing import STORED, pack, unpack
-
-
-@dataclass(frozen=True)
-class Contest:
-    """Ways of doing one piece of work, ours first.
-
-    `work` is how many `unit`s a call does. `check` raises unless ours and the peers' results agree; no speed is
-    reported before it has passed.
-    """
-
-    runs: dict[str, Callable[[], Any]]
-    check: Callable[[dict[str, Any]], None]
-    work: float
-    unit: str
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A named contest and the sizes at which it is held: `sizes` for figures, `small` for a quick look."""
-
-    name: str
-    make: Callable[..., Contest]
-    sizes: list[dict[str, Any]]
-    small: dict[str, Any] = field(default_factory=dict)
 
 
 def _unit(*shape: int) -> Tensor:

@@ -7,37 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from registry import REGISTRY, Bench, Contest
+from registry import REGISTRY
 
-
-def measure(contest: Contest, repeats: int) -> dict[str, float]:
-    """Median seconds a call of each run, taken in turn so that all see the same machine.
-
-    Raises:
-        AssertionError: the runs' results don't agree.
-    """
-    contest.check({name: run() for name, run in contest.runs.items()})
-    times: dict[str, list[float]] = {name: [] for name in contest.runs}
-    for _ in range(repeats):
-        for name, run in contest.runs.items():
-            times[name].append(_seconds(run))
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+from raymem.bench.contest import Bench, measure
 
 
 def run_bench(bench: Bench, sizes: dict[str, Any], repeats: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import raymem
-from raymem.cli import bank, calibrate, demo, doctor, evaluate, output, recall, serve, status
+from raymem.cli import bank, bench, calibrate, demo, doctor, evaluate, output, recall, serve, status
 from raymem.errors import MissingExtra, RaymemError
 
 # commands import what they need when they run; this is who brings it
@@ -54,6 +54,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.add_typer(bank.app, name="bank")
 app.command("recall")(recall.recall)
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)
 
 

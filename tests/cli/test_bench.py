@@ -1,0 +1,50 @@
+"""`raymem bench` writes the figures it promises. No figure is tested."""
+
+import json
+
+import pytest
+
+from raymem.bench import durability
+from raymem.bench.bed import Bed
+from raymem.bench.durability import KEYS, Figure, Measured
+
+
+def test_the_document_has_every_key_and_null_for_what_was_not_measured(raymem, tmp_path, monkeypatch):
+    def measure(on: Bed) -> Measured:
+        assert on.sync == "none"
+        assert on.folder.parent == tmp_path
+        return Measured({"fork_s": 0.5}, {"lancedb_s": 1.25})
+
+    monkeypatch.setattr(durability, "REGISTRY", (Figure("fork", "made.up"), Figure("other", "made.up")))
+    monkeypatch.setattr(Figure, "measure", lambda self, on: measure(on))
+    file = tmp_path / "figures.json"
+    ran = raymem(
+        *("bench", "durability", "--only", "fork", "--sync", "none", "--folder", tmp_path),
+        *("--repeats", "2", "--json", file),
+    )
+
+    assert ran.code == 0, ran.err
+    written = json.loads(file.read_text())
+    assert written.keys() == {*KEYS, "sync", "details"}
+    assert {name: value for name, value in written.items() if value is not None} == {
+        "fork_s": 0.5,
+        "sync": "none",
+        "details": {"fork": {"lancedb_s": 1.25}},
+    }
+    assert "1.25" in ran.out
+
+
+def test_what_can_not_be_measured_is_said(raymem):
+    ran = raymem("bench", "durability", "--only", "speed")
+    assert ran.code == 1
+    assert "no figure named speed; there is recovery" in " ".join(ran.err.split())
+    assert raymem("bench", "durability", "--sync", "perhaps").code == 2
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_the_figures_of_ray_can_be_measured(raymem, tmp_path):
+    file = tmp_path / "figures.json"
+    ran = raymem("bench", "durability", "--small", "--repeats", "1", "--only", "recovery", "--json", file)
+    assert ran.code == 0, ran.err
+    assert json.loads(file.read_text())["recovery_s"] > 0
