@@ -4,14 +4,12 @@ import time
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from raymem.errors import InvalidSpec, InvalidTrace
 from raymem.memory import build
 from raymem.memory.base import Dims, Rows
 from raymem.memory.lemn import Lemn, LemnOptions
-from raymem.memory.policies import Spatial
 
 LARGE = 2**24
 
@@ -122,60 +120,3 @@ def test_too_small_a_budget_and_missing_vectors_are_refused():
     memory = bank(4, 3)
     with pytest.raises(InvalidTrace, match="width 3"):
         memory.absorb(memory.empty(), rows_of(drawn(2, 4)))
-
-
-WIDTH, STEPS, ROOM, RELEVANT, BATCH = 16, 30, 5, 3, 64
-
-
-def episodes(generator: torch.Generator, mix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    relevant = torch.rand(BATCH, STEPS, generator=generator).argsort(1) < RELEVANT
-    rows = torch.randn(BATCH, STEPS, WIDTH, generator=generator)
-    rows[..., 0] = torch.where(relevant, 2.0, 0.0)
-    return normalize(rows @ mix, dim=-1), relevant
-
-
-def rollout(agent: Spatial, rows: torch.Tensor, relevant: torch.Tensor):
-    """Log-probabilities and rewards `[T, B]` of draws, entropy, what `encode` made summed, and the share kept."""
-    entries, marked = rows[:, :ROOM], relevant[:, :ROOM]
-    logs, rewards, entropies, seen = [], [], [], []
-    for t in range(ROOM, STEPS):
-        entries = torch.cat([entries, rows[:, t : t + 1]], 1)
-        marked = torch.cat([marked, relevant[:, t : t + 1]], 1)
-        encoded = agent.encode(entries)
-        choice = torch.distributions.Categorical(logits=agent.score(encoded)[0])
-        gone = choice.sample()
-        logs.append(choice.log_prob(gone))
-        entropies.append(choice.entropy())
-        seen.append(encoded.detach().sum(1))
-        rewards.append(-marked.gather(1, gone[:, None])[:, 0].float() / RELEVANT)
-        stay = ~one_hot(gone, ROOM + 1).bool()
-        entries, marked = entries[stay].reshape(BATCH, ROOM, WIDTH), marked[stay].reshape(BATCH, ROOM)
-    return torch.stack(logs), torch.stack(rewards), torch.stack(entropies), torch.stack(seen)
-
-
-def test_a_trained_agent_keeps_the_relevant_rows_that_a_fifo_loses():
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    mix = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))[0]
-    memory = bank(WIDTH, slots=ROOM, policy="s")
-    agent, value = memory.policy.requires_grad_(True), nn.Linear(64, 1)
-    optimiser = torch.optim.Adam([*agent.parameters(), *value.parameters()], lr=3e-3)
-    for _ in range(220):
-        logs, rewards, entropies, seen = rollout(agent, *episodes(generator, mix))
-        returns = rewards.flip(0).cumsum(0).flip(0)
-        baseline = value(seen)[..., 0]
-        advantage = (returns - baseline).detach()
-        loss = -(logs * advantage).mean() - 0.003 * entropies.mean() + (returns - baseline).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    kept = {}
-    rows, relevant = episodes(torch.Generator().manual_seed(99), mix)
-    for name, chosen in (("s", memory), ("fifo", bank(WIDTH, slots=ROOM, policy="fifo"))):
-        with torch.no_grad():
-            tokens = torch.arange(STEPS).expand(BATCH, -1)
-            state = chosen.write(chosen.init_state(BATCH), rows, None, tokens)
-        kept[name] = relevant.gather(1, state["arrival"]).sum(1).float().mean().item() / RELEVANT
-    # theory for the fifo: slots / steps = 0.167
-    assert kept["fifo"] == pytest.approx(ROOM / STEPS, abs=0.08)
-    assert kept["s"] >= 0.8, kept
