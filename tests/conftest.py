@@ -162,7 +162,7 @@ def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
         paper: str = "–",
     ) -> None:
         least, most = (float("-inf") if above is None else above), (float("inf") if below is None else below)
-        bounds = [f"≥ {above:g}" if above is not None else "", f"≤ {below:g}" if below is not None else ""]
+        bounds = [f"≥ {above:.3g}" if above is not None else "", f"≤ {below:.3g}" if below is not None else ""]
         shown = (
             kind,
             task,

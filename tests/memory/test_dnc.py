@@ -123,9 +123,9 @@ def test_j4_replay_in_both_directions_is_exact_also_after_slots_were_used_again(
         assert not read(state, says._replace(modes=moves(mode)))["reads"].any()
 
 
-def test_ten_slots_serve_ten_sequences_when_each_is_freed_as_it_is_read():
+def test_ten_slots_serve_ten_sequences_when_each_is_freed_as_it_is_read(figure):
     # extended data figure 1 of the paper, with its script instead of a trained controller
-    slots, written = 10, set()
+    slots, written, lost = 10, set(), 0
     state = empty_slots(1, slots, W, 1, torch.float64)
     # what was read in one step is freed in the next
     free = {"free_gates": torch.ones(1, 1).double()}
@@ -143,9 +143,10 @@ def test_ten_slots_serve_ten_sequences_when_each_is_freed_as_it_is_read():
             mode = moves(FORWARD if place else CONTENT)
             says = drawn_interface(1, 1, read_keys=word[:, None], read_strengths=sharp, modes=mode, **still)
             state = step(state, says, epsilon=0.0)
-            assert torch.equal(state["reads"][:, 0], word)
+            lost += not torch.equal(state["reads"][:, 0], word)
     # a hundred writes, and every slot had its turns
     assert written == set(range(slots))
+    figure("dnc", "100 rows through 10 slots that are used again, rows lost", lost, below=0)
 
 
 def test_j5_invariants_hold_over_random_steps():

@@ -139,7 +139,7 @@ def test_j7_a_key_equal_to_a_reference_row_points_at_it_alone():
     assert torch.equal(weights, torch.eye(S, dtype=torch.float64))
 
 
-def test_a_thousand_random_edits_stay_batch_least_squares():
+def test_a_thousand_random_edits_stay_batch_least_squares(figure):
     memory, rows = make(ridge=0.05), rows_of(400)
     generator = torch.Generator().manual_seed(3)
     state, held = memory.empty(), torch.zeros(400, dtype=torch.bool)
@@ -148,22 +148,24 @@ def test_a_thousand_random_edits_stay_batch_least_squares():
         one = pick(rows, slice(row, row + 1))
         state = memory.forget(state, one) if held[row] else memory.absorb(state, one)
         held[row] = ~held[row]
-    assert error(memory, state, ridge_by_lstsq(memory, pick(rows, held))) < 1e-10
+    found = error(memory, state, ridge_by_lstsq(memory, pick(rows, held)))
+    figure("larimar", "1,000 writes and forgets, distance from batch least squares", found, below=1e-10)
 
 
-def test_twenty_rounds_of_writing_and_forgetting_leave_nothing():
+def test_twenty_rounds_of_writing_and_forgetting_leave_nothing(figure):
     memory = make(value=0, memory_rows=64)
     state = memory.empty()
     for round_ in range(20):
         rows = rows_of(60, seed=round_, value=0)
         state = memory.forget(memory.absorb(state, rows), rows)
-    assert memory.matrix(state).abs().max() == 0
+    drift = memory.matrix(state).abs().max().item()
+    figure("larimar", "20 rounds of writing and forgetting 60 rows, what is left", drift, below=0.0)
     assert not state["gram"].any()
     assert not state["scope_scale"].any()
     assert (state["slot_token"] == -1).all()
 
 
-def test_the_forgotten_fact_is_at_chance_and_the_others_are_known():
+def test_the_forgotten_fact_is_at_chance_and_the_others_are_known(figure):
     memory = Larimar(Dims(64, 0), LarimarOptions(memory_rows=64, tokens=64, ridge=0.01), LARGE)
     keys = normalize(torch.randn(51, 64), dim=-1)
     number = torch.arange(51)
@@ -174,7 +176,8 @@ def test_the_forgotten_fact_is_at_chance_and_the_others_are_known():
     found = memory.lookup(state, keys, 64)
     assert not (found.tokens_Qk == 107).any()
     others = number != 7
-    assert (found.tokens_Qk[others, 0] == rows.tokens_N[others]).float().mean() >= 0.95
+    known = (found.tokens_Qk[others, 0] == rows.tokens_N[others]).float().mean().item()
+    figure("larimar", "facts still known after one of 51 was forgotten", known, above=0.95, paper="0.997")
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 1.0])
