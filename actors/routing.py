@@ -16,11 +16,13 @@ from raymem.backend import detached
 from raymem.cold.store import ColdStore, Entry
 from raymem.config import ActorSettings
 from raymem.errors import BackendUnavailable, Conflict, Moved, NotOwner, RaymemError, Unavailable
-from raymem.local import alive
+from raymem.local import over
 
 T = TypeVar("T")
 # the directory only saves a look into the catalog: nobody waits long for it
 _DIRECTORY_S = 5.0
+# how often to look whether a lease moves
+_POLL_S = 0.2
 
 
 class _Again(Exception):
@@ -211,7 +213,7 @@ class Router:
     async def _may_be_taken(self, bank: str, owner: str) -> bool:
         if not await asyncio.to_thread(cluster.is_gone, owner):
             return False
-        if alive(owner):
+        if not await over(self._cold.incarnations, owner, _POLL_S):
             raise _gone(bank, owner)
         return True
 

@@ -33,12 +33,16 @@ class ColdSettings(_Section):
 
 
 class HostSettings(_Section):
-    """One process with banks: its threads, what a caller may have in flight, and the bytes of one commit."""
+    """One process with banks: its threads, what a caller may have in flight, the bytes of one commit, its lease.
+
+    Another process takes its banks over when it was silent for `lease_s` seconds.
+    """
 
     threads: int = Field(default=4, ge=1, le=256)
     caller_requests: int = Field(default=256, ge=1)
     caller_bytes: int = Field(default=256 * 2**20, ge=1024)
     group_bytes: int = Field(default=32 * 2**20, ge=1024)
+    lease_s: float = Field(default=9.0, ge=0.1)
 
 
 class GatewaySettings(_Section):

@@ -15,7 +15,8 @@ from torch import Tensor
 from raymem.backend import detached
 from raymem.cold.store import ColdStore, Entry
 from raymem.config import Settings
-from raymem.errors import Moved, RaymemError
+from raymem.errors import Moved, NotOwner, RaymemError
+from raymem.lease import Lease
 from raymem.limits import Limiter
 from raymem.runtime import Runtime
 from raymem.types import Ack, Readout, Trace
@@ -48,9 +49,11 @@ class Host:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._moved: dict[str, str] = {}
         self._arriving: dict[str, Runtime] = {}
+        self._lease = self._new_lease()
 
     def has(self, name: str) -> bool:
         """Whether the bank is hot here."""
+        self._check_lease()
         worker = self._workers.get(name)
         return worker is not None and not worker.lost
 
@@ -115,11 +118,14 @@ class Host:
         Raises:
             Overloaded: the caller has too much in flight.
             InvalidTrace, NonFinite, SequenceConflict: refused, nothing written.
+            NotOwner: the lease ran out meanwhile; the rows may be there, and writing them again is safe.
         """
-        worker = self._writable(name)
+        worker, lease = self._writable(name), self._lease
         if durable:
             with self._limiter.admit(caller, trace.nbytes):
-                return await worker.write(trace)
+                ack = await worker.write(trace)
+            self._confirm(name, lease)
+            return ack
         trace.validate(worker.runtime.spec.fingerprint)
         admitted = self._limiter.admit(caller, trace.nbytes)
         admitted.__enter__()
@@ -128,15 +134,23 @@ class Host:
         return Ack(rows=len(trace), duplicates=0, end=-1, gaps=0, durable=False)
 
     async def read(self, name: str, hidden_QLD: Tensor, k: int = 32, start: int = 1, *, caller: str = "") -> Readout:
-        """Read a bank; runs beside writers."""
-        worker = self._worker(name)
+        """Read a bank; runs beside writers.
+
+        Raises:
+            NotOwner: the lease ran out meanwhile, so the answer may be old.
+        """
+        worker, lease = self._worker(name), self._lease
         with self._limiter.admit(caller, hidden_QLD.nbytes):
-            return await worker.read(hidden_QLD, k, start)
+            readout = await worker.read(hidden_QLD, k, start)
+        self._confirm(name, lease)
+        return readout
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's whole state, after the writes queued so far."""
-        worker = self._worker(name)
-        return await worker.call(worker.runtime.digest)
+        worker, lease = self._worker(name), self._lease
+        digest = await worker.call(worker.runtime.digest)
+        self._confirm(name, lease)
+        return digest
 
     async def snapshot(self, name: str) -> int:
         """Snapshot a bank after the writes queued so far; return the position it stands at."""
@@ -157,6 +171,11 @@ class Host:
                 # every row is in the journal already; the next owner replays it
                 log.warning("bank not settled on close", bank=name, error=str(error))
                 self._workers.pop(name, None)
+        try:
+            await asyncio.to_thread(self._lease.release)
+        except RaymemError as error:
+            # it runs out by itself
+            log.warning("lease not released", owner=self.owner, error=str(error))
         self._pool.shutdown(wait=True)
 
     async def prepare(self, name: str) -> int:
@@ -180,9 +199,10 @@ class Host:
         The catalog names the source as the owner until the target has claimed the bank: if either dies in between,
         one owner is left. Returns the epoch to claim it from.
         """
-        worker = self._writable(name)
+        worker, lease = self._writable(name), self._lease
         self._moved[name] = to
         await worker.call(lambda: None)
+        self._confirm(name, lease)
         return worker.runtime.entry.epoch
 
     async def adopt(self, name: str, epoch: int) -> int:
@@ -192,7 +212,7 @@ class Host:
             NotOwner: the source that yielded at `epoch` no longer owns the bank.
         """
         async with self._locks[name]:
-            entry = await self._thread(lambda: self.cold.catalog.claim(name, self.owner, epoch))
+            entry = await self._thread(lambda: self._claim(name, epoch))
             runtime = self._arriving.pop(name, None)
             if runtime is None:
                 runtime = await self._thread(lambda: Runtime.open(self.cold, entry, device=self.device))
@@ -205,7 +225,7 @@ class Host:
         """Migration, at the source: the target failed, so take the bank back."""
         worker = self._worker(name)
         try:
-            entry = await self._thread(lambda: self._claim(self.cold.catalog.get(name)))
+            entry = await self._thread(lambda: self._claim(name, self.cold.catalog.get(name).epoch))
             await worker.call(lambda: worker.runtime.own(entry))
         except Exception:
             # whoever the catalog names now has the bank: a fresh start tells
@@ -216,8 +236,9 @@ class Host:
 
     async def forget_moved(self, name: str) -> None:
         """Migration, at the source: the target serves, so free the bank; the catalog tells stragglers where it is."""
-        worker = self._workers.pop(name)
-        await worker.close()
+        worker = self._workers.pop(name, None)
+        if worker is not None:
+            await worker.close()
         self._moved.pop(name, None)
 
     def abandon(self, name: str, runtime: Runtime | None = None) -> None:
@@ -226,7 +247,7 @@ class Host:
             self._arriving.pop(name, None)
 
     async def _load(self, entry: Entry) -> None:
-        claimed = await self._thread(lambda: self._claim(entry))
+        claimed = await self._thread(lambda: self._claim(entry.name, entry.epoch))
         try:
             runtime = await self._thread(lambda: Runtime.open(self.cold, claimed, device=self.device))
         except Exception:
@@ -236,8 +257,36 @@ class Host:
             raise
         self._serve(entry.name, runtime)
 
-    def _claim(self, entry: Entry) -> Entry:
-        return self.cold.catalog.claim(entry.name, self.owner, entry.epoch)
+    def _new_lease(self) -> Lease:
+        return Lease(self.cold.incarnations, self.owner, self.settings.host.lease_s)
+
+    def _check_lease(self) -> None:
+        if self._workers and not self._lease.valid:
+            self._demote()
+
+    def _confirm(self, name: str, lease: Lease) -> None:
+        """Refuse an outcome that another owner may know nothing of, or that one has made old."""
+        if lease.valid:
+            return
+        if lease is self._lease:
+            self._demote()
+        raise NotOwner(
+            f"{self.owner} was silent for longer than its lease of {lease.lease_s:g} s, so bank {name!r} may have "
+            "another owner: ask again, repeating a write is safe"
+        )
+
+    def _demote(self) -> None:
+        """Give up every bank: a new incarnation claims those again that the catalog still says are here."""
+        log.error("lease ran out", owner=self.owner, banks=len(self._workers))
+        for worker in self._workers.values():
+            worker.give_up()
+        self._workers.clear()
+        self._moved.clear()
+        self._lease = self._new_lease()
+
+    def _claim(self, name: str, epoch: int) -> Entry:
+        self._lease.hold()
+        return self.cold.catalog.claim(name, self.owner, epoch)
 
     def _serve(self, name: str, runtime: Runtime) -> None:
         self._arriving.pop(name, None)
@@ -245,6 +294,7 @@ class Host:
         self._workers[name] = BankWorker(runtime, self._pool, self.settings)
 
     def _worker(self, name: str) -> BankWorker:
+        self._check_lease()
         worker = self._workers.get(name)
         if worker is not None and worker.lost:
             del self._workers[name]

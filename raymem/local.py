@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import uuid
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import psutil
 from torch import Tensor
 
 from raymem.backend import ColdBackend, detached
-from raymem.cold.store import ColdStore
+from raymem.cold.store import ColdStore, Incarnations
 from raymem.config import Settings
-from raymem.errors import Conflict, InvalidInput, Moved
+from raymem.errors import Conflict, InvalidInput, Moved, NotOwner
 from raymem.host import Host
+from raymem.lease import Watch
 from raymem.types import Ack, BankInfo, MigrationReport, Readout, Trace
 
+T = TypeVar("T")
 NODE = "local"
 _OWNER = re.compile(r"process (?P<pid>\d+) since (?P<since>[\d.]+) on (?P<host>\S+) as \w+")
 
@@ -24,7 +28,8 @@ _OWNER = re.compile(r"process (?P<pid>\d+) since (?P<since>[\d.]+) on (?P<host>\
 class LocalBackend(ColdBackend):
     """Banks in this process.
 
-    A bank that another living process on this machine holds is refused; one whose process has died is taken over.
+    A bank that another living process holds is refused; one whose process has died is taken over. On this machine the
+    process table tells, elsewhere the owner's lease.
     """
 
     def __init__(self, uri: str, settings: Settings) -> None:
@@ -35,8 +40,8 @@ class LocalBackend(ColdBackend):
         """Load a bank into this process."""
         _check_node(node)
         if not self.host.has(name):
-            self._check_free(name, take=True)
-            await self.host.attach(name)
+            owner = (await asyncio.to_thread(self.cold.catalog.get, name)).owner
+            await self._take(name, owner)
         return await self.info(name)
 
     async def detach(self, name: str) -> BankInfo:
@@ -47,18 +52,11 @@ class LocalBackend(ColdBackend):
 
     async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
         """Journal and apply a trace."""
-        await self._ensure(name)
-        try:
-            return await self.host.write(name, trace, durable=durable)
-        except Moved:
-            # the worker was lost and dropped: the catalog says who has the bank now
-            await self._ensure(name)
-            return await self.host.write(name, trace, durable=durable)
+        return await self._owned(name, lambda: self.host.write(name, trace, durable=durable))
 
     async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int) -> Readout:
         """Read a bank."""
-        await self._ensure(name)
-        return await self.host.read(name, hidden_QLD, k, start)
+        return await self._owned(name, lambda: self.host.read(name, hidden_QLD, k, start))
 
     async def migrate(self, name: str, to: str) -> MigrationReport:
         """There is one node here: a move to it moves nothing."""
@@ -68,8 +66,7 @@ class LocalBackend(ColdBackend):
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's state."""
-        await self._ensure(name)
-        return await self.host.digest(name)
+        return await self._owned(name, lambda: self.host.digest(name))
 
     async def nodes(self) -> list[str]:
         """This process."""
@@ -91,28 +88,42 @@ class LocalBackend(ColdBackend):
         """All owners of a local store are processes of this machine."""
         return NODE
 
+    async def _owned(self, name: str, once: Callable[[], Awaitable[T]]) -> T:
+        await self._ensure(name)
+        try:
+            return await once()
+        except (Moved, NotOwner):
+            # the worker or the lease was lost: the catalog says who has the bank now
+            await self._ensure(name)
+            return await once()
+
     async def _ensure(self, name: str) -> None:
         if self.host.has(name):
             return
-        if self.cold.catalog.get(name).state == "cold":
+        entry = await asyncio.to_thread(self.cold.catalog.get, name)
+        if entry.state == "cold":
             raise detached(name)
-        self._check_free(name, take=False)
-        await self.host.attach(name)
-
-    def _check_free(self, name: str, *, take: bool) -> None:
-        owner = self.cold.catalog.get(name).owner
-        if owner and not take and not _OWNER.fullmatch(owner):
+        if entry.owner and not _OWNER.fullmatch(entry.owner):
             raise Conflict(
-                f'bank {name!r} is hot on {owner} of a Ray cluster: raymem.connect("ray"); if that cluster is gone, '
-                f"take the bank: bank.attach() or `raymem bank attach {name}`",
-                owner=owner,
+                f'bank {name!r} is hot on {entry.owner} of a Ray cluster: raymem.connect("ray"); if that cluster is '
+                f"gone, take the bank: bank.attach() or `raymem bank attach {name}`",
+                owner=entry.owner,
             )
-        if owner and owner != self.host.owner and alive(owner):
+        await self._take(name, entry.owner)
+
+    async def _take(self, name: str, owner: str | None) -> None:
+        if owner and owner != self.host.owner and not await over(self.cold.incarnations, owner, self._poll_s):
             raise Conflict(
                 f"bank {name!r} is held by {owner}; close it there, or share it: "
                 "`raymem serve` and connect to its http:// address",
                 owner=owner,
             )
+        # somebody else may have taken it meanwhile: only from whom we know about
+        await self.host.attach(name, take_from=owner or "")
+
+    @property
+    def _poll_s(self) -> float:
+        return self.host.settings.host.lease_s / 10
 
 
 def _check_node(node: str | None) -> None:
@@ -128,12 +139,28 @@ def _this_process() -> str:
     )
 
 
-def alive(owner: str) -> bool:
-    """Whether `owner`, as the catalog names it, is a living process on this machine."""
-    found = _OWNER.fullmatch(owner)
-    if found is None or found["host"] != socket.gethostname():
-        return False
+async def over(incarnations: Incarnations, owner: str, poll_s: float) -> bool:
+    """Whether an owner, as the catalog names it, has ended: known at once of a process here, else by its lease.
+
+    Args:
+        incarnations: where its lease is.
+        owner: the name.
+        poll_s: how often to look whether it moves; it takes a third of its lease to say no, all of it to say yes.
+    """
+    known = _OWNER.fullmatch(owner)
+    if known is not None and known["host"] == socket.gethostname():
+        return not await asyncio.to_thread(_runs, known)
+    watch, stood = Watch(incarnations), 0.0
+    while (now := (await asyncio.to_thread(watch.living)).get(owner)) is not None:
+        if now < stood:
+            return False
+        stood = now
+        await asyncio.sleep(poll_s)
+    return True
+
+
+def _runs(known: re.Match[str]) -> bool:
     try:
-        return f"{psutil.Process(int(found['pid'])).create_time():.2f}" == found["since"]
+        return f"{psutil.Process(int(known['pid'])).create_time():.2f}" == known["since"]
     except psutil.NoSuchProcess:
         return False

@@ -76,6 +76,11 @@ class BankWorker:
         await self.call(lambda: None)
         self._task.cancel()
 
+    def give_up(self) -> None:
+        """Stop at once: another owner may have the bank; what is queued hears so."""
+        self.lost = True
+        self._wake.set()
+
     def _put(self, item: _Write | _Call) -> None:
         if self.lost:
             _settle(item.done, self._reopening())

@@ -5,20 +5,19 @@ from __future__ import annotations
 import builtins
 import difflib
 import json
-import random
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pyarrow as pa
 
-from raymem.cold.failures import reading, writing
+from raymem.cold.failures import reading
 from raymem.cold.rows import bank_schema
+from raymem.cold.shared import ATTEMPTS, SharedTable
 from raymem.cold.tables import Tables, journal_table, quote
-from raymem.errors import BankExists, BankNotFound, Conflict, NotOwner, Overloaded, StorageError, TagNotFound
+from raymem.errors import BankExists, BankNotFound, NotOwner, Overloaded, TagNotFound
 from raymem.types import BankSpec, check_bank_name, check_label, shorten
 
 _TABLE = "catalog"
@@ -42,12 +41,6 @@ _SCHEMA = pa.schema(
         pa.field("ttl_s", pa.float64()),
     ]
 )
-_ATTEMPTS = 12
-_COMPACT_EVERY = 128
-# longer than any process takes from opening the catalog to the end of its read
-_KEEP_VERSIONS = timedelta(minutes=5)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,10 +73,9 @@ class Catalog:
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
-        self._sync = tables.folder_sync(_TABLE)
+        self._table = SharedTable(tables, _TABLE, "the catalog")
         first = {"name": _STORE_ROW, "id": uuid.uuid4().hex, "epoch": 0, "created": time.time(), "tags": "{}"}
-        tables.create(_TABLE, pa.Table.from_pylist([first], schema=_SCHEMA))
-        self._make_durable()
+        self._table.create(pa.Table.from_pylist([first], schema=_SCHEMA))
 
     def nonce(self) -> str:
         """What the store's creator wrote: the same for everyone who sees this store."""
@@ -108,7 +100,7 @@ class Catalog:
             raise _bank_exists(entry.name)
         table = journal_table(entry.id, entry.generation)
         self._tables.fill(table, bank_schema(entry.spec), journal)
-        self._swap(f"create {entry.name}", lambda: self._insert(_entry_row(entry)))
+        self._table.change(f"create {entry.name}", lambda: self._insert(_entry_row(entry)))
         if self.get(entry.name).id != entry.id:
             self._tables.drop(table)
             raise _bank_exists(entry.name)
@@ -203,23 +195,19 @@ class Catalog:
 
     def drop(self, entry: Entry) -> None:
         """Take a bank out of the catalog: from here on it does not exist."""
-        self._swap(f"remove {entry.name}", lambda: self._tables.open(_TABLE).delete(f"id = {quote(entry.id)}"))
+        self._table.change(f"remove {entry.name}", lambda: self._table.open().delete(f"id = {quote(entry.id)}"))
 
     def _store_row(self) -> dict[str, Any]:
         return self._rows(f"name = {quote(_STORE_ROW)}")[0]
 
     def _rows(self, where: str) -> builtins.list[dict[str, Any]]:
-        with reading("read the catalog"):
-            found: builtins.list[dict[str, Any]] = (
-                self._tables.open(_TABLE).search().where(where).to_arrow().to_pylist()
-            )
-        return found
+        return self._table.rows(where)
 
     def _insert(self, row: dict[str, Any]) -> None:
         # a merge alone lets two processes insert the same name (measured); rewriting a row they share makes one repeat
         store = self._store_row()
         rows = pa.Table.from_pylist([store | {"epoch": store["epoch"] + 1}, row], schema=_SCHEMA)
-        merge = self._tables.open(_TABLE).merge_insert("name").when_matched_update_all(where="target.name = ''")
+        merge = self._table.open().merge_insert("name").when_matched_update_all(where="target.name = ''")
         merge.when_not_matched_insert_all().execute(rows)
 
     def _change(self, name: str, epoch: int, values: dict[str, Any]) -> None:
@@ -228,48 +216,17 @@ class Catalog:
 
     def _update(self, where: str, values: dict[str, Any]) -> int:
         """Change the row that matches, if it does: says how many did."""
-        return self._swap(
-            "update the catalog", lambda: int(self._tables.open(_TABLE).update(where, values).rows_updated)
+        return self._table.change(
+            "update the catalog", lambda: int(self._table.open().update(where, values).rows_updated)
         )
 
     def _retag(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             entry = self.get(name)
             values = {"tags": json.dumps(change(entry.tags))}
             if self._update(f"id = {quote(entry.id)} AND tags = {quote(json.dumps(entry.tags))}", values):
                 return
         raise Overloaded(f"the tags of {name} keep changing; try again", retry_after_s=0.1)
-
-    def _swap(self, what: str, change: Callable[[], T]) -> T:
-        for attempt in range(_ATTEMPTS):
-            try:
-                with writing(what):
-                    result = change()
-                break
-            except Conflict:
-                time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 5)))
-        else:
-            raise Overloaded(f"{what}: the catalog is too busy; try again", retry_after_s=0.5)
-        self._make_durable()
-        self._compact()
-        return result
-
-    def _make_durable(self) -> None:
-        if self._sync:
-            with writing("sync the catalog"):
-                self._sync.sync()
-
-    def _compact(self) -> None:
-        table = self._tables.open(_TABLE)
-        if table.version % _COMPACT_EVERY:
-            return
-        try:
-            with writing("compact the catalog"):
-                table.optimize(cleanup_older_than=_KEEP_VERSIONS)
-        except (Conflict, StorageError):
-            # somebody changed the catalog meanwhile: the next multiple comes soon
-            return
-        self._make_durable()
 
     def _nearest(self, name: str) -> str:
         names = [entry.name for entry in self.list()]

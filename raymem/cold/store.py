@@ -6,11 +6,12 @@ from typing import Literal
 
 from raymem.cold.calibrations import Calibrations
 from raymem.cold.catalog import Catalog, Entry
+from raymem.cold.incarnations import Incarnations
 from raymem.cold.journal import Journal
 from raymem.cold.snapshots import Snapshots
 from raymem.cold.tables import Tables, journal_table, snapshot_table
 
-__all__ = ["Calibrations", "Catalog", "ColdStore", "Entry", "Journal", "Snapshots"]
+__all__ = ["Calibrations", "Catalog", "ColdStore", "Entry", "Incarnations", "Journal", "Snapshots"]
 
 
 class ColdStore:
@@ -20,6 +21,7 @@ class ColdStore:
         self.tables = tables
         self.catalog = Catalog(tables)
         self.calibrations = Calibrations(tables)
+        self.incarnations = Incarnations(tables)
 
     @classmethod
     def open(cls, uri: str, sync: Literal["disk", "none"] | None = None) -> ColdStore:
