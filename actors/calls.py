@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import ActorHandleNotFoundError, RayError, RayTaskError
@@ -12,6 +12,17 @@ from ray.exceptions import ActorHandleNotFoundError, RayError, RayTaskError
 from raymem.errors import BackendUnavailable, RaymemError
 
 NAMESPACE = "raymem"
+
+
+class Peer(Protocol):
+    """An actor, wherever it runs."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the catalog and in Ray."""
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Run a method; its RaymemErrors arrive as themselves."""
 
 
 class Remote:
@@ -51,16 +62,18 @@ class Remote:
 
 
 async def ask_all(
-    remotes: Sequence[Remote], method: str, *args: Any, timeout_s: float = 10.0
+    remotes: Sequence[Peer], method: str, *args: Any, timeout_s: float = 10.0
 ) -> dict[str, Any | RaymemError]:
     """Call a method of many actors at once; one that fails or is silent leaves its error in place of an answer."""
 
-    async def ask(remote: Remote) -> Any | RaymemError:
+    async def ask(remote: Peer) -> Any | RaymemError:
         try:
             async with asyncio.timeout(timeout_s):
                 return await remote.call(method, *args)
         except TimeoutError:
-            return BackendUnavailable(f"{remote.name} gave no answer within {timeout_s:g} s", shard=remote.name)
+            return BackendUnavailable(
+                f"{remote.name} gave no answer within {timeout_s:g} s", shard=remote.name, silent=True
+            )
         except RaymemError as error:
             return error
 

@@ -151,10 +151,27 @@ class RayCluster:
         """End a shard without settling it."""
         await asyncio.to_thread(_kill, name)
 
+    async def restart_shard(self, name: str) -> None:
+        """End a shard without settling it; Ray starts it again."""
+        await asyncio.to_thread(_kill, name, restart=True)
+
+    def shard(self, name: str) -> Remote:
+        """A shard by its name."""
+        return Remote(name)
+
+
+class DirectoryActor(Directory):
+    """A directory in a process of its own."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        super().__init__(spec, RayCluster)
+        # after a restart nobody may ask for anything, and nodes and leases are to be watched all the same
+        ray.get_runtime_context().current_actor.ensure.remote(False)
+
 
 def start_directory(spec: ClusterSpec) -> Remote:
     """The cluster's directory, made if it isn't there yet; of two that start at once, the first one's spec holds."""
-    ray.remote(Directory).options(**_lifetime, name=DIRECTORY, num_cpus=0).remote(spec, RayCluster)
+    ray.remote(DirectoryActor).options(**_lifetime, name=DIRECTORY, num_cpus=0).remote(spec)
     return Remote(DIRECTORY)
 
 
@@ -260,9 +277,9 @@ def local_nodes(n: int, *, cpus: float = 2, object_store_bytes: int = 200 * 2**2
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def _kill(name: str) -> None:
+def _kill(name: str, restart: bool = False) -> None:
     try:
-        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=not restart)
     except ValueError:
         # it is gone already
         return

@@ -12,7 +12,9 @@ from typing import Protocol
 
 import structlog
 
+from raymem.actors.calls import Peer
 from raymem.actors.placement import Node, ShardInfo, Topology, shard_name
+from raymem.actors.rehoming import Rehoming
 from raymem.actors.shard import ClusterSpec, open_shared
 from raymem.cold.store import ColdStore, Entry
 from raymem.errors import RaymemError, Unavailable
@@ -37,6 +39,12 @@ class Cluster(Protocol):
     async def stop_shard(self, name: str) -> None:
         """End a shard that could not start."""
 
+    async def restart_shard(self, name: str) -> None:
+        """End a shard that is silent; a new one begins under its name."""
+
+    def shard(self, name: str) -> Peer:
+        """A shard by its name."""
+
 
 class Directory:
     """Keeps one set of shards over all living nodes; answers where a bank is.
@@ -55,6 +63,7 @@ class Directory:
         self._ensuring = asyncio.Lock()
         self._cold: ColdStore | None = None
         self._upkeep: asyncio.Task[None] | None = None
+        self._rehoming: asyncio.Task[None] | None = None
 
     async def spec(self) -> ClusterSpec:
         """What the cluster was started with."""
@@ -87,9 +96,12 @@ class Directory:
         return self._owners[bank]
 
     def _look_up(self, bank: str) -> Entry:
+        return self._store().catalog.get(bank)
+
+    def _store(self) -> ColdStore:
         if self._cold is None:
             self._cold = open_shared(self._spec, "the directory")
-        return self._cold.catalog.get(bank)
+        return self._cold
 
     async def _ensure_node(self, node: Node) -> None:
         for index in range(self._spec.settings.actors.shards_per_node):
@@ -118,6 +130,16 @@ class Directory:
         # not in the constructor: a plain object may be made where no loop runs
         if self._upkeep is None or self._upkeep.done():
             self._upkeep = asyncio.create_task(self._keep_up())
+        if self._rehoming is None or self._rehoming.done():
+            self._rehoming = asyncio.create_task(self._rehome())
+
+    async def _rehome(self) -> None:
+        lease_s = self._spec.settings.host.lease_s
+        cold = await asyncio.to_thread(self._store)
+        await Rehoming(cold, lease_s, self._open, self._cluster.shard, self._cluster.restart_shard).keep_up()
+
+    def _open(self) -> list[ShardInfo]:
+        return list(self._shards.values())
 
     async def _keep_up(self) -> None:
         while True:

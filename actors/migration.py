@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
 
+from raymem.actors.calls import Peer
 from raymem.errors import Unavailable
 from raymem.host import Host
 from raymem.types import MigrationReport
@@ -12,13 +12,6 @@ from raymem.types import MigrationReport
 # a tail this short is applied in the time that a hand-over takes anyway
 _SHORT_ROWS = 256
 _ROUNDS = 16
-
-
-class Peer(Protocol):
-    """Another shard, wherever it runs."""
-
-    async def call(self, method: str, *args: Any) -> Any:
-        """Run a shard's method; its RaymemErrors arrive as themselves."""
 
 
 async def move(name: str, source: Host, to: str, target: Peer) -> MigrationReport:

@@ -19,8 +19,12 @@ from raymem.errors import BackendUnavailable, Conflict, Moved, NotOwner, RaymemE
 from raymem.local import over
 
 T = TypeVar("T")
+# only its owner answers these, however long it takes
+_SERVED = {"write", "read", "digest"}
 # the directory only saves a look into the catalog: nobody waits long for it
 _DIRECTORY_S = 5.0
+# after this long without an answer, the catalog may say that somebody else has the bank
+_PATIENCE_S = 1.0
 # how often to look whether a lease moves
 _POLL_S = 0.2
 
@@ -172,7 +176,7 @@ class Router:
 
     async def _ask(self, bank: str, shard: str, method: str, *args: Any) -> Any:
         try:
-            answer = await self.remote(shard).call(method, bank, *args)
+            answer = await self._answer(bank, shard, method, args)
         except Moved as moved:
             self.forget(bank)
             if moved.to:
@@ -187,11 +191,25 @@ class Router:
             if error.details.get("shard") != shard:
                 raise
             if await asyncio.to_thread(cluster.is_gone, shard):
-                raise _gone(bank, shard) from error
+                # the directory gives its banks to others once its lease has run out
+                raise _Again(_gone(bank, shard)) from error
             raise _Again(error) from error
         self._routes[bank] = shard
         self._stale.discard(bank)
         return answer
+
+    async def _answer(self, bank: str, shard: str, method: str, args: Sequence[Any]) -> Any:
+        call = asyncio.ensure_future(self.remote(shard).call(method, bank, *args))
+        try:
+            while not (await asyncio.wait({call}, timeout=_PATIENCE_S))[0]:
+                if method in _SERVED and await asyncio.to_thread(self._has_lost, bank, shard):
+                    raise Moved(f"{shard} was silent and no longer has bank {bank!r}", to="")
+            return call.result()
+        finally:
+            call.cancel()
+
+    def _has_lost(self, bank: str, shard: str) -> bool:
+        return self._cold.catalog.get(bank).owner != shard
 
     async def _find(self, bank: str) -> str:
         owner = await self._last_seen(bank)
@@ -230,7 +248,7 @@ def _gone(bank: str, owner: str) -> RaymemError:
             owner=owner,
         )
     return Unavailable(
-        f"bank {bank!r} was on {owner}, whose node has left the cluster; no row is lost: load it elsewhere with "
-        f"bank.attach() or `raymem bank attach {bank}`",
+        f"bank {bank!r} was on {owner}, whose node has left the cluster; no row is lost: it is loaded elsewhere once "
+        "that lease has run out, try again",
         owner=owner,
     )

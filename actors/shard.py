@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import structlog
 
-from raymem.actors.migration import Peer, move
+from raymem.actors.calls import Peer
+from raymem.actors.migration import move
 from raymem.actors.transfer import Packed, pack_fields, unpack, unpack_fields
 from raymem.cold.store import ColdStore
 from raymem.config import Settings

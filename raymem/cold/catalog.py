@@ -132,6 +132,14 @@ class Catalog:
         rows = self._rows(f"name != '' AND starts_with(name, {quote(prefix)})")
         return sorted((_entry(row) for row in rows), key=lambda entry: entry.name)
 
+    def owners(self) -> set[str]:
+        """Who owns a bank that is hot."""
+        with reading("read the catalog"):
+            found = (
+                self._table.open().search().where("state = 'hot' AND owner IS NOT NULL").select(["owner"]).to_arrow()
+            )
+        return set(found["owner"].to_pylist())
+
     def claim(self, name: str, owner: str, expect_epoch: int) -> Entry:
         """Become the owner of a bank whose epoch is `expect_epoch`: the epoch grows by one, the bank is hot.
 

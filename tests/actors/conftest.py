@@ -9,6 +9,7 @@ import pytest
 from raymem import Settings
 from raymem.actors.shard import ClusterSpec, Shard
 from raymem.cold.store import ColdStore
+from raymem.config import HostSettings
 from raymem.errors import BackendUnavailable
 
 
@@ -17,11 +18,17 @@ class Direct:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        # a method's name here fails as a dead actor would: "before" it ran, or "after"
+        # a method's name here fails as a dead actor would, "before" it ran or "after", or is "silent" as a stopped one
         self.dies: dict[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
 
     async def call(self, method: str, *args: Any) -> Any:
         when = self.dies.get(method)
+        if when == "silent":
+            await asyncio.Event().wait()
         if when == "before":
             raise BackendUnavailable(f"{self.shard.name} does not answer", shard=self.shard.name, gone=False)
         answer = await getattr(self.shard, method)(*args)
@@ -53,8 +60,13 @@ def cold(tmp_path: Path, tiny) -> ColdStore:
 
 
 @pytest.fixture
-def cluster_spec(cold: ColdStore) -> ClusterSpec:
-    return ClusterSpec(cold.uri, "none", cold.nonce(), Settings())
+def lease_s() -> float:
+    return 9.0
+
+
+@pytest.fixture
+def cluster_spec(cold: ColdStore, lease_s: float) -> ClusterSpec:
+    return ClusterSpec(cold.uri, "none", cold.nonce(), Settings(host=HostSettings(lease_s=lease_s)))
 
 
 @pytest.fixture

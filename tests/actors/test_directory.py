@@ -38,6 +38,12 @@ class OneProcess:
     async def stop_shard(self, name: str) -> None:
         self.stopped.append(name)
 
+    async def restart_shard(self, name: str) -> None:
+        self.stopped.append(name)
+
+    def shard(self, name: str):
+        return self.shards.peers[name]
+
 
 @pytest.fixture
 def cluster(shards) -> OneProcess:

@@ -1,6 +1,7 @@
 """Real raylets, real processes, real kills. One cluster for the whole file; the last test takes a node away."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -33,14 +34,13 @@ from raymem.errors import (
     NotShared,
     Overloaded,
     SequenceConflict,
-    Unavailable,
 )
 from raymem.memory import kinds
 from raymem.runtime import Runtime
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 # a commit that waits for the disk is the cold room's to test
-SETTINGS = Settings(cold=ColdSettings(sync="none"))
+SETTINGS = Settings(cold=ColdSettings(sync="none"), host=HostSettings(lease_s=2.0))
 names = itertools.count()
 
 
@@ -262,18 +262,49 @@ def test_a_fan_out_has_an_error_where_a_shard_is_missing(store, bank):
     assert backend_module._plain("shard-none-0", answers["shard-none-0"])["error"]["code"] == "backend_unavailable"
 
 
-def test_a_bank_whose_node_has_left_is_loaded_elsewhere_when_asked(nodes, store, bank, tiny):
+def test_a_shard_that_is_stopped_loses_its_banks_and_nothing_else(store, folder, bank, tiny, tmp_path):
+    source = bank.info().node
+    pid, writers = pid_of(store, bank.info().owner), Writers(bank, tiny, 2)
+    while len(writers.acknowledged) < 100:
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGSTOP)
+    stopped, before = time.monotonic(), len(writers.acknowledged)
+    try:
+        while len(writers.acknowledged) < before + 100:
+            time.sleep(0.005)
+    finally:
+        print(f"acknowledging again {time.monotonic() - stopped:.1f} s after SIGSTOP")
+        # the directory has ended it by now, or will
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    writers.stop()
+
+    assert bank.info().node != source
+    journal = journal_of(folder, bank.name)
+    assert len(journal) == len(set(journal))
+    assert set(journal) == writers.acknowledged
+    assert bank.digest() == undisturbed_digest(journal, tmp_path / "undisturbed", tiny)
+
+
+def test_banks_of_a_node_that_has_left_come_back_elsewhere_without_being_asked_for(nodes, store, bank, tiny):
     if bank.info().node != "node-2":
         bank.migrate("node-2")
+    asleep = store.create(f"ray/bank-{next(names)}", tiny.spec("titans"))
+    if asleep.info().node != "node-2":
+        asleep.migrate("node-2")
     digest = bank.digest()
 
+    # a directory that died and that nobody has called since watches as well
+    ray.kill(ray.get_actor(cluster.DIRECTORY, namespace=NAMESPACE), no_restart=False)
     nodes.kill("node-2")
+    left = time.monotonic()
 
-    with pytest.raises(Unavailable, match=r"whose node has left the cluster; .*bank.attach\(\)"):
-        bank.write(tiny.trace(10, seq=50))
-    assert bank.attach().node == "node-1"
-    assert bank.digest() == digest
     assert bank.write(tiny.trace(10, seq=50)).rows == 10
+    print(f"acknowledging again {time.monotonic() - left:.1f} s after its node left")
+    assert bank.info().node == "node-1"
+    while asleep.info().node != "node-1":
+        assert time.monotonic() - left < 60
+        time.sleep(0.1)
 
     nodes.add("node-3")
     while "node-3" not in store.nodes():
