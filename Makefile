@@ -2,7 +2,7 @@
 PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3,$(shell command -v $(v))))
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint bench wheel clean
+.PHONY: setup demo test test-slow soak lint bench wheel clean
 
 setup:
 	@$(PYTHON) tools/setup.py
@@ -21,6 +21,10 @@ test: lint
 # one test, or those that failed: make test-slow ARGS="-k ntm", ARGS=--last-failed. the table keeps earlier figures
 test-slow: setup
 	$(BIN)/python -m pytest -m "(slow or figures) and not gpu" --figures figures.json $(ARGS)
+
+# FAULTS=1000 for a longer one
+soak: setup
+	$(BIN)/python tests/faults/soak.py --faults $(or $(FAULTS),200)
 
 bench: setup
 	$(BIN)/python benchmarks/run.py

@@ -1,0 +1,154 @@
+"""The model: what was sent and what was acknowledged, and the check of a store against it."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from faultkit import made
+
+from raymem.cold.catalog import Entry
+from raymem.cold.rows import JournalRows
+from raymem.cold.store import ColdStore
+from raymem.errors import RaymemError
+from raymem.runtime import Replica, Runtime
+
+Run = tuple[str, str]
+# states that hold rows are the same bit by bit; of the others, a state cut at other places differs by rounding
+ROW_KINDS = {"spalm"}
+TOLERANCE = 1e-6
+
+
+@dataclass
+class Ledger:
+    """Rows of each run count from 0: how many were sent and how many acknowledged, by bank."""
+
+    kinds: dict[str, str] = field(default_factory=dict)
+    sent: defaultdict[str, Counter[Run]] = field(default_factory=lambda: defaultdict(Counter))
+    acknowledged: defaultdict[str, Counter[Run]] = field(default_factory=lambda: defaultdict(Counter))
+    wrong: list[str] = field(default_factory=list)
+
+    def send(self, bank: str, run: Run, end: int) -> None:
+        """Rows before `end` are on their way."""
+        self.sent[bank][run] = max(self.sent[bank][run], end)
+
+    def acknowledge(self, bank: str, run: Run, end: int) -> None:
+        """Rows before `end` were said to be durable."""
+        self.acknowledged[bank][run] = max(self.acknowledged[bank][run], end)
+
+    @property
+    def rows(self) -> int:
+        """All rows acknowledged."""
+        return sum(sum(runs.values()) for runs in self.acknowledged.values())
+
+
+@dataclass
+class Verdict:
+    """What a store has of what was acknowledged."""
+
+    acknowledged: int = 0
+    lost: int = 0
+    doubled: int = 0
+    fragments: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def require(self) -> None:
+        """Raise AssertionError unless everything is as it must be."""
+        assert (self.lost, self.doubled, self.wrong) == (0, 0, []), self
+
+
+def check(uri: str, ledger: Ledger, scratch: Path, digests: dict[str, str | None] | None = None) -> Verdict:
+    """Compare a store with the ledger.
+
+    Args:
+        uri: the store.
+        ledger: what was sent and acknowledged.
+        scratch: an empty folder for the undisturbed run.
+        digests: of banks, as their living owners gave them.
+    """
+    verdict = Verdict(acknowledged=ledger.rows, wrong=list(ledger.wrong))
+    cold = ColdStore.open(uri)
+    undisturbed = made.open_cold(str(scratch), "none")
+    for bank in sorted(ledger.kinds):
+        try:
+            entry = cold.catalog.get(bank)
+            rows = list(cold.journal(entry).scan())
+            _check_rows(bank, rows, ledger, verdict)
+            _check_state(cold, entry, rows, undisturbed, (digests or {}).get(bank), verdict)
+            verdict.fragments = max(verdict.fragments, cold.journal(entry).stats()["fragments"])
+        except RaymemError as error:
+            verdict.lost += sum(ledger.acknowledged[bank].values())
+            verdict.wrong.append(f"{bank} can't be read: {error}")
+    names = [entry.name for entry in cold.catalog.list()]
+    verdict.wrong += [f"the catalog has {name} twice" for name, times in Counter(names).items() if times > 1]
+    return verdict
+
+
+def _check_rows(bank: str, parts: list[JournalRows], ledger: Ledger, verdict: Verdict) -> None:
+    there: defaultdict[Run, list[int]] = defaultdict(list)
+    for part in parts:
+        for stream, run, seq in zip(part.streams, part.runs, part.seq_T.tolist(), strict=True):
+            there[stream, run].append(seq)
+        _check_content(bank, part, verdict)
+    for run in {*there, *ledger.acknowledged[bank]}:
+        seqs, acknowledged = there[run], ledger.acknowledged[bank][run]
+        verdict.doubled += len(seqs) - len(set(seqs))
+        verdict.lost += len(set(range(acknowledged)) - set(seqs))
+        if sorted(seqs) != seqs:
+            verdict.wrong.append(f"{bank} {run} is out of order")
+        if seqs and max(seqs) >= ledger.sent[bank][run]:
+            verdict.wrong.append(f"{bank} {run} has row {max(seqs)}, which nobody sent")
+
+
+def _check_content(bank: str, part: JournalRows, verdict: Verdict) -> None:
+    start = 0
+    for (stream, run), seq, rows in _pieces(part):
+        expected = JournalRows.of(made.trace(stream, run, seq, rows), 0, 0).crc_T
+        if not torch.equal(part.crc_T[start : start + rows], expected):
+            verdict.wrong.append(f"{bank} {stream} {run}: rows from {seq} have other content")
+        start += rows
+
+
+def _pieces(part: JournalRows) -> Iterator[tuple[Run, int, int]]:
+    """Stretches of consecutive rows of one run: the run, its first seq, and how many."""
+    start = 0
+    seqs = part.seq_T.tolist()
+    keys = list(zip(part.streams, part.runs, strict=True))
+    for at in range(1, len(seqs) + 1):
+        if at == len(seqs) or keys[at] != keys[start] or seqs[at] != seqs[at - 1] + 1:
+            yield keys[start], seqs[start], at - start
+            start = at
+
+
+def _check_state(
+    cold: ColdStore, entry: Entry, parts: list[JournalRows], clean: ColdStore, digest: str | None, verdict: Verdict
+) -> None:
+    recovered = Replica(cold, entry)
+    recovered.recover()
+    fresh = clean.catalog.create(entry.name, entry.spec)
+    runtime = Runtime.open(clean, clean.catalog.claim(entry.name, "undisturbed", fresh.epoch))
+    for part in parts:
+        refused = [
+            outcome
+            for (stream, run), seq, rows in _pieces(part)
+            for outcome in runtime.write([made.trace(stream, run, seq, rows)])
+            if isinstance(outcome, RaymemError)
+        ]
+        verdict.wrong += [f"{entry.name}: an undisturbed run refuses the journal's rows: {error}" for error in refused]
+    if entry.spec.kind in ROW_KINDS:
+        for whose, found in (("recovered", recovered.digest()), ("live", digest)):
+            if found is not None and found != runtime.digest():
+                verdict.wrong.append(f"{entry.name}: the {whose} state is not that of an undisturbed run")
+        return
+    expected = runtime.tensors()
+    for name, tensor in recovered.tensors().items():
+        if not _close(tensor, expected[name]):
+            verdict.wrong.append(f"{entry.name}: {name} of the recovered state is not that of an undisturbed run")
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    scale = expected.double().abs().max().item() if expected.numel() else 0.0
+    return torch.allclose(found.double(), expected.double(), rtol=TOLERANCE, atol=TOLERANCE * scale)

@@ -1,0 +1,86 @@
+"""A process that owns banks, told what to do by JSON lines on stdin: the smallest thing that can be killed.
+
+It takes a bank from whoever has it, as an owner does whose predecessor's lease has run out: also from one that is
+merely stopped and will wake.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from faultkit import made, mutations, sabotage
+
+from raymem import AsyncStore, Settings, local
+from raymem.cold import journal
+from raymem.config import ColdSettings
+from raymem.errors import RaymemError
+
+# soon enough that a short schedule meets it
+journal._COMPACT_EVERY = int(os.environ.get("RAYMEM_TEST_COMPACT_EVERY", "12"))
+
+# logs go to stdout by default, and answers must come alone
+ANSWERS, sys.stdout = sys.stdout, sys.stderr
+
+
+class Owner:
+    """Runs commands against a store of this process's own."""
+
+    def __init__(self, store: AsyncStore) -> None:
+        self._store = store
+
+    async def run(self, method: str, bank: str, *args: Any) -> Any:
+        """One command; its answer as JSON data."""
+        handle = self._store.bank(bank)
+        match method:
+            case "create":
+                await self._store.create(bank, made.spec(*args))
+            case "write":
+                ack = await handle.write(made.trace(*args))
+                return [ack.rows, ack.duplicates]
+            case "snapshot":
+                return await self._store.backend.host.snapshot(bank)
+            case "delete":
+                await self._store.delete(bank)
+            case _:
+                answer = await getattr(handle, method)(*args)
+                return answer if isinstance(answer, str | int) else None
+        return None
+
+
+async def main(uri: str, plans: str, mutation: str) -> None:
+    """Serve until stdin ends."""
+    # an observer for whom every lease but its own has run out
+    local.alive = lambda owner: False
+    sabotage.install(Path(plans))
+    mutations.MUTATIONS[mutation]()
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    settings = Settings(cold=ColdSettings(snapshot_bytes=4096))
+    owner = None
+    say({"ready": os.getpid()})
+    running = set()
+
+    async def answer(number: int, command: list[Any]) -> None:
+        try:
+            assert owner is not None
+            say({"id": number, "answer": await owner.run(*command)})
+        except RaymemError as error:
+            say({"id": number, "error": type(error).__name__, "text": str(error)})
+
+    while line := await reader.readline():
+        if owner is None:
+            owner = Owner(await AsyncStore.connect(uri, settings=settings))
+        task = asyncio.create_task(answer(*json.loads(line)))
+        running.add(task)
+        task.add_done_callback(running.discard)
+
+
+def say(document: dict[str, Any]) -> None:
+    print(json.dumps(document), file=ANSWERS, flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

@@ -1,0 +1,187 @@
+"""Faults at exact places of a process under test: this module wraps, in that process alone, what writes to the store.
+
+A process looks into its folder of plans before and after every write. A plan is a JSON file: {"do", "when", "op",
+"table", "skip", "seconds"}. It fires once, in the first process that renames the file.
+
+    do      kill       SIGKILL this process
+            stop       SIGSTOP it; whoever made the plan continues it
+            full       the disk is full (ENOSPC), nothing was written
+            fail       the write was made, and its success is reported as an error
+            slow       the write takes `seconds` longer
+            tear       the files that the write left are cut in half, and the process is killed: a power loss before
+                       the sync
+    when    before, after
+    op      add, restore, sync, update, merge, delete, compact, clean, fill, drop, any
+    table   the beginning of the table's name: journal, log, catalog, snapshots; "" for any
+    skip    how often the place is passed before it fires
+"""
+
+import errno
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WRITES = {"add": "add", "update": "update", "restore": "restore", "delete": "delete", "optimize": "compact"}
+DATASET_WRITES = {"compact_files": "compact", "cleanup_old_versions": "clean"}
+
+
+class Plans:
+    """The folder of plans, as the process under test sees it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._passed: dict[str, int] = {}
+        self.steps = 0
+
+    def step(self, op: str, table: str, when: str, folder: Path | None, before: set[Path]) -> None:
+        """One place at which a plan may fire."""
+        self.steps += 1
+        for file in sorted(self._folder.glob("*.json")):
+            try:
+                plan = json.loads(file.read_text())
+            except (FileNotFoundError, json.JSONDecodeError):
+                continue
+            if plan["when"] == when and plan["op"] in (op, "any") and table.startswith(plan["table"]):
+                passed = self._passed[file.name] = self._passed.get(file.name, -1) + 1
+                if passed >= plan["skip"] and self._taken(file, f"{op} {table} {when}"):
+                    self._fire(plan, folder, before)
+
+    def _taken(self, file: Path, where: str) -> bool:
+        fired = file.with_suffix(".fired")
+        try:
+            file.rename(file.with_suffix(".taken"))
+        except FileNotFoundError:
+            return False
+        fired.with_suffix(".writing").write_text(json.dumps({"pid": os.getpid(), "where": where}))
+        fired.with_suffix(".writing").rename(fired)
+        return True
+
+    def _fire(self, plan: dict[str, Any], folder: Path | None, before: set[Path]) -> None:
+        match plan["do"]:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "slow":
+                time.sleep(plan["seconds"])
+            case "full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
+            case "fail":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), "the disk")
+            case "tear":
+                for path in _files(folder) - before:
+                    os.truncate(path, path.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Write:
+    """Both places of one write: before and after it."""
+
+    def __init__(self, plans: Plans, op: str, table: str, folder: Path | None) -> None:
+        self._plans, self._op, self._table, self._folder = plans, op, table, folder
+        self._before: set[Path] = set()
+
+    def __enter__(self) -> None:
+        self._before = _files(self._folder)
+        self._plans.step(self._op, self._table, "before", self._folder, self._before)
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self._plans.step(self._op, self._table, "after", self._folder, self._before)
+
+
+class _Table:
+    """A LanceDB table whose writes can be hit."""
+
+    def __init__(self, real: Any, hit: Callable[[str], _Write]) -> None:
+        self._real, self._hit = real, hit
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._real, name)
+        if name in WRITES:
+            return _wrapped(value, self._hit, WRITES[name])
+        if name == "merge_insert":
+            return lambda *args: _Merge(value(*args), self._hit)
+        if name == "to_lance":
+            return lambda: _Dataset(value(), self._hit)
+        return value
+
+    def __len__(self) -> int:
+        return len(self._real)
+
+
+class _Merge:
+    def __init__(self, real: Any, hit: Callable[[str], _Write]) -> None:
+        self._real, self._hit = real, hit
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._real, name)
+        if name == "execute":
+            return _wrapped(value, self._hit, "merge")
+        return lambda *args, **kwargs: _Merge(value(*args, **kwargs), self._hit)
+
+
+class _Dataset:
+    def __init__(self, real: Any, hit: Callable[[str], _Write]) -> None:
+        self._real, self._hit = real, hit
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._real, name)
+        if name == "optimize":
+            return _Dataset(value, self._hit)
+        return _wrapped(value, self._hit, DATASET_WRITES[name]) if name in DATASET_WRITES else value
+
+
+def _wrapped(function: Any, hit: Callable[[str], _Write], op: str) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with hit(op):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def install(folder: Path) -> Callable[[], None]:
+    """Wrap this process's tables; return what takes the wrapping away."""
+    from raymem.cold.durable import FolderSync
+    from raymem.cold.tables import Tables
+
+    plans = Plans(folder)
+    saved = {name: getattr(Tables, name) for name in ("open", "create", "fill", "drop")}
+    sync = FolderSync.sync
+
+    def hit(tables: Any, name: str) -> Callable[[str], _Write]:
+        place = None if "://" in tables.uri else Path(tables.uri) / f"{name}.lance"
+        return lambda op: _Write(plans, op, name, place)
+
+    def table(function: str, op: str | None) -> Any:
+        def call(self: Any, name: str, *args: Any) -> Any:
+            if op is None:
+                return _Table(saved[function](self, name, *args), hit(self, name))
+            with hit(self, name)(op):
+                made = saved[function](self, name, *args)
+            return None if made is None else _Table(made, hit(self, name))
+
+        return call
+
+    def synced(self: Any) -> None:
+        with _Write(plans, "sync", self._folder.name, self._folder):
+            sync(self)
+
+    for name, op in {"open": None, "create": "create", "fill": "fill", "drop": "drop"}.items():
+        setattr(Tables, name, table(name, op))
+    FolderSync.sync = synced
+
+    def undo() -> None:
+        FolderSync.sync = sync
+        for name, function in saved.items():
+            setattr(Tables, name, function)
+
+    return undo
+
+
+def _files(folder: Path | None) -> set[Path]:
+    return set() if folder is None else {path for path in folder.rglob("*") if path.is_file()}

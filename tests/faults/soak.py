@@ -1,0 +1,74 @@
+"""The long schedule of faults: `make soak`, or `python tests/faults/soak.py --faults 200 --json soak.json`.
+
+Schedules of one seed each, every one checked on its own, until enough faults have been injected. With --json the sum is
+kept after each schedule, and a later call goes on from there.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from faultkit.schedule import Outcome, Schedule
+
+FRESH = {"seeds": 0, "faults": {}, "acknowledged": 0, "lost": 0, "doubled": 0, "fragments": 0, "wrong": []}
+
+
+def add(total: dict[str, Any], outcome: Outcome, seed: int) -> None:
+    """Sum one schedule up."""
+    verdict = outcome.verdict
+    total["seeds"] += 1
+    total["faults"] = dict(Counter(total["faults"]) + Counter(outcome.faults))
+    total["recoveries_s"] = total.get("recoveries_s", []) + [round(taken, 3) for taken in outcome.recoveries_s]
+    for name in ("acknowledged", "lost", "doubled"):
+        total[name] += getattr(verdict, name)
+    total["fragments"] = max(total["fragments"], verdict.fragments)
+    total["wrong"] = total["wrong"] + [f"seed {seed}: {text}" for text in verdict.wrong]
+
+
+def line(total: dict[str, Any]) -> str:
+    """The sum for people."""
+    taken = total.get("recoveries_s") or [0.0]
+    return (
+        f"{sum(total['faults'].values())} faults, {total['acknowledged']} rows acknowledged, {total['lost']} lost, "
+        f"{total['doubled']} doubled, {len(total['wrong'])} other findings; recovery {statistics.median(taken):.2f} s "
+        f"(median), {max(taken):.2f} s (longest); at most {total['fragments']} fragments"
+    )
+
+
+def main() -> int:
+    """Run; 1 if anything was lost, doubled or otherwise wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=200, help="how many in all")
+    parser.add_argument("--each", type=int, default=20, help="how many in one schedule")
+    parser.add_argument("--seed", type=int, default=0, help="of the first schedule")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no schedule after so long")
+    parser.add_argument("--json", type=Path, help="keep the sum here, and go on from what is there")
+    asked = parser.parse_args()
+    total = json.loads(asked.json.read_text()) if asked.json and asked.json.exists() else dict(FRESH)
+    began = time.monotonic()
+    while sum(total["faults"].values()) < asked.faults and time.monotonic() - began < asked.seconds:
+        seed = asked.seed + total["seeds"]
+        with tempfile.TemporaryDirectory(prefix="raymem-soak-") as folder:
+            schedule = Schedule(f"{folder}/memory", Path(folder) / "scratch", seed)
+            add(total, asyncio.run(schedule.run(asked.each)), seed)
+        print(f"seed {seed}: {line(total)}", flush=True)
+        if asked.json:
+            asked.json.write_text(json.dumps(total, indent=2) + "\n")
+    for text in total["wrong"]:
+        print(text, file=sys.stderr)
+    print(line(total))
+    return int(bool(total["lost"] or total["doubled"] or total["wrong"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
