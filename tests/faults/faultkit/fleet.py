@@ -39,10 +39,10 @@ class Process:
         self._listening = asyncio.create_task(self._listen())
 
     @classmethod
-    async def start(cls, uri: str, plans: Path, mutation: str) -> "Process":
+    async def start(cls, uri: str, plans: Path, mutation: str, lease_s: float) -> "Process":
         """Start one; it opens the store with the first command."""
         path = os.pathsep.join([str(KIT), str(KIT.parents[1]), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-m", "faultkit.owner", uri, str(plans), mutation]
+        command = [sys.executable, "-m", "faultkit.owner", uri, str(plans), mutation, str(lease_s)]
         # what it says when it is killed half-way is of interest only where the checker finds something
         with (plans / "owners.log").open("a") as log:
             return cls(
@@ -108,8 +108,8 @@ class Process:
 class Fleet:
     """The present owner, and a spare that has its imports behind it."""
 
-    def __init__(self, uri: str, plans: Path, mutation: str = "") -> None:
-        self._arguments = (uri, plans, mutation)
+    def __init__(self, uri: str, plans: Path, mutation: str, lease_s: float) -> None:
+        self._arguments = (uri, plans, mutation, lease_s)
         self.plans = plans
         self.current: Process
         self._spare: asyncio.Task[Process]

@@ -1,7 +1,8 @@
 """A process that owns banks, told what to do by JSON lines on stdin: the smallest thing that can be killed.
 
-It takes a bank from whoever has it, as an owner does whose predecessor's lease has run out: also from one that is
-merely stopped and will wake.
+Every owner is a machine of its own as far as the others can tell, so that it takes a bank over once the lease of the
+one before has run out: also of one that is merely stopped and will wake. With a lease of 0 it doesn't wait for that, as
+if its clock were wrong: the fence alone must keep the two apart.
 """
 
 import asyncio
@@ -9,13 +10,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from faultkit import made, mutations, sabotage
 
 from raymem import AsyncStore, Settings, local
 from raymem.cold import journal
-from raymem.config import ColdSettings
+from raymem.config import ColdSettings, HostSettings
 from raymem.errors import RaymemError
 
 # soon enough that a short schedule meets it
@@ -50,15 +52,18 @@ class Owner:
         return None
 
 
-async def main(uri: str, plans: str, mutation: str) -> None:
+async def main(uri: str, plans: str, mutation: str, lease: str) -> None:
     """Serve until stdin ends."""
-    # an observer for whom every lease but its own has run out
-    local.alive = lambda owner: False
+    lease_s = float(lease)
+    if lease_s:
+        local.socket = SimpleNamespace(gethostname=lambda: f"machine-{os.getpid()}")
+    else:
+        local._runs = lambda known: False
     sabotage.install(Path(plans))
     mutations.MUTATIONS[mutation]()
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    settings = Settings(cold=ColdSettings(snapshot_bytes=4096))
+    settings = Settings(cold=ColdSettings(snapshot_bytes=4096), host=HostSettings(lease_s=lease_s or 9.0))
     owner = None
     say({"ready": os.getpid()})
     running = set()

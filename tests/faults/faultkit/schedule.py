@@ -19,6 +19,7 @@ BANKS = {"lab/rows": "spalm", "lab/deltas": "titans", "lab/more": "spalm"}
 _RUN_ROWS = 600
 # no fault may keep a bank away for longer
 _RECOVERY_S = 60.0
+_LEASE_S = 1.5
 # said while a bank changes hands or its storage fails: the writer tries again
 _PASSING = {"Moved", "NotOwner", "StorageError", "Overloaded", "BankDetached", "RaymemError", "Conflict"}
 
@@ -49,7 +50,7 @@ class Outcome:
 class Schedule:
     """Faults of one seed against one store."""
 
-    def __init__(self, uri: str, scratch: Path, seed: int, mutation: str = "") -> None:
+    def __init__(self, uri: str, scratch: Path, seed: int, mutation: str = "", lease_s: float | None = None) -> None:
         self.uri, self.scratch = uri, scratch
         self.random = random.Random(seed)
         self.ledger = Ledger()
@@ -57,6 +58,8 @@ class Schedule:
         self._plans = scratch / "plans"
         self._plans.mkdir(parents=True)
         self._mutation = mutation
+        # every second schedule does without leases, for the fence alone must do
+        self._lease_s = lease_s if lease_s is not None else _LEASE_S * (seed % 2)
         self._stop = asyncio.Event()
         self._first_acks: dict[str, float] = {}
         self._began = 0.0
@@ -64,7 +67,7 @@ class Schedule:
     async def run(self, faults: int, *, kinds: Sequence[str] = KINDS, places: Places = PLACES) -> Outcome:
         """Inject that many faults of some kinds at some places, then check."""
         made.open_cold(self.uri)
-        async with Fleet(self.uri, self._plans, self._mutation) as fleet:
+        async with Fleet(self.uri, self._plans, self._mutation, self._lease_s) as fleet:
             for bank, kind in BANKS.items():
                 await fleet.current.ask("create", bank, kind)
                 self.ledger.kinds[bank] = kind
@@ -95,7 +98,7 @@ class Schedule:
             stream, run = f"agent-{number}", f"run-{number}-{session}"
             seq = 0
             while seq < _RUN_ROWS:
-                if self._stop.is_set():
+                if self._stop.is_set() or self.ledger.wrong:
                     return
                 rows = self.random.choice([1, 3, 8, 40])
                 await self._until_acknowledged(fleet, bank, (stream, run), seq, rows)
