@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
+import small_tasks
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from raymem.bench.contest import Bench, Contest
 from raymem.kernels.delta_update import chunk_delta_update, recurrent_delta_update, transition
 from raymem.kernels.topk_cosine import topk_cosine
-from raymem.memory import build
+from raymem.memory import build, kinds
 from raymem.memory.base import Dims, Rows
+from raymem.memory.dnc_cell import DncCell
+from raymem.memory.ntm_cell import NtmCell
 from raymem.memory.packing import STORED, pack, unpack
 
 
@@ -48,7 +52,7 @@ def search(rows: int, width: int, queries: int, dtype: str, k: int = 32) -> Cont
         "faiss flat fp32": lambda: flat.search(asked.numpy(), k),
         "torch fp32": lambda: (asked @ unit.T).topk(k),
     }
-    return Contest(runs, check, queries, "queries")
+    return Contest(runs, check, queries, "query")
 
 
 def delta_update(steps: int, key: int, value: int, chunk: int = 32) -> Contest:
@@ -69,7 +73,7 @@ def delta_update(steps: int, key: int, value: int, chunk: int = 32) -> Contest:
         torch.testing.assert_close(found["raymem"], found["token by token"], rtol=1e-4, atol=1e-4)
 
     by_token = lambda: recurrent_delta_update(weight, moment, keys, values, (theta, eta, alpha))[0]  # noqa: E731
-    return Contest({"raymem": by_chunk, "token by token": by_token}, check, steps, "tokens")
+    return Contest({"raymem": by_chunk, "token by token": by_token}, check, steps, "token")
 
 
 def titans_peer(steps: int, width: int) -> Contest:
@@ -95,27 +99,75 @@ def titans_peer(steps: int, width: int) -> Contest:
         torch.testing.assert_close(got, expected.reshape(got.shape), rtol=1e-4, atol=1e-5)
 
     runs = {"raymem": ours, "titans-pytorch": lambda: peer(x)}
-    return Contest(runs, check, steps, "tokens")
+    return Contest(runs, check, steps, "token")
 
 
-def write(kind: str, rows: int, width: int, **options: Any) -> Contest:
-    """Absorbing one bank's rows."""
-    memory, taken = build(kind, Dims(width, 0), options, 2**27).requires_grad_(False), _rows(rows, width)
-    return Contest({"raymem": lambda: memory.absorb(memory.empty(), taken)}, lambda found: None, rows, "rows")
+def write(rows: int, width: int, budget: int) -> Contest:
+    """Absorbing rows, each kind in a bank of the same bytes; the baseline adds up their outer products."""
+    taken = _rows(rows, width)
+    runs: dict[str, Any] = {kind: _writing(kind, taken, width, budget) for kind in kinds()}
+    runs["torch matmul"] = lambda: taken.keys_NK.T @ taken.keys_NK
+    return Contest(runs, _in_budget(budget), rows, "row")
 
 
-def read(kind: str, rows: int, width: int, queries: int, **options: Any) -> Contest:
-    """Reading a bank that holds rows."""
-    memory, asked = build(kind, Dims(width, 0), options, 2**27).requires_grad_(False), _unit(queries, width)
-    state = memory.absorb(memory.empty(), _rows(rows, width))
-    return Contest({"raymem": lambda: memory.lookup(state, asked, 32)}, lambda found: None, queries, "queries")
+def read(rows: int, width: int, budget: int, queries: int) -> Contest:
+    """Reading full banks of the same bytes; the baseline scores and ranks as many float32 keys as fit in them."""
+    taken, asked = _rows(rows, width), _unit(queries, width)
+    keys = taken.keys_NK[-(budget // (4 * width)) :]
+    runs: dict[str, Any] = {kind: _reading(kind, taken, asked, budget) for kind in kinds()}
+    runs["torch matmul"] = lambda: (asked @ keys.T).topk(min(32, len(keys)))
+
+    def check(found: dict[str, Any]) -> None:
+        for kind in kinds():
+            # what was written comes back: every query is answered with something
+            assert bool((found[kind].tokens_Qk[:, 0] >= 0).all()), kind
+
+    return Contest(runs, check, queries, "query")
 
 
-def _mechanism_sizes(rows: int, **more: int) -> list[dict[str, Any]]:
-    return [
-        {"kind": kind, "rows": rows, "width": 576, **more, **options}
-        for kind, options in (("spalm", {}), ("spalm", {"key_dtype": "int8", "key_dims": 256}), ("titans", {}))
-    ]
+def _writing(kind: str, taken: Rows, width: int, budget: int) -> Any:
+    memory = build(kind, Dims(width, 0), {}, budget).requires_grad_(False)
+    return lambda: memory.nbytes(memory.absorb(memory.empty(), taken))
+
+
+def _reading(kind: str, taken: Rows, asked: Tensor, budget: int) -> Any:
+    memory = build(kind, Dims(asked.shape[1], 0), {}, budget).requires_grad_(False)
+    state = memory.absorb(memory.empty(), taken)
+    return lambda: memory.lookup(state, asked, 32)
+
+
+def _in_budget(budget: int) -> Any:
+    def check(found: dict[str, Any]) -> None:
+        for kind in kinds():
+            assert 0 < found[kind] <= budget, f"{kind} holds {found[kind]} of {budget} bytes"
+
+    return check
+
+
+def learn(length: int, batch: int) -> Contest:
+    """One training step on the copy task: the NTM's and the DNC's cells beside an LSTM."""
+    drawn = small_tasks.copy(batch, length, torch.Generator().manual_seed(0))
+
+    def step(model: nn.Module) -> Any:
+        def once() -> float:
+            with torch.enable_grad():
+                model.zero_grad()
+                loss = small_tasks.loss(model, drawn)
+                loss.backward()  # type: ignore[no-untyped-call]
+            return float(loss.detach())
+
+        return once
+
+    def check(found: dict[str, Any]) -> None:
+        # untrained, each knows nothing: log 2 a bit
+        assert all(abs(loss - math.log(2)) < 0.1 for loss in found.values()), found
+
+    runs = {
+        "ntm": step(NtmCell(9, 8, slots=128, word=16, hidden=64)),
+        "dnc": step(DncCell(9, 8, slots=32, word=16, heads=1, hidden=64)),
+        "torch LSTM": step(small_tasks.Lstm(9, 8, hidden=128)),
+    }
+    return Contest(runs, check, 1, "update")
 
 
 REGISTRY = [
@@ -136,11 +188,17 @@ REGISTRY = [
         {"steps": 64, "key": 10, "value": 7},
     ),
     Bench("titans_peer", titans_peer, [{"steps": 256, "width": 64}], {"steps": 32, "width": 8}),
-    Bench("write", write, _mechanism_sizes(3072), {"kind": "titans", "rows": 50, "width": 16}),
+    Bench(
+        "write",
+        write,
+        [{"rows": 3072, "width": 576, "budget": budget} for budget in (150_000, 1_000_000)],
+        {"rows": 50, "width": 16, "budget": 30_000},
+    ),
     Bench(
         "read",
         read,
-        [*_mechanism_sizes(3080, queries=1), *_mechanism_sizes(3080, queries=256)],
-        {"kind": "spalm", "rows": 50, "width": 16, "queries": 2},
+        [{"rows": 3072, "width": 576, "budget": 1_000_000, "queries": queries} for queries in (1, 256)],
+        {"rows": 50, "width": 16, "budget": 30_000, "queries": 2},
     ),
+    Bench("learn", learn, [{"length": 20, "batch": 16}], {"length": 3, "batch": 2}),
 ]

@@ -23,13 +23,15 @@ def run_bench(bench: Bench, sizes: dict[str, Any], repeats: int) -> list[dict[st
     with torch.no_grad():
         contest = bench.make(**sizes)
         taken = measure(contest, repeats)
+    *_, last = taken
     return [
         {
             "bench": bench.name,
             "sizes": sizes,
             "run": name,
             "ms": 1e3 * seconds,
-            f"{contest.unit}_per_s": contest.work / seconds,
+            f"us_per_{contest.unit}": 1e6 * seconds / contest.work,
+            f"times {last}": seconds / taken[last],
         }
         for name, seconds in taken.items()
     ]

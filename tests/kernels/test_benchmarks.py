@@ -15,7 +15,7 @@ def test_every_benchmark_runs_small_and_its_runs_agree(root, tmp_path):
     done = run(root, "--small", "--repeats", "1", "--json", str(tmp_path / "figures.json"))
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
-    assert {line["bench"] for line in figures} == {"search", "delta_update", "titans_peer", "write", "read"}
+    assert {line["bench"] for line in figures} == {"search", "delta_update", "titans_peer", "write", "read", "learn"}
     assert all(line["ms"] > 0 for line in figures)
 
 
