@@ -1,6 +1,6 @@
 """Run the registry: each contest is checked first, then timed in turn; a contest that fails its check shows no speed.
 
-python benchmarks/run.py [NAME ...] [--json FILE] [--small] [--repeats 5]
+python benchmarks/run.py [NAME ...] [--json FILE] [--small] [--repeats 5] [--threads 1]
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="that torch may use")
     asked = parser.parse_args(arguments)
     if unknown := set(asked.names) - {bench.name for bench in REGISTRY}:
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
+    torch.set_num_threads(asked.threads)
     figures, failed = [], False
     for bench in REGISTRY:
         if asked.names and bench.name not in asked.names:
