@@ -110,11 +110,22 @@ class RayBackend(ColdBackend):
             ack: Ack = await self._router.call_in_time(name, "write", packed, durable, self._caller)
         return ack
 
-    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int) -> Readout:
-        """Read a bank."""
+    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
+        """Read a bank, or what it was."""
+        # what a bank was may have to be made first, which takes as long as loading it
+        call = self._router.call_in_time if as_of is None else self._router.call
         with self._limiter.admit(self._caller, hidden_QLD.nbytes):
-            found = await self._router.call_in_time(name, "read", pack(hidden_QLD), k, start, self._caller)
+            found = await call(name, "read", pack(hidden_QLD), k, start, self._caller, as_of)
         return unpack_fields(Readout, found)
+
+    async def mark(self, name: str, tag: str) -> dict[str, int]:
+        """Tag a hot bank."""
+        tags: dict[str, int] = await self._router.call(name, "mark", tag)
+        return tags
+
+    async def materialise_hot(self, name: str) -> None:
+        """Copy what a hot fork inherited."""
+        await self._router.call(name, "materialise")
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's state."""

@@ -69,10 +69,20 @@ class Shard:
         host = await self._hot(name)
         return await host.write(name, unpack_fields(Trace, trace), durable=durable, caller=caller)
 
-    async def read(self, name: str, hidden_QLD: Packed, k: int, start: int, caller: str) -> dict[str, Any]:
-        """Read a bank; return its Readout packed by `pack_fields`."""
+    async def read(
+        self, name: str, hidden_QLD: Packed, k: int, start: int, caller: str, as_of: str | float | None = None
+    ) -> dict[str, Any]:
+        """Read a bank, or what it was; return its Readout packed by `pack_fields`."""
         host = await self._hot(name)
-        return pack_fields(await host.read(name, unpack(hidden_QLD), k, start, caller=caller))
+        return pack_fields(await host.read(name, unpack(hidden_QLD), k, start, as_of=as_of, caller=caller))
+
+    async def mark(self, name: str, tag: str) -> dict[str, int]:
+        """As `Host.mark`."""
+        return await (await self._hot(name)).mark(name, tag)
+
+    async def materialise(self, name: str) -> None:
+        """As `Host.materialise`."""
+        await (await self._hot(name)).materialise(name)
 
     async def attach(self, name: str, take_from: str) -> None:
         """Claim and load a bank that is cold, owned by nobody, or owned by `take_from`."""

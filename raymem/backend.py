@@ -10,10 +10,21 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from raymem.cold.export import export_bank, import_bank
+from raymem.cold.history import fork_at, fork_position, materialise_cold, restore_to
 from raymem.cold.store import ColdStore, Entry
 from raymem.encode.calibration import Calibration
 from raymem.errors import BankDetached, CalibrationNotFound, InvalidInput
-from raymem.types import Ack, BankInfo, BankSpec, MigrationReport, Readout, Trace, check_bank_name, check_label
+from raymem.types import (
+    Ack,
+    BankInfo,
+    BankSpec,
+    MigrationReport,
+    Readout,
+    RestoreReport,
+    Trace,
+    check_bank_name,
+    check_label,
+)
 
 T = TypeVar("T")
 
@@ -24,13 +35,17 @@ class Backend(Protocol):
     async def create(self, name: str, spec: BankSpec) -> BankInfo: ...
     async def info(self, name: str) -> BankInfo: ...
     async def banks(self, prefix: str) -> list[BankInfo]: ...
-    async def delete(self, name: str) -> None: ...
+    async def delete(self, name: str, materialise: bool) -> None: ...
     async def write(self, name: str, trace: Trace, durable: bool) -> Ack: ...
-    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int) -> Readout: ...
+    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout: ...
     async def attach(self, name: str, node: str | None) -> BankInfo: ...
     async def detach(self, name: str) -> BankInfo: ...
     async def migrate(self, name: str, to: str) -> MigrationReport: ...
     async def tag(self, name: str, tag: str) -> dict[str, int]: ...
+    async def untag(self, name: str, tag: str) -> dict[str, int]: ...
+    async def restore(self, name: str, at: str | int) -> RestoreReport: ...
+    async def fork(self, source: str, target: str, at: str | int | None) -> BankInfo: ...
+    async def materialise(self, name: str) -> BankInfo: ...
     async def digest(self, name: str) -> str: ...
     async def tokens(self, name: str, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor: ...
     async def export(self, name: str, path: Path) -> int: ...
@@ -55,6 +70,14 @@ class ColdBackend(ABC):
     @abstractmethod
     async def detach(self, name: str) -> BankInfo:
         """Settle, snapshot and free a hot bank."""
+
+    @abstractmethod
+    async def mark(self, name: str, tag: str) -> dict[str, int]:
+        """Tag a hot bank where its owner is now."""
+
+    @abstractmethod
+    async def materialise_hot(self, name: str) -> None:
+        """Have the owner of a hot fork copy what it inherited."""
 
     @abstractmethod
     async def hot_bytes(self) -> dict[str, int]:
@@ -87,22 +110,72 @@ class ColdBackend(ABC):
         hot = await self.hot_bytes()
         return [await asyncio.to_thread(self._info, entry, hot) for entry in entries]
 
-    async def delete(self, name: str) -> None:
-        """Remove a bank with all its rows, snapshots and tags."""
-        entry = await asyncio.to_thread(self.cold.catalog.get, name)
+    async def delete(self, name: str, materialise: bool) -> None:
+        """Remove a bank with all its rows, snapshots and tags.
+
+        Raises:
+            Conflict: it has forks and `materialise` is False, naming them.
+        """
+        catalog = self.cold.catalog
+        entry = await asyncio.to_thread(catalog.get, name)
+        for fork in await asyncio.to_thread(catalog.forks, entry.id) if materialise else []:
+            await self.materialise(fork.name)
+        await asyncio.to_thread(catalog.require_no_forks, entry)
         if entry.state == "hot":
             await self.detach(name)
         await asyncio.to_thread(self.cold.remove, name)
 
     async def tag(self, name: str, tag: str) -> dict[str, int]:
-        """Name the journal's present position."""
+        """Name the journal's present position; the owner of a bounded state keeps the state there."""
+        entry = await asyncio.to_thread(self.cold.catalog.get, name)
+        if entry.state == "hot":
+            return await self.mark(name, tag)
 
         def put() -> dict[str, int]:
-            entry = self.cold.catalog.get(name)
             self.cold.catalog.tag(name, tag, self.cold.journal(entry).end())
-            return self.cold.catalog.get(name).tags
+            return self.cold.catalog.tags(name)
 
         return await asyncio.to_thread(put)
+
+    async def untag(self, name: str, tag: str) -> dict[str, int]:
+        """Forget a tag; return those that are left."""
+
+        def drop() -> dict[str, int]:
+            self.cold.catalog.untag(name, tag)
+            return self.cold.catalog.tags(name)
+
+        return await asyncio.to_thread(drop)
+
+    async def restore(self, name: str, at: str | int) -> RestoreReport:
+        """Go back to a tag or position; what came after stays in a bank of its own."""
+        entry = await asyncio.to_thread(self.cold.catalog.get, name)
+        was_hot = entry.state == "hot"
+        if was_hot:
+            await asyncio.to_thread(fork_position, self.cold, entry, at)
+            await self.detach(name)
+        try:
+            return await asyncio.to_thread(restore_to, self.cold, name, at)
+        finally:
+            if was_hot:
+                await self.attach(name, None)
+
+    async def fork(self, source: str, target: str, at: str | int | None) -> BankInfo:
+        """Create `target` from the rows that `source` has up to a tag or position; nothing is copied.
+
+        The fork of an attached bank is attached too, and loads when it is first used.
+        """
+        await asyncio.to_thread(fork_at, self.cold, source, target, at)
+        return await self.info(target)
+
+    async def materialise(self, name: str) -> BankInfo:
+        """Give a fork a journal of its own, so that it needs its parent no more."""
+        entry = await asyncio.to_thread(self.cold.catalog.get, name)
+        if entry.parent is not None:
+            if entry.state == "hot":
+                await self.materialise_hot(name)
+            else:
+                await asyncio.to_thread(materialise_cold, self.cold, entry)
+        return await self.info(name)
 
     async def tokens(self, name: str, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
         """Token ids of a run's rows from `seq_from` to `seq_to` (exclusive), in order."""

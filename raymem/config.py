@@ -35,7 +35,8 @@ class ColdSettings(_Section):
 class HostSettings(_Section):
     """One process with banks: its threads, what a caller may have in flight, the bytes of one commit, its lease.
 
-    Another process takes its banks over when it was silent for `lease_s` seconds.
+    Another process takes its banks over when it was silent for `lease_s` seconds. `past_bytes` bounds the banks kept as
+    they were at earlier positions, for reads `as_of`.
     """
 
     threads: int = Field(default=4, ge=1, le=256)
@@ -43,6 +44,7 @@ class HostSettings(_Section):
     caller_bytes: int = Field(default=256 * 2**20, ge=1024)
     group_bytes: int = Field(default=32 * 2**20, ge=1024)
     lease_s: float = Field(default=9.0, ge=0.1)
+    past_bytes: int = Field(default=256 * 2**20, ge=0)
 
 
 class GatewaySettings(_Section):

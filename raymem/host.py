@@ -18,6 +18,7 @@ from raymem.config import Settings
 from raymem.errors import Moved, NotOwner, RaymemError
 from raymem.lease import Lease
 from raymem.limits import Limiter
+from raymem.past import Past
 from raymem.runtime import Runtime
 from raymem.types import Ack, Readout, Trace
 from raymem.worker import BankWorker
@@ -45,6 +46,7 @@ class Host:
         self.device = device
         self._pool = ThreadPoolExecutor(settings.host.threads, thread_name_prefix="raymem")
         self._limiter = Limiter(settings.host)
+        self.past = Past(cold, settings.host.past_bytes, device)
         self._workers: dict[str, BankWorker] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._moved: dict[str, str] = {}
@@ -133,17 +135,40 @@ class Host:
         task.add_done_callback(lambda done: self._finish_later(name, admitted, done))
         return Ack(rows=len(trace), duplicates=0, end=-1, gaps=0, durable=False)
 
-    async def read(self, name: str, hidden_QLD: Tensor, k: int = 32, start: int = 1, *, caller: str = "") -> Readout:
-        """Read a bank; runs beside writers.
+    async def read(
+        self,
+        name: str,
+        hidden_QLD: Tensor,
+        k: int = 32,
+        start: int = 1,
+        *,
+        as_of: str | float | None = None,
+        caller: str = "",
+    ) -> Readout:
+        """Read a bank, or what it was at a tag or time; runs beside writers.
 
         Raises:
             NotOwner: the lease ran out meanwhile, so the answer may be old.
         """
         worker, lease = self._worker(name), self._lease
         with self._limiter.admit(caller, hidden_QLD.nbytes):
-            readout = await worker.read(hidden_QLD, k, start)
+            if as_of is None:
+                readout = await worker.read(hidden_QLD, k, start)
+            else:
+                bank = worker.runtime.entry
+                readout = await worker.beside(lambda: self.past.at(bank, as_of).read(hidden_QLD, k, start))
         self._confirm(name, lease)
         return readout
+
+    async def mark(self, name: str, tag: str) -> dict[str, int]:
+        """Tag a bank's position after the writes queued so far; return all tags."""
+        worker = self._writable(name)
+        return await worker.call(lambda: worker.runtime.mark(tag))
+
+    async def materialise(self, name: str) -> None:
+        """Copy what a fork inherited into its own journal; writes wait meanwhile, reads don't."""
+        worker = self._writable(name)
+        await worker.call(worker.runtime.materialise)
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's whole state, after the writes queued so far."""

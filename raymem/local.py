@@ -54,9 +54,9 @@ class LocalBackend(ColdBackend):
         """Journal and apply a trace."""
         return await self._owned(name, lambda: self.host.write(name, trace, durable=durable))
 
-    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int) -> Readout:
-        """Read a bank."""
-        return await self._owned(name, lambda: self.host.read(name, hidden_QLD, k, start))
+    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
+        """Read a bank, or what it was."""
+        return await self._owned(name, lambda: self.host.read(name, hidden_QLD, k, start, as_of=as_of))
 
     async def migrate(self, name: str, to: str) -> MigrationReport:
         """There is one node here: a move to it moves nothing."""
@@ -67,6 +67,14 @@ class LocalBackend(ColdBackend):
     async def digest(self, name: str) -> str:
         """sha256 of the bank's state."""
         return await self._owned(name, lambda: self.host.digest(name))
+
+    async def mark(self, name: str, tag: str) -> dict[str, int]:
+        """Tag a hot bank."""
+        return await self._owned(name, lambda: self.host.mark(name, tag))
+
+    async def materialise_hot(self, name: str) -> None:
+        """Copy what a hot fork inherited."""
+        await self._owned(name, lambda: self.host.materialise(name))
 
     async def nodes(self) -> list[str]:
         """This process."""

@@ -18,12 +18,13 @@ from raymem.config import Settings
 from raymem.encode.calibration import Calibration
 from raymem.errors import BackendUnavailable, InvalidInput, RaymemError, StorageError
 from raymem.routes import Route
-from raymem.types import Ack, BankInfo, BankSpec, MigrationReport, Readout, Trace
+from raymem.types import Ack, BankInfo, BankSpec, MigrationReport, Readout, RestoreReport, Trace
 
 _INFO = TypeAdapter(BankInfo)
 _INFOS = TypeAdapter(list[BankInfo])
 _ACK = TypeAdapter(Ack)
 _REPORT = TypeAdapter(MigrationReport)
+_RESTORED = TypeAdapter(RestoreReport)
 _CHUNK_BYTES = 2**20
 # a connection is made or refused at once; an answer may take as long as a large bank takes to load
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -71,9 +72,9 @@ class HttpBackend:
         """The catalog's lines whose names begin with `prefix`."""
         return _INFOS.validate_json(await self._call(routes.BANKS, params={"prefix": prefix}))
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, materialise: bool) -> None:
         """Remove a bank."""
-        await self._call(routes.DELETE, name)
+        await self._call(routes.DELETE, name, params={"materialise": str(materialise).lower()})
 
     async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
         """Write a trace, as msgpack."""
@@ -85,18 +86,19 @@ class HttpBackend:
         body = await asyncio.to_thread(wire.traces_to_arrow, traces)
         return await self._write(name, body, routes.ARROW, durable)
 
-    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int) -> Readout:
+    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
         """Read a bank, in tensors both ways."""
-        body = wire.pack({"hidden": hidden_QLD, "k": k, "start": start}, self._max_bytes)
+        asked = {"hidden": hidden_QLD, "k": k, "start": start} | ({} if as_of is None else {"as_of": as_of})
+        body = wire.pack(asked, self._max_bytes)
         headers = {"Content-Type": routes.MSGPACK, "Accept": routes.MSGPACK}
         found = wire.unpack(await self._call(routes.READ, name, content=body, headers=headers), self._max_bytes)
         if not isinstance(found, Readout):
             raise BackendUnavailable(f"{self._client.base_url} answered a read with a {type(found).__name__}")
         return found
 
-    async def recall(self, name: str, text: str, k: int) -> dict[str, Any]:
+    async def recall(self, name: str, text: str, k: int, as_of: str | None = None) -> dict[str, Any]:
         """Ask a bank in text; the gateway's model reads it."""
-        return await self._json(routes.RECALL, name, json={"text": text, "k": k})
+        return await self._json(routes.RECALL, name, json={"text": text, "k": k, "as_of": as_of})
 
     async def attach(self, name: str, node: str | None) -> BankInfo:
         """Load a bank."""
@@ -114,6 +116,23 @@ class HttpBackend:
         """Name the present position."""
         tags: dict[str, int] = (await self._json(routes.TAG, name, json={"tag": tag}))["tags"]
         return tags
+
+    async def untag(self, name: str, tag: str) -> dict[str, int]:
+        """Forget a tag."""
+        tags: dict[str, int] = (await self._json(routes.UNTAG, name, json={"tag": tag}))["tags"]
+        return tags
+
+    async def restore(self, name: str, at: str | int) -> RestoreReport:
+        """Go back to a tag or position."""
+        return _RESTORED.validate_json(await self._call(routes.RESTORE, name, json={"at": at}))
+
+    async def fork(self, source: str, target: str, at: str | int | None) -> BankInfo:
+        """Create a fork."""
+        return _INFO.validate_json(await self._call(routes.FORK, source, json={"target": target, "at": at}))
+
+    async def materialise(self, name: str) -> BankInfo:
+        """Give a fork a journal of its own."""
+        return _INFO.validate_json(await self._call(routes.MATERIALISE, name))
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's state."""

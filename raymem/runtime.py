@@ -15,6 +15,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from raymem.cold.history import materialise
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore, Entry
 from raymem.encode.calibration import Calibration
@@ -22,6 +23,7 @@ from raymem.encode.encoder import Encoder
 from raymem.errors import Corrupt, RaymemError
 from raymem.memory import build
 from raymem.memory.base import Dims, Found, Memory, Rows, State
+from raymem.memory.rows import RowMemory
 from raymem.prefetch import prefetch
 from raymem.staging import Staging
 from raymem.types import Ack, BankSpec, Readout, Trace, check_hidden
@@ -76,19 +78,24 @@ class Replica:
         with torch.device(self.device):
             self.state = self.memory.empty()
 
-    def recover(self, progress: Progress | None = None) -> None:
-        """Load the newest sound snapshot, then replay the journal's tail."""
-        found = self.cold.snapshots(self.entry).latest()
+    def recover(self, progress: Progress | None = None, upto: int | None = None) -> None:
+        """Load the newest sound snapshot, then replay the journal's tail, both up to position `upto`."""
+        found = self.cold.state(self.entry, upto)
         if found is not None:
             self._restore(*found)
-        self.catch_up(progress)
+        self.catch_up(progress, upto)
 
-    def catch_up(self, progress: Progress | None = None) -> int:
-        """Apply the rows journaled since the last call; return how many. The scan runs ahead of the encoder."""
+    def catch_up(self, progress: Progress | None = None, upto: int | None = None) -> int:
+        """Apply the rows journaled since the last call; return how many. The scan runs ahead of the encoder.
+
+        Args:
+            progress: called with rows applied and rows in all.
+            upto: the position to stop at; the journal's end by default.
+        """
         journal = self.cold.journal(self.entry)
-        before, end = self.pos, journal.end()
+        before, end = self.pos, journal.end() if upto is None else upto
         if end > before:
-            for rows in prefetch(journal.scan(before)):
+            for rows in prefetch(journal.scan(before, upto)):
                 self.apply(rows)
                 if progress is not None:
                     progress(self.pos - before, end - before)
@@ -247,6 +254,17 @@ class Runtime(Replica):
             self.snapshot_pos = self.pos
         self.unsaved_bytes = 0
         return self.pos
+
+    def mark(self, tag: str) -> dict[str, int]:
+        """Tag the present position; return all tags. A bounded state can't be wound back, so it is kept there."""
+        if not isinstance(self.memory, RowMemory):
+            self.snapshot()
+        self.cold.catalog.tag(self.entry.name, tag, self.pos)
+        return self.cold.catalog.tags(self.entry.name)
+
+    def materialise(self) -> None:
+        """Copy the rows that a fork inherited into its own journal."""
+        self.own(materialise(self.cold, self.entry))
 
     def _count(self, outcomes: Sequence[Ack | RaymemError]) -> None:
         for outcome in outcomes:

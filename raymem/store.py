@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from raymem.backend import Backend, check_names, check_read
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
 from raymem.errors import ConfigError
-from raymem.types import Ack, BankInfo, BankSpec, MigrationReport, Readout, Trace
+from raymem.types import Ack, BankInfo, BankSpec, MigrationReport, Readout, RestoreReport, Trace
 
 T = TypeVar("T")
 
@@ -83,10 +84,32 @@ class AsyncStore:
         """The catalog, by name; `prefix` may be a namespace with its slash."""
         return await self.backend.banks(prefix)
 
-    async def delete(self, name: str) -> None:
-        """Remove a bank with all its rows, snapshots and tags."""
+    async def delete(self, name: str, *, materialise: bool = False) -> None:
+        """Remove a bank with all its rows, snapshots and tags; its forks keep what they have with `materialise`.
+
+        Raises:
+            Conflict: it has forks, which read its rows, and `materialise` is False.
+        """
         check_names(name)
-        await self.backend.delete(name)
+        await self.backend.delete(name, materialise)
+
+    async def fork(self, source: str, target: str, at: str | int | None = None) -> AsyncBank:
+        """Create a bank that begins with another's rows, up to a tag or position; no row is copied.
+
+        It is attached if the source is, and goes its own way from there.
+
+        Args:
+            source: the bank to begin with; it may be written meanwhile, and may be a fork.
+            target: the new bank's name.
+            at: a tag or a position; the present position by default.
+
+        Raises:
+            BankExists, BankNotFound, TagNotFound, InvalidInput: nothing was created.
+        """
+        check_names(source)
+        check_names(target)
+        await self.backend.fork(source, target, at)
+        return AsyncBank(self.backend, target)
 
     async def import_(self, path: str | Path, name: str) -> AsyncBank:
         """Create a bank from an exported file; it starts detached.
@@ -142,16 +165,21 @@ class AsyncBank:
         """
         return await self._backend.write(self.name, trace, durable)
 
-    async def read(self, queries: Tensor, k: int = 32, *, start: int = 1) -> Readout:
+    async def read(
+        self, queries: Tensor, k: int = 32, *, start: int = 1, as_of: str | float | datetime | None = None
+    ) -> Readout:
         """Read with Q consecutive hidden states [Q, L, D] of one context.
 
         Args:
             queries: in the fingerprint's layers and dtype.
             k: neighbours or candidates a query.
             start: position of the first in its context; the state at position 0 is an attention sink and finds nothing.
+            as_of: read what the bank was at a tag or a time: seconds since 1970, a datetime or ISO 8601. At a time it
+                had all rows before the first that was stamped later.
         """
         check_read(k, start)
-        return await self._backend.read(self.name, queries, k, start)
+        moment = as_of.timestamp() if isinstance(as_of, datetime) else as_of
+        return await self._backend.read(self.name, queries, k, start, moment)
 
     async def attach(self, node: str | None = None) -> BankInfo:
         """Load the bank from the cold store, on `node` if named."""
@@ -169,6 +197,34 @@ class AsyncBank:
         """Name the present position; return all tags."""
         check_names(self.name, tag)
         return await self._backend.tag(self.name, tag)
+
+    async def tags(self) -> dict[str, int]:
+        """All tags and their positions."""
+        return (await self.info()).tags
+
+    async def untag(self, tag: str) -> dict[str, int]:
+        """Forget a tag; return those that are left.
+
+        Raises:
+            TagNotFound: naming the tags there are.
+        """
+        check_names(self.name, tag)
+        return await self._backend.untag(self.name, tag)
+
+    async def restore(self, at: str | int) -> RestoreReport:
+        """Go back to a tag or a position.
+
+        Nothing is lost: what came after stays in a bank of its own, which the report names, and this one becomes its
+        fork. Writers are held off meanwhile.
+
+        Raises:
+            TagNotFound, InvalidInput: there is no such tag or position; nothing was changed.
+        """
+        return await self._backend.restore(self.name, at)
+
+    async def materialise(self) -> BankInfo:
+        """Copy what this fork inherited into its own journal, so that it needs its parent no more."""
+        return await self._backend.materialise(self.name)
 
     async def digest(self) -> str:
         """sha256 of the bank's whole state; equal digests mean byte-identical states."""
@@ -205,9 +261,13 @@ class Store:
         """As `AsyncStore.banks`."""
         return self._loop.run(self._store.banks(prefix))
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, materialise: bool = False) -> None:
         """As `AsyncStore.delete`."""
-        self._loop.run(self._store.delete(name))
+        self._loop.run(self._store.delete(name, materialise=materialise))
+
+    def fork(self, source: str, target: str, at: str | int | None = None) -> Bank:
+        """As `AsyncStore.fork`."""
+        return Bank(self._loop.run(self._store.fork(source, target, at)), self._loop)
 
     def import_(self, path: str | Path, name: str) -> Bank:
         """As `AsyncStore.import_`."""
@@ -262,9 +322,11 @@ class Bank:
         """As `AsyncBank.write`."""
         return self._loop.run(self._bank.write(trace, durable=durable))
 
-    def read(self, queries: Tensor, k: int = 32, *, start: int = 1) -> Readout:
+    def read(
+        self, queries: Tensor, k: int = 32, *, start: int = 1, as_of: str | float | datetime | None = None
+    ) -> Readout:
         """As `AsyncBank.read`."""
-        return self._loop.run(self._bank.read(queries, k, start=start))
+        return self._loop.run(self._bank.read(queries, k, start=start, as_of=as_of))
 
     def attach(self, node: str | None = None) -> BankInfo:
         """As `AsyncBank.attach`."""
@@ -281,6 +343,22 @@ class Bank:
     def tag(self, tag: str) -> dict[str, int]:
         """As `AsyncBank.tag`."""
         return self._loop.run(self._bank.tag(tag))
+
+    def tags(self) -> dict[str, int]:
+        """As `AsyncBank.tags`."""
+        return self._loop.run(self._bank.tags())
+
+    def untag(self, tag: str) -> dict[str, int]:
+        """As `AsyncBank.untag`."""
+        return self._loop.run(self._bank.untag(tag))
+
+    def restore(self, at: str | int) -> RestoreReport:
+        """As `AsyncBank.restore`."""
+        return self._loop.run(self._bank.restore(at))
+
+    def materialise(self) -> BankInfo:
+        """As `AsyncBank.materialise`."""
+        return self._loop.run(self._bank.materialise())
 
     def digest(self) -> str:
         """As `AsyncBank.digest`."""

@@ -220,6 +220,19 @@ class MigrationReport:
     total_ms: float
 
 
+@dataclass(frozen=True)
+class RestoreReport:
+    """A bank that went back: the position it stands at, how many rows that took away, and the bank that still has them.
+
+    `kept_as` is None where nothing had come after the position.
+    """
+
+    bank: str
+    pos: int
+    undone: int
+    kept_as: str | None
+
+
 def check_bank_name(name: str) -> str:
     """Return `name` if it is `namespace/name`.
 

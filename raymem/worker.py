@@ -65,6 +65,10 @@ class BankWorker:
         """Read now, beside the writers."""
         return await self._in_thread(lambda: self.runtime.read(hidden_QLD, k, start))
 
+    async def beside(self, function: Callable[[], T]) -> T:
+        """Run `function` now, beside the writers."""
+        return await self._in_thread(function)
+
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` after the writes queued so far and before later ones."""
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()

@@ -17,7 +17,7 @@ from raymem.serving import errors
 from raymem.serving.door import Door
 from raymem.serving.metrics import Counted, Metrics
 from raymem.serving.recall import Reader
-from raymem.serving.routes import banks, rows, store
+from raymem.serving.routes import banks, history, rows, store
 from raymem.serving.schemas import ReadBody, WriteBody
 from raymem.store import AsyncStore
 
@@ -45,7 +45,7 @@ def create_app(store_or_opener: AsyncStore | Opener, settings: Settings | None =
     app.state.metrics = Metrics()
     # the door checks the key itself, before any body is read; this only tells OpenAPI
     keyed = [Depends(HTTPBearer(auto_error=False, description="One of gateway.api_keys."))]
-    for router in (banks.router, rows.router, store.router):
+    for router in (banks.router, history.router, rows.router, store.router):
         app.include_router(router, dependencies=keyed)
     app.include_router(store.probes)
     errors.install(app)

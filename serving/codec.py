@@ -16,6 +16,8 @@ from raymem.serving.schemas import ReadAnswer, ReadBody, WriteBody
 from raymem.store import AsyncBank
 from raymem.types import Readout, Trace
 
+_MOMENTS = (str, int, float, type(None))
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -25,6 +27,7 @@ class ReadQuery(NamedTuple):
     hidden_QLD: Tensor
     k: int
     start: int
+    as_of: str | float | None
 
 
 async def read_traces(request: Request, bank: AsyncBank, max_bytes: int) -> list[Trace]:
@@ -58,7 +61,7 @@ async def read_query(request: Request, bank: AsyncBank, max_bytes: int) -> ReadQ
     if kind == routes.MSGPACK:
         return _query(await asyncio.to_thread(wire.unpack, data, max_bytes))
     body = await asyncio.to_thread(_parse, ReadBody, data)
-    return ReadQuery(body.queries((await bank.info()).spec.fingerprint), body.k, body.start)
+    return ReadQuery(body.queries((await bank.info()).spec.fingerprint), body.k, body.start, body.as_of)
 
 
 def answer_readout(request: Request, readout: Readout) -> Response:
@@ -83,8 +86,8 @@ def _parse(model: type[M], data: bytes) -> M:
 
 
 def _query(message: object) -> ReadQuery:
-    if isinstance(message, dict) and message.keys() == {"hidden", "k", "start"}:
-        hidden, k, start = message["hidden"], message["k"], message["start"]
-        if isinstance(hidden, Tensor) and type(k) is int and type(start) is int:
-            return ReadQuery(hidden, k, start)
-    raise InvalidInput("a read takes a map of hidden (tensor), k and start (integers)")
+    if isinstance(message, dict) and message.keys() - {"as_of"} == {"hidden", "k", "start"}:
+        hidden, k, start, as_of = message["hidden"], message["k"], message["start"], message.get("as_of")
+        if isinstance(hidden, Tensor) and type(k) is int and type(start) is int and type(as_of) in _MOMENTS:
+            return ReadQuery(hidden, k, start, as_of)
+    raise InvalidInput("a read takes a map of hidden (tensor), k and start (integers), and as_of (a tag or a time)")

@@ -79,7 +79,7 @@ class Reader:
             )
 
 
-async def recall(bank: AsyncBank, reader: Reader, text: str, k: int) -> RecallAnswer:
+async def recall(bank: AsyncBank, reader: Reader, text: str, k: int, as_of: str | float | None = None) -> RecallAnswer:
     """Answer a question in text with the k best spans that a bank holds.
 
     Args:
@@ -87,10 +87,11 @@ async def recall(bank: AsyncBank, reader: Reader, text: str, k: int) -> RecallAn
         reader: the model to read the question with.
         text: at most `MAX_TOKENS` tokens.
         k: spans, or candidates for kinds that hold no rows.
+        as_of: a tag or time at which the bank is asked; the spans' text is the journal's, and may reach beyond it.
     """
     spec = (await bank.info()).spec
     states_QLD = await asyncio.to_thread(reader.states, text, spec.fingerprint)
-    readout = await bank.read(states_QLD, max(k, _NEIGHBOURS), start=0)
+    readout = await bank.read(states_QLD, max(k, _NEIGHBOURS), start=0, as_of=as_of)
     found = pieces(readout, k) if readout.pos_Qk is not None else []
     return RecallAnswer(
         bank=bank.name,

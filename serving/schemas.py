@@ -101,11 +101,15 @@ class WriteBody(_Request):
 
 
 class ReadBody(_Request):
-    """Q consecutive hidden states [Q, L, D] of one context, the first of which stood at position `start`."""
+    """Q consecutive hidden states [Q, L, D] of one context, the first of which stood at position `start`.
+
+    `as_of` reads what the bank was at a tag or a time (seconds since 1970, or ISO 8601).
+    """
 
     hidden: Floats3
     k: int = 32
     start: int = 1
+    as_of: str | float | None = None
 
     def queries(self, fingerprint: Fingerprint) -> Tensor:
         """The states as the bank wants them."""
@@ -165,6 +169,19 @@ class Tags(BaseModel):
     tags: dict[str, int]
 
 
+class Restore(_Request):
+    """Where to go back to: a tag or a position."""
+
+    at: str | int
+
+
+class Fork(_Request):
+    """The new bank, and the tag or position up to which it has the other's rows; the present one when left out."""
+
+    target: str = Field(examples=["research/bob"])
+    at: str | int | None = None
+
+
 class Digest(BaseModel):
     """sha256 of the bank's whole state."""
 
@@ -198,10 +215,11 @@ class Health(BaseModel):
 
 
 class RecallBody(_Request):
-    """A question in text, and how many spans to answer with."""
+    """A question in text, how many spans to answer with, and the tag or time to ask the bank of."""
 
     text: str = Field(min_length=1, max_length=100_000)
     k: int = Field(default=5, ge=1, le=100)
+    as_of: str | float | None = None
 
 
 class Span(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import raymem
-from raymem.cli import bank, bench, calibrate, demo, doctor, evaluate, output, recall, serve, status
+from raymem.cli import bank, bench, calibrate, demo, doctor, evaluate, history, output, recall, serve, status
 from raymem.errors import MissingExtra, RaymemError
 
 # commands import what they need when they run; this is who brings it
@@ -51,6 +51,7 @@ app.command("serve")(serve.serve)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 app.command("calibrate")(calibrate.calibrate)
+history.add_to(bank.app)
 app.add_typer(bank.app, name="bank")
 app.command("recall")(recall.recall)
 app.add_typer(evaluate.app, name="eval")

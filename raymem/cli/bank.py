@@ -230,6 +230,9 @@ def import_(
 def rm(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    materialise: Annotated[
+        bool, typer.Option("--materialise", help="First copy to its forks the rows that they read.")
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     cold: ColdOption = None,
     json_: JsonOption = False,
@@ -243,7 +246,7 @@ def rm(
     if not yes:
         typer.confirm(f"Remove {name} and everything in it?", abort=True, err=True)
     with opened(store, cold) as memory:
-        memory.delete(name)
+        memory.delete(name, materialise=materialise)
     output.show({"removed": name}, lambda did: f"removed {did['removed']}")
 
 

@@ -30,6 +30,9 @@ def recall(
     name: Annotated[str, typer.Argument(help="The bank, for example research/alice.")],
     text: Annotated[str, typer.Argument(help="What to look for, in words.")],
     k: Annotated[int, typer.Option("-k", help="How many spans.", min=1, max=100)] = 5,
+    as_of: Annotated[
+        str | None, typer.Option("--as-of", help="A tag or a time: ask what the bank was. 2026-01-31T12:00:00Z")
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
     store: StoreOption = DEFAULT_STORE,
     cold: ColdOption = None,
@@ -43,14 +46,18 @@ def recall(
 
         raymem recall research/alice "how is a class body executed?"
 
+        raymem recall research/alice "tides" --as-of before-merge
+
         raymem recall research/alice "tides" -k 3 --store http://127.0.0.1:8765 --json
     """
     with output.waiting("reading …"):
-        answer = asyncio.run(_recall(name, text, k, model, store, cold))
+        answer = asyncio.run(_recall(name, text, k, as_of, model, store, cold))
     output.show(answer, _render)
 
 
-async def _recall(name: str, text: str, k: int, model: str, store: str, cold: str | None) -> RecallAnswer:
+async def _recall(
+    name: str, text: str, k: int, as_of: str | None, model: str, store: str, cold: str | None
+) -> RecallAnswer:
     from raymem.serving.recall import Reader, recall
     from raymem.serving.schemas import RecallAnswer
     from raymem.store import AsyncStore
@@ -63,8 +70,8 @@ async def _recall(name: str, text: str, k: int, model: str, store: str, cold: st
             from raymem.remote import HttpBackend
 
             assert isinstance(memory.backend, HttpBackend)
-            return RecallAnswer.model_validate(await memory.backend.recall(name, text, k))
-        return await recall(bank, Reader(model), text, k)
+            return RecallAnswer.model_validate(await memory.backend.recall(name, text, k, as_of))
+        return await recall(bank, Reader(model), text, k, as_of)
     finally:
         await memory.close()
 

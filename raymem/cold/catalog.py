@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import difflib
 import json
 import time
@@ -17,7 +18,7 @@ from raymem.cold.failures import reading
 from raymem.cold.rows import bank_schema
 from raymem.cold.shared import ATTEMPTS, SharedTable
 from raymem.cold.tables import Tables, journal_table, quote
-from raymem.errors import BankExists, BankNotFound, NotOwner, Overloaded, TagNotFound
+from raymem.errors import BankExists, BankNotFound, Conflict, NotOwner, Overloaded, RaymemError, TagNotFound
 from raymem.types import BankSpec, check_bank_name, check_label, shorten
 
 _TABLE = "catalog"
@@ -41,6 +42,14 @@ _SCHEMA = pa.schema(
         pa.field("ttl_s", pa.float64()),
     ]
 )
+# a change of several lines takes longer than one of a single line, and is cut short by each that crosses it
+_COMMIT_ATTEMPTS = 48
+
+Rows = builtins.list[dict[str, Any]]
+# finds lines as they were at one moment
+Find = Callable[[str], Rows]
+# lines to write, and ids of those to drop
+Change = tuple[Rows, builtins.list[str]]
 
 
 @dataclass(frozen=True)
@@ -95,16 +104,41 @@ class Catalog:
 
         The table comes first and the row last: a bank that the catalog names has a journal, and one whose journal is
         missing has lost it.
+
+        Raises:
+            BankNotFound: it is a fork, and its parent is gone.
         """
         if self._rows(f"name = {quote(entry.name)}"):
             raise _bank_exists(entry.name)
-        table = journal_table(entry.id, entry.generation)
-        self._tables.fill(table, bank_schema(entry.spec), journal)
-        self._table.change(f"create {entry.name}", lambda: self._insert(_entry_row(entry)))
-        if self.get(entry.name).id != entry.id:
-            self._tables.drop(table)
-            raise _bank_exists(entry.name)
+
+        def decide(find: Find) -> Change:
+            _require_new(entry, find)
+            return [_entry_row(entry)], []
+
+        self._add_with_journal(entry, journal, lambda: self._commit(f"create {entry.name}", decide))
         return entry
+
+    def supersede(self, old: Entry, kept_as: str, new: Entry) -> Entry:
+        """Put a fork of a cold bank in its place, and keep the bank itself under another name, in one commit.
+
+        Args:
+            old: the bank as it was looked up.
+            kept_as: the name under which it lives on.
+            new: its fork, with the bank's present name.
+
+        Raises:
+            NotOwner: somebody has claimed or rewritten it since it was looked up. BankExists: `kept_as` is taken.
+        """
+
+        def decide(find: Find) -> Change:
+            present = [_entry(row) for row in find(f"id = {quote(old.id)}")]
+            if not present or (present[0].epoch, present[0].generation) != (old.epoch, old.generation):
+                raise _not_owner(present[0] if present else old, old.epoch)
+            _require_new(dataclasses.replace(new, name=kept_as), find)
+            return [_entry_row(dataclasses.replace(present[0], name=kept_as)), _entry_row(new)], []
+
+        self._add_with_journal(new, [], lambda: self._commit(f"restore {old.name}", decide))
+        return new
 
     def get(self, name: str) -> Entry:
         """The bank of that name.
@@ -202,8 +236,21 @@ class Catalog:
         return self.get(name).tags
 
     def drop(self, entry: Entry) -> None:
-        """Take a bank out of the catalog: from here on it does not exist."""
-        self._table.change(f"remove {entry.name}", lambda: self._table.open().delete(f"id = {quote(entry.id)}"))
+        """Take a bank out of the catalog: from here on it does not exist.
+
+        Raises:
+            Conflict: it has forks, which read its rows.
+        """
+
+        def decide(find: Find) -> Change:
+            _require_no_forks(entry, find)
+            return [], [entry.id]
+
+        self._commit(f"remove {entry.name}", decide)
+
+    def require_no_forks(self, entry: Entry) -> None:
+        """Raise Conflict, naming them, if a bank has forks."""
+        _require_no_forks(entry, self._rows)
 
     def _store_row(self) -> dict[str, Any]:
         return self._rows(f"name = {quote(_STORE_ROW)}")[0]
@@ -211,12 +258,47 @@ class Catalog:
     def _rows(self, where: str) -> builtins.list[dict[str, Any]]:
         return self._table.rows(where)
 
-    def _insert(self, row: dict[str, Any]) -> None:
-        # a merge alone lets two processes insert the same name (measured); rewriting a row they share makes one repeat
-        store = self._store_row()
-        rows = pa.Table.from_pylist([store | {"epoch": store["epoch"] + 1}, row], schema=_SCHEMA)
-        merge = self._table.open().merge_insert("name").when_matched_update_all(where="target.name = ''")
-        merge.when_not_matched_insert_all().execute(rows)
+    def _add_with_journal(self, entry: Entry, journal: Iterable[pa.RecordBatch], commit: Callable[[], None]) -> None:
+        table = journal_table(entry.id, entry.generation)
+        self._tables.fill(table, bank_schema(entry.spec), journal)
+        try:
+            commit()
+        except RaymemError:
+            if self.by_id(entry.id) is None:
+                self._tables.drop(table)
+            raise
+
+    def _commit(self, what: str, decide: Callable[[Find], Change]) -> None:
+        """Change several lines at once, depending on what others say: all of it holds at one moment.
+
+        Each such commit is based on the version in which it looked, and rewrites the store's line: of two that cross,
+        the later fails (measured: also when they touch no other line in common) and decides again.
+        """
+
+        def once() -> RaymemError | None:
+            dataset = self._table.open().to_lance()
+
+            def find(where: str) -> Rows:
+                with reading("read the catalog"):
+                    rows: Rows = dataset.to_table(filter=where).to_pylist()
+                return rows
+
+            store = find(f"name = {quote(_STORE_ROW)}")[0]
+            try:
+                rows, dropped = decide(find)
+            except RaymemError as error:
+                # what the lines say is no reason to look again
+                return error
+            changed = pa.Table.from_pylist([store | {"epoch": store["epoch"] + 1}, *rows], schema=_SCHEMA)
+            merge = dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            if dropped:
+                merge = merge.when_not_matched_by_source_delete(f"id IN ({', '.join(map(quote, dropped))})")
+            merge.conflict_retries(0).execute(changed)
+            return None
+
+        refused = self._table.change(what, once, _COMMIT_ATTEMPTS)
+        if refused is not None:
+            raise refused
 
     def _change(self, name: str, epoch: int, values: dict[str, Any]) -> None:
         if not self._update(f"name = {quote(name)} AND epoch = {epoch}", values):
@@ -247,6 +329,23 @@ class Catalog:
 def _entry_row(entry: Entry) -> dict[str, Any]:
     parsed = {"spec": entry.spec.model_dump_json(), "tags": json.dumps(entry.tags)}
     return {name: getattr(entry, name) for name in _SCHEMA.names} | parsed
+
+
+def _require_new(entry: Entry, find: Find) -> None:
+    if find(f"name = {quote(entry.name)}"):
+        raise _bank_exists(entry.name)
+    if entry.parent is not None and not find(f"id = {quote(entry.parent)}"):
+        raise BankNotFound(f"the bank that {entry.name} is a fork of was removed meanwhile; nothing was created")
+
+
+def _require_no_forks(entry: Entry, find: Find) -> None:
+    forks = sorted(row["name"] for row in find(f"parent = {quote(entry.id)}"))
+    if forks:
+        raise Conflict(
+            f"bank {entry.name} has the forks {', '.join(forks)}, which read its rows; remove them first, or remove it "
+            "with materialise=True (`raymem bank rm --materialise`), which copies the rows to them",
+            forks=forks,
+        )
 
 
 def _bank_exists(name: str) -> BankExists:

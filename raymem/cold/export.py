@@ -107,7 +107,7 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
     path = Path(path)
     with _appearing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         # first the snapshot: the journal then reaches at least as far
-        found = store.snapshots(entry).latest()
+        found = store.state(entry)
         rows = store.journal(entry).end()
         members = {_JOURNAL: _write(archive, _JOURNAL, lambda out: _write_journal(out, store, entry, rows, progress))}
         blob = _calibration(store, entry.spec)

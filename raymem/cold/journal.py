@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Journal:
         self._catalog = catalog
         self._entry = entry
         self._name = journal_table(entry.id, entry.generation)
+        # positions before this one are an ancestor's: see lineage.py
+        self._base = entry.base
         self._schema = bank_schema(entry.spec)
         self._sync = tables.folder_sync(self._name)
         self._writer: Any = None
@@ -110,9 +113,9 @@ class Journal:
                     raise
                 failed_at = start
 
-    def find(self, stream: str, run: str, seq_from: int, seq_to: int) -> dict[int, int]:
-        """Checksums by seq of a run's rows in [seq_from, seq_to) that are there already."""
-        where = f"stream = {quote(stream)} AND run = {quote(run)} AND seq >= {seq_from} AND seq < {seq_to}"
+    def find(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> dict[int, int]:
+        """Checksums by seq of a run's rows in [seq_from, seq_to) that are there already, before position `stop`."""
+        where = _run_filter(stream, run, seq_from, seq_to, stop)
         with reading(f"search the journal of {self._entry.name}"):
             found = self._open().search().where(where).select(["seq", "crc32c"]).to_arrow()
         return dict(zip(found["seq"].to_pylist(), found["crc32c"].to_pylist(), strict=True))
@@ -127,12 +130,18 @@ class Journal:
         """The positions whose rows were erased."""
         return self._holes_of(self._open())
 
-    def tokens(self, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
+    def tokens(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> Tensor:
         """Token ids [T] int64 of a run's rows in [seq_from, seq_to), in order; rows that are not there are left out."""
-        where = f"stream = {quote(stream)} AND run = {quote(run)} AND seq >= {seq_from} AND seq < {seq_to}"
+        where = _run_filter(stream, run, seq_from, seq_to, stop)
         with reading(f"search the journal of {self._entry.name}"):
             found = self._open().search().where(where).select(["seq", "token"]).to_arrow()
         return torch.tensor(found.sort_by("seq")["token"].to_pylist(), dtype=torch.int64)
+
+    def before(self, time: float) -> int | None:
+        """The position of the first row whose time is later than `time`, in seconds; None if no row's is."""
+        with reading(f"search the journal of {self._entry.name}"):
+            found = self._open().search().where(f"time > {time!r}").select(["pos"]).limit(1).to_arrow()["pos"]
+        return int(found[0].as_py()) if len(found) else None
 
     def maintain(self) -> bool:
         """Compact after every 128 commits, and drop what only old versions need; say whether it did.
@@ -170,7 +179,8 @@ class Journal:
         name = self._entry.name
         table = self._open()
         holes = self._holes_of(table)
-        limits = [f"pos >= {start}"] * (start > 0) + [f"pos < {stop}"] * (stop is not None)
+        start = max(start, self._base)
+        limits = [f"pos >= {start}"] * (start > self._base) + [f"pos < {stop}"] * (stop is not None)
         with reading(f"read the journal of {name} from position {start}"):
             query = table.search()
             if limits:
@@ -211,8 +221,8 @@ class Journal:
             rows = int(table.count_rows())
             last = table.search().select(["pos"]).offset(rows - 1).limit(1).to_arrow()["pos"] if rows else []
         # of a journal whose last rows were erased, the next row still gets a position of its own
-        end: int = max(holes.end, last[0].as_py() + 1 if rows else 0)
-        if end != rows + len(holes):
+        end: int = max(holes.end, last[0].as_py() + 1 if rows else self._base)
+        if rows != int(np.diff(holes.rank(np.array([self._base, end])))[0]):
             raise Corrupt(
                 f"the journal of {self._entry.name} holds {rows} rows but ends at position {end}, of which "
                 f"{len(holes)} were erased; restore the bank from an export or a copy of the store",
@@ -293,6 +303,11 @@ class Journal:
         return NotOwner(
             f"a later owner has taken over bank {self._entry.name}; nothing was acknowledged, look up who owns it"
         )
+
+
+def _run_filter(stream: str, run: str, seq_from: int, seq_to: int, stop: int | None) -> str:
+    where = f"stream = {quote(stream)} AND run = {quote(run)} AND seq >= {seq_from} AND seq < {seq_to}"
+    return where if stop is None else f"{where} AND pos < {stop}"
 
 
 def _take(batches: Iterator[pa.RecordBatch], rows: int) -> list[pa.RecordBatch]:

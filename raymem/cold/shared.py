@@ -54,13 +54,13 @@ class SharedTable:
             found: list[dict[str, Any]] = self.open().search().where(where).to_arrow().to_pylist()
         return found
 
-    def change(self, what: str, change: Callable[[], T]) -> T:
+    def change(self, what: str, change: Callable[[], T], attempts: int = ATTEMPTS) -> T:
         """Run a change of one commit until no other process is in its way.
 
         Raises:
             Overloaded: the others never ended.
         """
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             try:
                 with writing(what):
                     result = change()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -48,21 +48,26 @@ class _Manifest:
 
 
 class Snapshots:
-    """The newest snapshots of one bank; one without a manifest row was cut short and does not exist.
+    """The newest snapshots of one bank, and those at its tags.
 
-    `fallbacks` counts how often `latest` had to pass over a corrupt one.
+    One without a manifest row was cut short and does not exist.
+
+    `fallbacks` counts how often `latest` had to pass over a corrupt one. `tagged` gives the positions to keep.
     """
 
-    def __init__(self, tables: Tables, entry: Entry, keep: int = 2) -> None:
+    def __init__(
+        self, tables: Tables, entry: Entry, keep: int = 2, tagged: Callable[[], Iterable[int]] = tuple
+    ) -> None:
         self._tables = tables
         self._bank = entry.name
         self._name = snapshot_table(entry.id)
         self._sync = tables.folder_sync(self._name)
         self._keep = keep
+        self._tagged = tagged
         self.fallbacks = 0
 
     def save(self, pos: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Write the state at journal position `pos`, then drop all but the newest snapshots.
+        """Write the state at journal position `pos`, then drop all but the newest snapshots and those at tags.
 
         Args:
             pos: rows before this position are part of the state.
@@ -83,8 +88,8 @@ class Snapshots:
             self._make_durable()
         self._prune()
 
-    def latest(self, strict: bool = False) -> Snapshot | None:
-        """The newest snapshot, or None: its position, tensors of its own and meta.
+    def latest(self, strict: bool = False, upto: int | None = None) -> Snapshot | None:
+        """The newest snapshot, of those up to position `upto`, or None: its position, tensors of its own and meta.
 
         A corrupt one is passed over for the one before, because the journal can redo the rest, unless `strict`.
 
@@ -92,6 +97,8 @@ class Snapshots:
             Corrupt: `strict`, and the newest does not hold its checksums.
         """
         for row in self._manifests():
+            if upto is not None and row["pos"] > upto:
+                continue
             try:
                 return self._load(self._parse(row))
             except Corrupt as error:
@@ -153,7 +160,13 @@ class Snapshots:
                 yield data.as_buffer()
 
     def _prune(self) -> None:
-        old = [quote(row["snapshot"]) for row in self._manifests()[self._keep :]]
+        manifests = self._manifests()
+        kept = {row["snapshot"] for row in manifests[: self._keep]}
+        if len(kept) < len(manifests):
+            # a tag's is the newest at its position
+            at_tag = {row["pos"]: row["snapshot"] for row in reversed(manifests)}
+            kept |= {at_tag[pos] for pos in self._tagged() if pos in at_tag}
+        old = [quote(row["snapshot"]) for row in manifests if row["snapshot"] not in kept]
         if not old:
             return
         with writing(f"drop old snapshots of {self._bank}"):

@@ -8,7 +8,8 @@ from raymem.cold.calibrations import Calibrations
 from raymem.cold.catalog import Catalog, Entry
 from raymem.cold.incarnations import Incarnations
 from raymem.cold.journal import Journal
-from raymem.cold.snapshots import Snapshots
+from raymem.cold.lineage import ancestors, open_journal
+from raymem.cold.snapshots import Snapshot, Snapshots
 from raymem.cold.tables import Tables, journal_table, snapshot_table
 
 __all__ = ["Calibrations", "Catalog", "ColdStore", "Entry", "Incarnations", "Journal", "Snapshots"]
@@ -49,11 +50,20 @@ class ColdStore:
 
     def journal(self, entry: Entry) -> Journal:
         """A bank's journal; nothing is read or written before it is used."""
-        return Journal(self.tables, self.catalog, entry)
+        return open_journal(self.tables, self.catalog, entry)
 
     def snapshots(self, entry: Entry) -> Snapshots:
         """A bank's snapshots; nothing is read or written before they are used."""
-        return Snapshots(self.tables, entry)
+        return Snapshots(self.tables, entry, tagged=lambda: self._tagged(entry))
+
+    def state(self, entry: Entry, upto: int | None = None) -> Snapshot | None:
+        """The newest sound snapshot up to position `upto`; a fork without one of its own has those it came from."""
+        found = self.snapshots(entry).latest(upto=upto)
+        for parent, base in ancestors(self.catalog, entry):
+            if found is not None:
+                break
+            found = self.snapshots(parent).latest(upto=base if upto is None else min(base, upto))
+        return found
 
     def nonce(self) -> str:
         """What the store's creator wrote: processes that read different nonces don't see the same store."""
@@ -63,9 +73,13 @@ class ColdStore:
         """Remove a bank with its journal and snapshots; once its catalog row is gone, so is the bank.
 
         Raises:
-            BankNotFound: there is no such bank.
+            BankNotFound: there is no such bank. Conflict: it has forks, naming them.
         """
         entry = self.catalog.get(name)
         self.catalog.drop(entry)
         for table in (journal_table(entry.id, entry.generation), snapshot_table(entry.id)):
             self.tables.drop(table)
+
+    def _tagged(self, entry: Entry) -> list[int]:
+        present = self.catalog.by_id(entry.id)
+        return list(present.tags.values()) if present else []

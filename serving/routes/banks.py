@@ -17,6 +17,7 @@ from raymem.errors import (
     BankExists,
     BankNotFound,
     CalibrationNotFound,
+    Conflict,
     Corrupt,
     InvalidName,
     InvalidSpec,
@@ -48,10 +49,10 @@ async def show(bank: BankDep) -> BankInfo:
     return await bank.info()
 
 
-@serve(router, routes.DELETE, BankNotFound, InvalidName, StorageError, status_code=204)
-async def delete(store: StoreDep, name: NameDep) -> Response:
-    """Remove a bank with all its rows, snapshots and tags."""
-    await store.delete(name)
+@serve(router, routes.DELETE, BankNotFound, Conflict, InvalidName, StorageError, status_code=204)
+async def delete(store: StoreDep, name: NameDep, materialise: bool = False) -> Response:
+    """Remove a bank with all its rows, snapshots and tags; `materialise` first copies to its forks what they read."""
+    await store.delete(name, materialise=materialise)
     return Response(status_code=204)
 
 

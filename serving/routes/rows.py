@@ -18,6 +18,7 @@ from raymem.errors import (
     NonFinite,
     SequenceConflict,
     StorageError,
+    TagNotFound,
 )
 from raymem.serving.codec import answer_readout, read_query, read_traces
 from raymem.serving.recall import recall
@@ -61,21 +62,24 @@ async def write(bank: BankDep, settings: SettingsDep, request: Request, durable:
 @serve(
     router,
     routes.READ,
-    *(BankNotFound, BankDetached, InvalidTrace, NonFinite),
+    *(BankNotFound, BankDetached, InvalidTrace, NonFinite, TagNotFound),
     response_model=ReadAnswer,
     openapi_extra=_body(ReadBody, routes.MSGPACK),
 )
 async def read(bank: BankDep, settings: SettingsDep, request: Request) -> Response:
-    """Read with consecutive hidden states of one context; `Accept: application/msgpack` answers in tensors."""
+    """Read with consecutive hidden states of one context, `as_of` a tag or time what the bank was then.
+
+    `Accept: application/msgpack` answers in tensors.
+    """
     query = await read_query(request, bank, settings.max_body_bytes)
-    readout = await bank.read(query.hidden_QLD, query.k, start=query.start)
+    readout = await bank.read(query.hidden_QLD, query.k, start=query.start, as_of=query.as_of)
     return answer_readout(request, readout)
 
 
 @serve(router, routes.RECALL, BankNotFound, BankDetached, FingerprintMismatch, MissingExtra, ModelNotFound, InvalidName)
 async def recall_text(bank: BankDep, reader: ReaderDep, body: RecallBody) -> RecallAnswer:
     """Ask a bank in text: the text runs through the bank's model, the answer is text that was written there."""
-    return await recall(bank, reader, body.text, body.k)
+    return await recall(bank, reader, body.text, body.k, body.as_of)
 
 
 @serve(router, routes.TOKENS, BankNotFound, InvalidName)

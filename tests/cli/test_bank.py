@@ -18,6 +18,22 @@ def test_a_bank_lives_its_whole_life_on_the_command_line(raymem, alice, tmp_path
     assert [bank["name"] for bank in raymem("bank", "ls", "lab/", "--json").json] == [alice]
 
 
+def test_a_banks_past_on_the_command_line(raymem, alice):
+    raymem("bank", "tag", alice, "ten")
+    assert raymem("bank", "tags", alice, "--json").json == {"bank": alice, "tags": {"ten": 10}}
+    assert raymem("bank", "fork", alice, "lab/bob", "--at", "ten", "--json").json["rows"] == 10
+    assert raymem("bank", "fork", alice, "lab/carol", "--pos", 4, "--json").json["rows"] == 4
+    refused = raymem("bank", "rm", alice, "--yes")
+    assert refused.code != 0
+    assert "lab/bob, lab/carol" in refused.err
+    assert raymem("bank", "materialise", "lab/bob", "--json").json["rows"] == 10
+    assert raymem("bank", "restore", "lab/bob", "--pos", 7, "--json").json["undone"] == 3
+    assert "already" in raymem("bank", "restore", alice, "ten").out
+    assert raymem("bank", "restore", alice).code != 0
+    assert raymem("bank", "untag", alice, "ten", "--json").json == {"bank": alice, "tags": {}}
+    assert raymem("bank", "rm", alice, "--yes", "--materialise", "--json").json == {"removed": alice}
+
+
 @pytest.mark.parametrize("verb", ["ls", "show", "detach", "attach"])
 def test_people_get_tables_and_sentences(raymem, alice, verb):
     said = raymem("bank", verb, *([] if verb == "ls" else [alice]))

@@ -103,6 +103,28 @@ step("Bank.tokens", "of no run")(lambda on: on.bank.tokens("s", "none", 0, 9).to
 step("Bank.tokens", "of no bank")(lambda on: on.other("none").tokens("s", "r", 0, 9))
 step("Bank.tag", "names the position")(lambda on: on.bank.tag("before"))
 step("Bank.tag", "refuses an empty name")(lambda on: on.bank.tag(""))
+step("Bank.tags", "lists them")(lambda on: on.bank.tags())
+step("Bank.read", "as of a tag")(lambda on: on.bank.read(on.tiny.trace(7).hidden, 4, as_of="before"))
+step("Bank.read", "as of a time before all rows")(lambda on: on.bank.read(on.tiny.trace(7).hidden, 4, as_of=0.5))
+step("Bank.read", "as of no tag and no time")(lambda on: on.bank.read(on.tiny.trace(7).hidden, 4, as_of="never"))
+step("Store.fork", "at a position")(lambda on: on.store.fork(on.bank.name, f"{on.kind}/fork", 50).info())
+step("Store.fork", "at a tag")(lambda on: on.store.fork(on.bank.name, f"{on.kind}/other", "before").info().rows)
+step("Store.fork", "at no tag")(lambda on: on.store.fork(on.bank.name, f"{on.kind}/third", "never"))
+step("Store.fork", "at no position")(lambda on: on.store.fork(on.bank.name, f"{on.kind}/third", 10_000))
+step("Store.fork", "refuses a name that is taken")(lambda on: on.store.fork(on.bank.name, f"{on.kind}/fork"))
+step("Bank.write", "to a fork")(lambda on: on.other("fork").write(on.tiny.trace(60)))
+step("Bank.digest", "of a fork")(lambda on: on.other("fork").digest())
+step("Store.delete", "a bank with forks")(lambda on: on.store.delete(on.bank.name))
+step("Bank.materialise", "copies what a fork inherited")(lambda on: on.other("fork").materialise())
+step("Bank.digest", "of what was a fork")(lambda on: on.other("fork").digest())
+step("Bank.restore", "goes back to a position")(lambda on: on.other("fork").restore(40))
+step("Bank.restore", "to no tag")(lambda on: on.other("fork").restore("never"))
+step("Bank.read", "after it went back")(lambda on: on.other("fork").read(on.tiny.trace(7).hidden, 4))
+step("Store.delete", "a fork")(lambda on: on.store.delete(f"{on.kind}/fork"))
+step("Store.delete", "the rest of it")(lambda on: on.store.delete(f"{on.kind}/fork-before-restore"))
+step("Store.delete", "another fork")(lambda on: on.store.delete(f"{on.kind}/other"))
+step("Bank.untag", "forgets one")(lambda on: on.bank.untag("before"))
+step("Bank.untag", "no tag")(lambda on: on.bank.untag("before"))
 step("Store.banks", "by prefix")(lambda on: on.store.banks(f"{on.kind}/"))
 step("Store.banks", "none")(lambda on: on.store.banks("nothing/"))
 step("Store.nodes", "has the bank's node")(lambda on: on.bank.info().node in on.store.nodes())
@@ -222,8 +244,12 @@ def test_the_steps_do_what_they_say(outcome, kind):
     assert found["Bank.digest", "after it slept"] == found["Bank.digest", "of what was written"]
     assert found["Bank.digest", "of an imported bank"] is True
     assert found["Store.nodes", "has the bank's node"] is True
+    assert found["Bank.write", "to a fork"].duplicates == 50
+    assert found["Bank.digest", "of a fork"] == found["Bank.digest", "of what was a fork"]
+    assert found["Bank.restore", "goes back to a position"].undone == 20
     errors = {what: outcome for (_, what), outcome in found.items() if isinstance(outcome, RaymemError)}
     refused = {"a cold bank", "no bank", "to no node", "a row that is not finite", "other rows under the same names"}
+    refused |= {"at no tag", "at no position", "a bank with forks", "as of no tag and no time"}
     assert refused <= set(errors)
 
 

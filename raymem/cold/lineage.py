@@ -1,0 +1,79 @@
+"""Reading a fork's journal: its ancestors' rows below the position where it left them, then its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from raymem.cold.catalog import Catalog, Entry
+from raymem.cold.holes import Holes
+from raymem.cold.journal import Journal
+from raymem.cold.rows import JournalRows
+from raymem.cold.tables import Tables
+from raymem.errors import Corrupt
+
+
+class Lineage(Journal):
+    """A fork's journal: it writes its own table, and reads its parent's rows before `base` as if they were there.
+
+    The parent is looked up at each read: its rows may settle, its table may be rewritten, it may have another name.
+    """
+
+    def scan(self, start: int = 0, stop: int | None = None, batch_rows: int = 4096) -> Iterator[JournalRows]:
+        """As `Journal.scan`, from the first ancestor's rows on."""
+        if start < self._base:
+            yield from self._parent().scan(start, self._upto(stop), batch_rows)
+        if stop is None or stop > self._base:
+            yield from super().scan(max(start, self._base), stop, batch_rows)
+
+    def find(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> dict[int, int]:
+        """As `Journal.find`; what the fork inherited is there already."""
+        inherited = self._parent().find(stream, run, seq_from, seq_to, self._upto(stop))
+        return inherited | super().find(stream, run, seq_from, seq_to, stop)
+
+    def matches(self, where: str) -> Tensor:
+        """As `Journal.matches`, of the rows that it inherited too."""
+        inherited_T = self._parent().matches(where)
+        return torch.cat([inherited_T[inherited_T < self._base], super().matches(where)])
+
+    def holes(self) -> Holes:
+        """As `Journal.holes`."""
+        inherited = self._parent().holes().positions()
+        return Holes.of(inherited[inherited < self._base].tolist(), self._base) | super().holes()
+
+    def tokens(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> Tensor:
+        """As `Journal.tokens`; a run may go on in the fork."""
+        inherited_T = self._parent().tokens(stream, run, seq_from, seq_to, self._upto(stop))
+        return torch.cat([inherited_T, super().tokens(stream, run, seq_from, seq_to, stop)])
+
+    def before(self, time: float) -> int | None:
+        """As `Journal.before`."""
+        inherited = self._parent().before(time)
+        return inherited if inherited is not None and inherited < self._base else super().before(time)
+
+    def _upto(self, stop: int | None) -> int:
+        return self._base if stop is None else min(stop, self._base)
+
+    def _parent(self) -> Journal:
+        parent = self._catalog.by_id(str(self._entry.parent))
+        if parent is None:
+            raise Corrupt(
+                f"the bank that {self._entry.name} was forked from at position {self._base} is not in the catalog; "
+                "restore the store from a copy"
+            )
+        return open_journal(self._tables, self._catalog, parent)
+
+
+def open_journal(tables: Tables, catalog: Catalog, entry: Entry) -> Journal:
+    """A bank's journal, whether it is a fork or not; nothing is read or written before it is used."""
+    return (Journal if entry.parent is None else Lineage)(tables, catalog, entry)
+
+
+def ancestors(catalog: Catalog, entry: Entry) -> Iterator[tuple[Entry, int]]:
+    """The banks that a fork came from, nearest first, each with the position up to which its rows are the fork's."""
+    upto = entry.base
+    while entry.parent is not None and (parent := catalog.by_id(entry.parent)) is not None:
+        yield parent, upto
+        entry, upto = parent, min(upto, parent.base)

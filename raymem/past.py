@@ -1,0 +1,83 @@
+"""Banks as they were: replicas at earlier positions, made when they are read and kept while there is room."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, defaultdict
+
+from raymem.cold.history import position_of
+from raymem.cold.store import ColdStore, Entry
+from raymem.errors import BankNotFound
+from raymem.runtime import Replica
+
+# a position of one writing of a bank's journal
+_Key = tuple[str, int, int]
+
+
+class Past:
+    """Read-only replicas of banks at positions in their past, the least lately used dropped first.
+
+    Args:
+        cold: the store.
+        limit_bytes: what all of them may hold; one that alone holds more is made anew for each read.
+        device: where their states live.
+    """
+
+    def __init__(self, cold: ColdStore, limit_bytes: int, device: str = "cpu") -> None:
+        self._cold = cold
+        self._limit = limit_bytes
+        self._device = device
+        self._kept: OrderedDict[_Key, Replica] = OrderedDict()
+        self._making: defaultdict[_Key, threading.Lock] = defaultdict(threading.Lock)
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states kept."""
+        with self._lock:
+            return sum(replica.nbytes for replica in self._kept.values())
+
+    def at(self, bank: Entry, as_of: str | float) -> Replica:
+        """The bank as it was at a tag or a time.
+
+        Raises:
+            TagNotFound: neither, naming the tags there are.
+        """
+        entry = self._cold.catalog.by_id(bank.id)
+        if entry is None:
+            raise BankNotFound(f"bank {bank.name!r} was removed")
+        pos = position_of(self._cold, entry, as_of)
+        key = (entry.id, entry.generation, pos)
+        with self._making_of(key):
+            found = self._get(key) or self._make(entry, pos)
+            self._keep(key, found)
+        return found
+
+    def forget(self, id: str | None = None) -> None:
+        """Drop what is kept of a bank, or of all."""
+        with self._lock:
+            for key in [key for key in self._kept if id in (None, key[0])]:
+                del self._kept[key]
+
+    def _make(self, entry: Entry, pos: int) -> Replica:
+        replica = Replica(self._cold, entry, self._device)
+        replica.recover(upto=pos)
+        return replica
+
+    def _making_of(self, key: _Key) -> threading.Lock:
+        with self._lock:
+            return self._making[key]
+
+    def _get(self, key: _Key) -> Replica | None:
+        with self._lock:
+            return self._kept.get(key)
+
+    def _keep(self, key: _Key, replica: Replica) -> None:
+        with self._lock:
+            self._kept[key] = replica
+            self._kept.move_to_end(key)
+            total = sum(kept.nbytes for kept in self._kept.values())
+            while total > self._limit:
+                dropped, oldest = self._kept.popitem(last=False)
+                self._making.pop(dropped, None)
+                total -= oldest.nbytes
