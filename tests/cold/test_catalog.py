@@ -117,7 +117,7 @@ def test_no_text_breaks_out_of_a_filter(shared_store: ColdStore, text: str):
     with pytest.raises(BankNotFound):
         shared_store.catalog.get(text + "'")
     assert shared_store.catalog.list(text + "'") == []
-    assert shared_store.calibrations.find(text, (1,)) is None
+    assert shared_store.calibrations.find(text + "'", (1,)) is None
 
 
 @pytest.fixture(scope="module")
