@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 import uuid
 from typing import Any
 
 from torch import Tensor
 
-from raymem.actors import cluster
+from raymem.actors import cluster, placement
 from raymem.actors.calls import Remote, ask_all
+from raymem.actors.placement import node_prefix
 from raymem.actors.routing import Router, running_spec
 from raymem.actors.shard import ClusterSpec, open_shared
 from raymem.actors.transfer import pack, pack_fields, unpack_fields
-from raymem.backend import ColdBackend
+from raymem.backend import ColdBackend, shard_info
 from raymem.cold.store import ColdStore
 from raymem.config import Settings
-from raymem.errors import BankDetached, ConfigError, NotShared, RaymemError
+from raymem.errors import BankDetached, BankNotFound, ConfigError, Conflict, NotShared, RaymemError
 from raymem.limits import Limiter
-from raymem.types import Ack, BankInfo, MigrationReport, Readout, Trace
+from raymem.types import Ack, BankInfo, DrainReport, MigrationReport, Readout, ShardInfo, Trace
 
 
 class RayBackend(ColdBackend):
@@ -94,7 +96,7 @@ class RayBackend(ColdBackend):
             Conflict: the bank is hot on another node, or held by a living process outside the cluster.
         """
         topology = await self._router.refresh()
-        await self._router.load(name, topology.shards if node is None else topology.on(node), node)
+        await self._router.load(name, topology.taking(node), node)
         return await self.info(name)
 
     async def detach(self, name: str) -> BankInfo:
@@ -138,9 +140,12 @@ class RayBackend(ColdBackend):
             InvalidInput: no such node, naming those there are.
         """
         topology = await self._router.refresh()
-        candidates = topology.on(to)
         owner = await self._router.call(name, "locate")
-        target = owner if owner in {info.name for info in candidates} else await self._router.least(candidates)
+        stays = owner in {info.name for info in topology.on(to)}
+        target = owner if stays else await self._router.least(topology.taking(to))
+        return await self._move(name, target)
+
+    async def _move(self, name: str, target: str) -> MigrationReport:
         report: MigrationReport = await self._router.call(name, "migrate", target)
         self._router.forget(name)
         source, target = (self.node_of(shard) or shard for shard in (report.source, report.target))
@@ -149,6 +154,58 @@ class RayBackend(ColdBackend):
     async def nodes(self) -> list[str]:
         """The nodes that have a shard."""
         return (await self._router.refresh()).nodes
+
+    async def shards(self) -> list[ShardInfo]:
+        """The shards that answer, and the room each has."""
+        topology = await self._router.refresh()
+        answers = await ask_all([self._router.remote(info.name) for info in topology.shards], "memory")
+        entries = await asyncio.to_thread(self.cold.catalog.list)
+        return [
+            shard_info(info.name, info.node.name, entries, *answer, draining=topology.is_draining(info.name))
+            for info in topology.shards
+            if not isinstance(answer := answers[info.name], RaymemError)
+        ]
+
+    async def drain(self, node: str, undo: bool) -> DrainReport:
+        """Move every bank away from a node; what it may not take meanwhile is written down in the cold store.
+
+        Raises:
+            InvalidInput: no such node, naming those there are.
+            Conflict: no other node takes banks.
+        """
+        began = time.perf_counter()
+        topology = await self._router.refresh()
+        leaving = topology.on(node)
+        mark = self.cold.draining.end if undo else self.cold.draining.begin
+        others = [info for info in topology.shards if info not in leaving and not topology.is_draining(info.name)]
+        if not undo and not others:
+            raise Conflict(f"node {node!r} is the only one: no other can take its banks; detach them: bank.detach()")
+        for prefix in {node_prefix(info.name) for info in leaving}:
+            await asyncio.to_thread(mark, prefix)
+        moved, failed = ([], {}) if undo else await self._empty({info.name for info in leaving}, others)
+        total_ms = 1e3 * (time.perf_counter() - began)
+        return DrainReport(node, tuple(moved), failed, total_ms=total_ms, draining=not undo)
+
+    async def _empty(
+        self, leaving: set[str], others: list[placement.ShardInfo]
+    ) -> tuple[list[MigrationReport], dict[str, str]]:
+        moved: list[MigrationReport] = []
+        failed: dict[str, str] = {}
+        # again, for what came while the others went
+        while names := [name for name in await self._owned(leaving) if name not in failed]:
+            for name in names:
+                try:
+                    moved.append(await self._move(name, await self._router.least(others)))
+                except (BankDetached, BankNotFound):
+                    # somebody else put it away
+                    continue
+                except RaymemError as error:
+                    failed[name] = error.message
+        return moved, failed
+
+    async def _owned(self, shards: set[str]) -> list[str]:
+        entries = await asyncio.to_thread(self.cold.catalog.list)
+        return [entry.name for entry in entries if entry.owner in shards]
 
     async def stats(self) -> dict[str, Any]:
         """Counters of every shard; one that does not answer has its error in their place."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import structlog
 
 from raymem.actors.calls import Peer
-from raymem.actors.placement import Node, ShardInfo, Topology, shard_name
+from raymem.actors.placement import Node, ShardInfo, Topology, node_prefix, shard_name
 from raymem.actors.rehoming import Rehoming
 from raymem.actors.shard import ClusterSpec, open_shared
 from raymem.cold.store import ColdStore, Entry
@@ -59,6 +59,7 @@ class Directory:
         self._cluster = cluster()
         self._shards: dict[str, ShardInfo] = {}
         self._failures: dict[str, RaymemError] = {}
+        self._draining: frozenset[str] = frozenset()
         self._owners: dict[str, str] = {}
         self._ensuring = asyncio.Lock()
         self._cold: ColdStore | None = None
@@ -77,7 +78,9 @@ class Directory:
             self._forget_dead({node.id for node in nodes}, {node.name for node in nodes})
             wanted = [node for node in nodes if retry_failed or not self._failed_for_good(node)]
             await asyncio.gather(*(self._ensure_node(node) for node in wanted))
-            return Topology(tuple(self._shards[name] for name in sorted(self._shards)), dict(self._failures))
+            self._draining = await asyncio.to_thread(self._read_draining)
+            shards = tuple(self._shards[name] for name in sorted(self._shards))
+            return Topology(shards, dict(self._failures), self._draining)
 
     async def owner(self, bank: str, fresh: bool) -> str | None:
         """The owner of a hot bank, as last seen; None if it is cold or has none.
@@ -139,7 +142,15 @@ class Directory:
         await Rehoming(cold, lease_s, self._open, self._cluster.shard, self._cluster.restart_shard).keep_up()
 
     def _open(self) -> list[ShardInfo]:
-        return list(self._shards.values())
+        return [info for info in self._shards.values() if node_prefix(info.name) not in self._draining]
+
+    def _read_draining(self) -> frozenset[str]:
+        try:
+            return self._store().draining.nodes()
+        except RaymemError as error:
+            # shards refuse by themselves what they must not take
+            log.warning("draining nodes not read", error=str(error))
+            return self._draining
 
     async def _keep_up(self) -> None:
         while True:

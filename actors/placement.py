@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raymem.errors import BackendUnavailable, InvalidInput, RaymemError
+from raymem.errors import BackendUnavailable, Conflict, InvalidInput, RaymemError
 
 _PREFIX = 12
 
@@ -32,10 +32,11 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Topology:
-    """The shards that serve, and for nodes that can't have one, why."""
+    """The shards that serve, for nodes that can't have one why, and the nodes that take no new banks."""
 
     shards: tuple[ShardInfo, ...] = ()
     failures: Mapping[str, RaymemError] = field(default_factory=dict)
+    draining: frozenset[str] = frozenset()
 
     @property
     def nodes(self) -> list[str]:
@@ -61,6 +62,27 @@ class Topology:
         if not found:
             raise InvalidInput(f"there is no node {node!r}; the nodes are {', '.join(self.nodes)}")
         return found
+
+    def taking(self, node: str | None = None) -> list[ShardInfo]:
+        """The shards that take new banks: of all nodes, or of one.
+
+        Raises:
+            Conflict: they are being drained. As `on`.
+        """
+        found = self.shards if node is None else self.on(node)
+        taking = [info for info in found if not self.is_draining(info.name)]
+        if found and not taking:
+            raise draining(", ".join(sorted({info.node.name for info in found})))
+        return taking
+
+    def is_draining(self, shard: str) -> bool:
+        """Whether a shard is being emptied."""
+        return node_prefix(shard) in self.draining
+
+
+def draining(node: str) -> Conflict:
+    """The error where a bank would have to go to a node that is being emptied."""
+    return Conflict(f"{node} is being drained and takes no banks; end that: `raymem shard drain NODE --undo`")
 
 
 def shard_name(node_id: str, index: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -92,7 +93,9 @@ class Router:
                 found: Topology = await self._directory.call("ensure", retry_failed)
             except BackendUnavailable as error:
                 if self.topology.shards:
-                    return self.topology
+                    # what may have changed and matters is written down
+                    draining = await asyncio.to_thread(self._cold.draining.nodes)
+                    return dataclasses.replace(self.topology, draining=draining)
                 raise _Again(error) from error
             return found
 
@@ -218,7 +221,7 @@ class Router:
         entry = await asyncio.to_thread(self._cold.catalog.get, bank)
         if entry.state == "cold":
             raise detached(bank)
-        return entry.owner or await self._place(entry, self.topology.shards, "")
+        return entry.owner or await self._place(entry, (await self.refresh()).taking(), "")
 
     async def _last_seen(self, bank: str) -> str | None:
         try:

@@ -13,6 +13,7 @@ import structlog
 
 from raymem.actors.calls import Peer
 from raymem.actors.migration import move
+from raymem.actors.placement import draining, node_prefix
 from raymem.actors.transfer import Packed, pack_fields, unpack, unpack_fields
 from raymem.cold.store import ColdStore
 from raymem.config import Settings
@@ -85,8 +86,13 @@ class Shard:
         await (await self._hot(name)).materialise(name)
 
     async def attach(self, name: str, take_from: str) -> None:
-        """Claim and load a bank that is cold, owned by nobody, or owned by `take_from`."""
+        """Claim and load a bank that is cold, owned by nobody, or owned by `take_from`.
+
+        Raises:
+            Conflict: this node is being drained.
+        """
         host = await self._host()
+        await asyncio.to_thread(self._check_open, host.cold, name)
         await host.attach(name, take_from=take_from)
 
     async def detach(self, name: str) -> None:
@@ -113,7 +119,9 @@ class Shard:
 
     async def prepare(self, name: str) -> int:
         """As `Host.prepare`."""
-        return await (await self._host()).prepare(name)
+        host = await self._host()
+        await asyncio.to_thread(self._check_open, host.cold, name)
+        return await host.prepare(name)
 
     async def adopt(self, name: str, epoch: int) -> int:
         """As `Host.adopt`."""
@@ -127,6 +135,11 @@ class Shard:
         """Bytes of each hot bank's state."""
         return (await self._host()).bytes()
 
+    async def memory(self) -> tuple[dict[str, int], int | None]:
+        """Bytes of each bank that is loaded, and what they may take together."""
+        host = await self._host()
+        return host.bytes(), host.memory_bytes
+
     async def stats(self) -> dict[str, Any]:
         """Counters of this shard and its banks."""
         return await (await self._host()).stats() | {"pid": os.getpid()}
@@ -134,6 +147,10 @@ class Shard:
     async def close(self) -> None:
         """Settle every bank; they stay hot in the catalog."""
         await (await self._host()).close()
+
+    def _check_open(self, cold: ColdStore, name: str) -> None:
+        if node_prefix(self.name) in cold.draining.nodes() and cold.catalog.get(name).owner != self.name:
+            raise draining(self.name)
 
     async def _hot(self, name: str) -> Host:
         host = await self._host()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,9 +19,11 @@ from raymem.types import (
     Ack,
     BankInfo,
     BankSpec,
+    DrainReport,
     MigrationReport,
     Readout,
     RestoreReport,
+    ShardInfo,
     Trace,
     check_bank_name,
     check_label,
@@ -41,6 +44,7 @@ class Backend(Protocol):
     async def attach(self, name: str, node: str | None) -> BankInfo: ...
     async def detach(self, name: str) -> BankInfo: ...
     async def migrate(self, name: str, to: str) -> MigrationReport: ...
+    async def pin(self, name: str, pinned: bool) -> BankInfo: ...
     async def tag(self, name: str, tag: str) -> dict[str, int]: ...
     async def untag(self, name: str, tag: str) -> dict[str, int]: ...
     async def restore(self, name: str, at: str | int) -> RestoreReport: ...
@@ -53,6 +57,8 @@ class Backend(Protocol):
     async def put_calibration(self, calibration: Calibration) -> str: ...
     async def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration: ...
     async def nodes(self) -> list[str]: ...
+    async def shards(self) -> list[ShardInfo]: ...
+    async def drain(self, node: str, undo: bool) -> DrainReport: ...
     async def stats(self) -> dict[str, Any]: ...
     async def close(self) -> None: ...
 
@@ -124,6 +130,11 @@ class ColdBackend(ABC):
         if entry.state == "hot":
             await self.detach(name)
         await asyncio.to_thread(self.cold.remove, name)
+
+    async def pin(self, name: str, pinned: bool) -> BankInfo:
+        """Keep a bank in memory when room is needed, or no longer."""
+        await asyncio.to_thread(self.cold.catalog.pin, name, pinned)
+        return await self.info(name)
 
     async def tag(self, name: str, tag: str) -> dict[str, int]:
         """Name the journal's present position; the owner of a bounded state keeps the state there."""
@@ -238,7 +249,17 @@ class ColdBackend(ABC):
             bytes=hot.get(entry.name, 0),
             tags=entry.tags,
             created=entry.created,
+            pinned=bool(entry.pinned),
         )
+
+
+def shard_info(
+    name: str, node: str, entries: Iterable[Entry], hot: dict[str, int], memory_bytes: int | None, *, draining: bool
+) -> ShardInfo:
+    """A shard's line, from the catalog's entries and the bytes of the banks that it has loaded."""
+    mine = [entry for entry in entries if entry.owner == name]
+    pinned = sum(hot.get(entry.name, 0) for entry in mine if entry.pinned)
+    return ShardInfo(name, node, len(mine), len(hot), sum(hot.values()), pinned, memory_bytes, draining)
 
 
 def detached(name: str) -> BankDetached:

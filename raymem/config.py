@@ -36,7 +36,8 @@ class HostSettings(_Section):
     """One process with banks: its threads, what a caller may have in flight, the bytes of one commit, its lease.
 
     Another process takes its banks over when it was silent for `lease_s` seconds. `past_bytes` bounds the banks kept as
-    they were at earlier positions, for reads `as_of`.
+    they were at earlier positions, for reads `as_of`. Banks that were not used for longest leave memory when those that
+    are hot take more than `memory_bytes`, on a GPU `gpu_memory_bytes`.
     """
 
     threads: int = Field(default=4, ge=1, le=256)
@@ -45,6 +46,8 @@ class HostSettings(_Section):
     group_bytes: int = Field(default=32 * 2**20, ge=1024)
     lease_s: float = Field(default=9.0, ge=0.1)
     past_bytes: int = Field(default=256 * 2**20, ge=0)
+    memory_bytes: int | None = Field(default=None, ge=2**10)
+    gpu_memory_bytes: int | None = Field(default=None, ge=2**10)
 
 
 class GatewaySettings(_Section):

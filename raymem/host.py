@@ -63,6 +63,12 @@ class Host:
         """The banks that are hot here."""
         return sorted(self._workers)
 
+    @property
+    def memory_bytes(self) -> int | None:
+        """What the banks here may take together, None if nothing was set."""
+        limits = self.settings.host
+        return limits.memory_bytes if self.device == "cpu" else limits.gpu_memory_bytes
+
     def bytes(self) -> dict[str, int]:
         """Bytes of each hot bank's state."""
         return {name: worker.runtime.nbytes for name, worker in self._workers.items()}

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import psutil
 from torch import Tensor
 
-from raymem.backend import ColdBackend, detached
+from raymem.backend import ColdBackend, detached, shard_info
 from raymem.cold.store import ColdStore, Incarnations
 from raymem.config import Settings
 from raymem.errors import Conflict, InvalidInput, Moved, NotOwner
 from raymem.host import Host
 from raymem.lease import Watch
-from raymem.types import Ack, BankInfo, MigrationReport, Readout, Trace
+from raymem.types import Ack, BankInfo, DrainReport, MigrationReport, Readout, ShardInfo, Trace
 
 T = TypeVar("T")
 NODE = "local"
@@ -79,6 +79,18 @@ class LocalBackend(ColdBackend):
     async def nodes(self) -> list[str]:
         """This process."""
         return [NODE]
+
+    async def shards(self) -> list[ShardInfo]:
+        """This process."""
+        entries = await asyncio.to_thread(self.cold.catalog.list)
+        return [shard_info(self.host.owner, NODE, entries, self.host.bytes(), self.host.memory_bytes, draining=False)]
+
+    async def drain(self, node: str, undo: bool) -> DrainReport:
+        """There is nowhere else to go."""
+        _check_node(node)
+        if not undo:
+            raise Conflict(f"node {node!r} is the only one: no other can take its banks; detach them: bank.detach()")
+        return DrainReport(node, (), {}, total_ms=0.0, draining=False)
 
     async def stats(self) -> dict[str, Any]:
         """The host's counters, as those of the only shard."""

@@ -18,13 +18,25 @@ from raymem.config import Settings
 from raymem.encode.calibration import Calibration
 from raymem.errors import BackendUnavailable, InvalidInput, RaymemError, StorageError
 from raymem.routes import Route
-from raymem.types import Ack, BankInfo, BankSpec, MigrationReport, Readout, RestoreReport, Trace
+from raymem.types import (
+    Ack,
+    BankInfo,
+    BankSpec,
+    DrainReport,
+    MigrationReport,
+    Readout,
+    RestoreReport,
+    ShardInfo,
+    Trace,
+)
 
 _INFO = TypeAdapter(BankInfo)
 _INFOS = TypeAdapter(list[BankInfo])
 _ACK = TypeAdapter(Ack)
 _REPORT = TypeAdapter(MigrationReport)
 _RESTORED = TypeAdapter(RestoreReport)
+_SHARDS = TypeAdapter(list[ShardInfo])
+_DRAINED = TypeAdapter(DrainReport)
 _CHUNK_BYTES = 2**20
 # a connection is made or refused at once; an answer may take as long as a large bank takes to load
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -112,6 +124,10 @@ class HttpBackend:
         """Move a bank to another node."""
         return _REPORT.validate_json(await self._call(routes.MIGRATE, name, json={"to": to}))
 
+    async def pin(self, name: str, pinned: bool) -> BankInfo:
+        """Keep a bank in memory when room is needed, or no longer."""
+        return _INFO.validate_json(await self._call(routes.PIN, name, json={"pinned": pinned}))
+
     async def tag(self, name: str, tag: str) -> dict[str, int]:
         """Name the present position."""
         tags: dict[str, int] = (await self._json(routes.TAG, name, json={"tag": tag}))["tags"]
@@ -187,6 +203,14 @@ class HttpBackend:
         """Where banks can live."""
         found: list[str] = (await self._json(routes.NODES))["nodes"]
         return found
+
+    async def shards(self) -> list[ShardInfo]:
+        """The processes behind the gateway that banks are hot in."""
+        return _SHARDS.validate_json(await self._call(routes.SHARDS))
+
+    async def drain(self, node: str, undo: bool) -> DrainReport:
+        """Move every bank away from a node."""
+        return _DRAINED.validate_json(await self._call(routes.DRAIN, json={"node": node, "undo": undo}))
 
     async def stats(self) -> dict[str, Any]:
         """The counters behind the gateway."""

@@ -16,7 +16,17 @@ from raymem.backend import Backend, check_names, check_read
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
 from raymem.errors import ConfigError
-from raymem.types import Ack, BankInfo, BankSpec, MigrationReport, Readout, RestoreReport, Trace
+from raymem.types import (
+    Ack,
+    BankInfo,
+    BankSpec,
+    DrainReport,
+    MigrationReport,
+    Readout,
+    RestoreReport,
+    ShardInfo,
+    Trace,
+)
 
 T = TypeVar("T")
 
@@ -137,6 +147,19 @@ class AsyncStore:
         """Where banks can live."""
         return await self.backend.nodes()
 
+    async def shards(self) -> list[ShardInfo]:
+        """The processes that banks are hot in, and the room each has."""
+        return await self.backend.shards()
+
+    async def drain(self, node: str, *, undo: bool = False) -> DrainReport:
+        """Move every bank away from a node, live; it takes no new ones until this is called with `undo`.
+
+        Raises:
+            InvalidInput: there is no such node.
+            Conflict: no other node can take its banks.
+        """
+        return await self.backend.drain(node, undo)
+
     async def stats(self) -> dict[str, Any]:
         """Counters of the backend, its shards and their banks."""
         return await self.backend.stats()
@@ -192,6 +215,14 @@ class AsyncBank:
     async def migrate(self, to: str) -> MigrationReport:
         """Move the bank to another node while it is read."""
         return await self._backend.migrate(self.name, to)
+
+    async def pin(self) -> BankInfo:
+        """Keep the bank in memory when its shard needs room; others go first anyway if they were used longer ago."""
+        return await self._backend.pin(self.name, True)
+
+    async def unpin(self) -> BankInfo:
+        """Let the bank leave memory when its shard needs room; it comes back at its next use."""
+        return await self._backend.pin(self.name, False)
 
     async def tag(self, tag: str) -> dict[str, int]:
         """Name the present position; return all tags."""
@@ -285,6 +316,14 @@ class Store:
         """As `AsyncStore.nodes`."""
         return self._loop.run(self._store.nodes())
 
+    def shards(self) -> list[ShardInfo]:
+        """As `AsyncStore.shards`."""
+        return self._loop.run(self._store.shards())
+
+    def drain(self, node: str, *, undo: bool = False) -> DrainReport:
+        """As `AsyncStore.drain`."""
+        return self._loop.run(self._store.drain(node, undo=undo))
+
     def stats(self) -> dict[str, Any]:
         """As `AsyncStore.stats`."""
         return self._loop.run(self._store.stats())
@@ -339,6 +378,14 @@ class Bank:
     def migrate(self, to: str) -> MigrationReport:
         """As `AsyncBank.migrate`."""
         return self._loop.run(self._bank.migrate(to))
+
+    def pin(self) -> BankInfo:
+        """As `AsyncBank.pin`."""
+        return self._loop.run(self._bank.pin())
+
+    def unpin(self) -> BankInfo:
+        """As `AsyncBank.unpin`."""
+        return self._loop.run(self._bank.unpin())
 
     def tag(self, tag: str) -> dict[str, int]:
         """As `AsyncBank.tag`."""

@@ -206,6 +206,7 @@ class BankInfo:
     bytes: int
     tags: dict[str, int]
     created: float
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,35 @@ class RestoreReport:
     pos: int
     undone: int
     kept_as: str | None
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A process that banks are hot in: `banks` are its own, `loaded` of them are in memory, where they take `bytes`.
+
+    `memory_bytes` is what it may hold, None if nothing was set; `pinned_bytes` of that can't be freed for another bank.
+    A `draining` one takes no new banks.
+    """
+
+    name: str
+    node: str
+    banks: int
+    loaded: int
+    bytes: int
+    pinned_bytes: int
+    memory_bytes: int | None
+    draining: bool
+
+
+@dataclass(frozen=True)
+class DrainReport:
+    """What emptying a node did: the moves, for banks that stayed why, and whether the node takes no new ones now."""
+
+    node: str
+    moved: tuple[MigrationReport, ...]
+    failed: dict[str, str]
+    total_ms: float
+    draining: bool
 
 
 def check_bank_name(name: str) -> str:

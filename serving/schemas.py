@@ -214,6 +214,19 @@ class Health(BaseModel):
     version: str
 
 
+class Pin(_Request):
+    """Whether a bank stays in memory when room is needed."""
+
+    pinned: bool = True
+
+
+class Drain(_Request):
+    """A node to empty, or, with `undo`, one that may take banks again."""
+
+    node: str
+    undo: bool = False
+
+
 class RecallBody(_Request):
     """A question in text, how many spans to answer with, and the tag or time to ask the bank of."""
 

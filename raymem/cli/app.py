@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import raymem
-from raymem.cli import bank, bench, calibrate, demo, doctor, evaluate, history, output, recall, serve, status
+from raymem.cli import bank, bench, calibrate, demo, doctor, evaluate, history, output, recall, serve, shard, status
 from raymem.errors import MissingExtra, RaymemError
 
 # commands import what they need when they run; this is who brings it
@@ -53,6 +53,7 @@ app.command("doctor")(doctor.doctor)
 app.command("calibrate")(calibrate.calibrate)
 history.add_to(bank.app)
 app.add_typer(bank.app, name="bank")
+app.add_typer(shard.app, name="shard")
 app.command("recall")(recall.recall)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")

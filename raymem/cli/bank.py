@@ -162,6 +162,32 @@ def migrate(
     )
 
 
+@app.command("pin")
+def pin(name: Name, store: StoreOption = DEFAULT_STORE, cold: ColdOption = None, json_: JsonOption = False) -> None:
+    """Keep a bank in memory when room is needed for others.
+
+    For example:
+
+        raymem bank pin research/alice
+    """
+    with opened(store, cold) as memory:
+        info = memory.bank(name).pin()
+    output.show(info, lambda made: f"{made.name} is pinned")
+
+
+@app.command("unpin")
+def unpin(name: Name, store: StoreOption = DEFAULT_STORE, cold: ColdOption = None, json_: JsonOption = False) -> None:
+    """Let a bank leave memory when room is needed; it comes back at its next use.
+
+    For example:
+
+        raymem bank unpin research/alice
+    """
+    with opened(store, cold) as memory:
+        info = memory.bank(name).unpin()
+    output.show(info, lambda made: f"{made.name} is not pinned")
+
+
 @app.command("tag")
 def tag(
     name: Name,

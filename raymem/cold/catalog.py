@@ -212,6 +212,15 @@ class Catalog:
         if (entry.id, entry.epoch) != (id, epoch):
             raise _not_owner(entry, epoch)
 
+    def pin(self, name: str, pinned: bool) -> None:
+        """Keep a bank hot when room is needed, or no longer.
+
+        Raises:
+            BankNotFound: there is no such bank.
+        """
+        if not self._update(f"name = {quote(self.get(name).name)}", {"pinned": pinned}):
+            raise BankNotFound(f"no bank {name!r}: it was removed just now")
+
     def tag(self, name: str, tag: str, pos: int) -> None:
         """Name a journal position; a tag of that name moves."""
         check_label("tag", tag)

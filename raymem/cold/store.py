@@ -6,6 +6,7 @@ from typing import Literal
 
 from raymem.cold.calibrations import Calibrations
 from raymem.cold.catalog import Catalog, Entry
+from raymem.cold.draining import Draining
 from raymem.cold.incarnations import Incarnations
 from raymem.cold.journal import Journal
 from raymem.cold.lineage import ancestors, open_journal
@@ -23,6 +24,7 @@ class ColdStore:
         self.catalog = Catalog(tables)
         self.calibrations = Calibrations(tables)
         self.incarnations = Incarnations(tables)
+        self.draining = Draining(tables)
 
     @classmethod
     def open(cls, uri: str, sync: Literal["disk", "none"] | None = None) -> ColdStore:

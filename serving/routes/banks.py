@@ -24,7 +24,7 @@ from raymem.errors import (
     StorageError,
 )
 from raymem.serving.routes.common import BankDep, NameDep, StoreDep, serve
-from raymem.serving.schemas import Attach, Create, Digest, Migrate, Tag, Tags
+from raymem.serving.schemas import Attach, Create, Digest, Migrate, Pin, Tag, Tags
 from raymem.types import BankInfo, MigrationReport
 
 router = APIRouter(tags=["banks"])
@@ -72,6 +72,12 @@ async def detach(bank: BankDep) -> BankInfo:
 async def migrate(bank: BankDep, body: Migrate) -> MigrationReport:
     """Move a bank to another node while it is read."""
     return await bank.migrate(body.to)
+
+
+@serve(router, routes.PIN, BankNotFound, InvalidName, StorageError)
+async def pin(bank: BankDep, body: Pin) -> BankInfo:
+    """Keep a bank in memory when room is needed, or no longer."""
+    return await (bank.pin() if body.pinned else bank.unpin())
 
 
 @serve(router, routes.TAG, BankNotFound, InvalidName, StorageError)

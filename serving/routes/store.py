@@ -9,10 +9,11 @@ from fastapi import APIRouter, Query, Request, Response
 import raymem
 from raymem import routes
 from raymem.encode.calibration import Calibration
-from raymem.errors import CalibrationNotFound, Corrupt, StorageError
+from raymem.errors import CalibrationNotFound, Conflict, Corrupt, InvalidInput, StorageError
 from raymem.serving.metrics import CONTENT_TYPE, Metrics
 from raymem.serving.routes.common import StoreDep, serve
-from raymem.serving.schemas import CalibrationHash, Health, Nodes
+from raymem.serving.schemas import CalibrationHash, Drain, Health, Nodes
+from raymem.types import DrainReport, ShardInfo
 
 router = APIRouter(tags=["store"])
 probes = APIRouter(tags=["probes"])
@@ -42,6 +43,18 @@ async def calibration(store: StoreDep, content: str, layers: Annotated[list[int]
 async def nodes(store: StoreDep) -> Nodes:
     """List where banks can live."""
     return Nodes(nodes=await store.nodes())
+
+
+@serve(router, routes.SHARDS)
+async def shards(store: StoreDep) -> list[ShardInfo]:
+    """List the processes that banks are hot in, and the room each has."""
+    return await store.shards()
+
+
+@serve(router, routes.DRAIN, InvalidInput, Conflict, StorageError)
+async def drain(store: StoreDep, body: Drain) -> DrainReport:
+    """Move every bank away from a node; it takes no new ones until `undo`."""
+    return await store.drain(body.node, undo=body.undo)
 
 
 @serve(router, routes.STATS)

@@ -5,9 +5,9 @@ import pytest
 
 from raymem.actors import directory as module
 from raymem.actors.directory import Directory
-from raymem.actors.placement import Node, ShardInfo, shard_name
+from raymem.actors.placement import Node, ShardInfo, node_prefix, shard_name
 from raymem.actors.shard import ClusterSpec
-from raymem.errors import BankNotFound, NotShared, Unavailable
+from raymem.errors import BankNotFound, Conflict, NotShared, Unavailable
 
 FRONT, BACK = Node("f" * 56, "front"), Node("b" * 56, "back")
 
@@ -98,6 +98,33 @@ async def test_a_node_without_room_is_asked_again_at_every_round(directory, clus
     cluster.full = set()
 
     assert (await directory.ensure(retry_failed=False)).nodes == ["front"]
+
+
+async def test_a_node_that_is_drained_takes_no_bank_and_every_directory_knows(
+    directory, cluster, cluster_spec, shards, bank, cold
+):
+    cluster.alive = [FRONT, BACK]
+    front, back = shard_name(FRONT.id, 0), shard_name(BACK.id, 0)
+    await directory.ensure()
+    name = await bank(shards.peers[front].shard)
+    cold.draining.begin(node_prefix(front))
+
+    topology = await Directory(cluster_spec, lambda: cluster).ensure()
+    assert [info.name for info in topology.taking()] == [back]
+    with pytest.raises(Conflict, match=r"front is being drained .*--undo"):
+        topology.taking("front")
+    # its own banks stay until they are moved, others are refused whoever sends them
+    await shards.peers[front].call("attach", name, "")
+    await shards.peers[front].call("migrate", name, back)
+    with pytest.raises(Conflict, match="is being drained"):
+        await shards.peers[front].call("attach", name, back)
+    with pytest.raises(Conflict, match="is being drained"):
+        await shards.peers[back].call("migrate", name, front)
+    assert cold.catalog.get(name).owner == back
+
+    cold.draining.end(node_prefix(front))
+    assert len((await directory.ensure()).taking()) == 2
+    await shards.peers[back].call("migrate", name, front)
 
 
 async def test_what_was_seen_is_remembered_until_a_caller_doubts_it(directory, cluster, shards, bank, cold):

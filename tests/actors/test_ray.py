@@ -239,6 +239,37 @@ def test_moving_under_load_loses_nothing_and_answers_every_read(store, folder, b
     assert bank.digest() == undisturbed_digest(journal, tmp_path / "undisturbed", tiny)
 
 
+def test_a_node_is_drained_while_its_banks_are_written_and_stays_so_whoever_dies(store, folder, tiny):
+    made = [store.create(f"ray/drained-{index}", tiny.spec("spalm")) for index in range(4)]
+    for bank in made:
+        bank.write(tiny.trace(50))
+        if bank.info().node != "node-2":
+            bank.migrate("node-2")
+    writers = [Writers(bank, tiny, 1) for bank in made[:2]]
+
+    report = store.drain("node-2")
+
+    for writer in writers:
+        writer.stop()
+    assert {move.bank for move in report.moved} >= {bank.name for bank in made}
+    assert report.failed == {}
+    ray.kill(ray.get_actor(cluster.DIRECTORY, namespace=NAMESPACE), no_restart=False)
+    shards = {shard.node: shard for shard in store.shards()}
+    assert (shards["node-2"].banks, shards["node-2"].draining, shards["node-1"].draining) == (0, True, False)
+    assert store.create("ray/while-drained", tiny.spec("titans")).info().node == "node-1"
+    with pytest.raises(Conflict, match="node-2 is being drained"):
+        made[0].migrate("node-2")
+    with pytest.raises(Conflict, match="can take its banks"):
+        store.drain("node-1")
+    for writer, bank in zip(writers, made, strict=False):
+        journal = journal_of(folder, bank.name)
+        assert len(journal) == len(set(journal))
+        assert set(journal) == writer.acknowledged
+
+    assert not store.drain("node-2", undo=True).draining
+    assert made[0].migrate("node-2").target == "node-2"
+
+
 def test_the_directory_may_die(store, folder, bank, tiny):
     ray.kill(ray.get_actor(cluster.DIRECTORY, namespace=NAMESPACE), no_restart=False)
 

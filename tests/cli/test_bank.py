@@ -8,6 +8,8 @@ def test_a_bank_lives_its_whole_life_on_the_command_line(raymem, alice, tmp_path
     assert raymem("bank", "tag", alice, "first", "--json").json == {"bank": alice, "tags": {"first": 10}}
     assert raymem("bank", "detach", alice, "--json").json["state"] == "cold"
     assert raymem("bank", "attach", alice, "--json").json["state"] == "hot"
+    assert raymem("bank", "pin", alice, "--json").json["pinned"] is True
+    assert raymem("bank", "unpin", alice, "--json").json["pinned"] is False
     assert raymem("bank", "migrate", alice, "--to", "local", "--json").json["rows"] == 0
 
     file = tmp_path / "alice.raymem"

@@ -135,6 +135,16 @@ step("Store.stats", "counts the bank's rows")(
         if on.bank.name in shard["banks"]
     ]
 )
+step("Store.shards", "has the bank once")(
+    lambda on: sum(shard.banks for shard in on.store.shards() if shard.node == on.bank.info().node) > 0
+)
+step("Store.drain", "to no node")(lambda on: on.store.drain("nowhere"))
+step("Store.drain", "undone where nothing was begun")(
+    lambda on: on.store.drain(on.bank.info().node, undo=True).draining
+)
+step("Bank.pin", "says so")(lambda on: on.bank.pin().pinned)
+step("Bank.pin", "no bank")(lambda on: on.other("none").pin())
+step("Bank.unpin", "says so")(lambda on: on.bank.unpin().pinned)
 step("Bank.migrate", "to where it is")(lambda on: on.bank.migrate(on.bank.info().node))
 step("Bank.migrate", "to no node")(lambda on: on.bank.migrate("nowhere"))
 step("Bank.attach", "a hot bank")(lambda on: on.bank.attach())
