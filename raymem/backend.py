@@ -226,7 +226,7 @@ class ColdBackend(ABC):
         return await asyncio.to_thread(find)
 
     def _complete(self, spec: BankSpec) -> BankSpec:
-        from raymem.runtime import assemble
+        from raymem.runtime import assemble, learned_of
 
         fingerprint = spec.fingerprint
         found = fingerprint.calibration or self.cold.calibrations.find(fingerprint.content, fingerprint.layers)
@@ -234,7 +234,7 @@ class ColdBackend(ABC):
             raise _no_calibration(fingerprint.model, fingerprint.layers)
         calibration = Calibration.from_bytes(self.cold.calibrations.get(found))
         spec = spec.model_copy(update={"fingerprint": fingerprint.model_copy(update={"calibration": found})})
-        assemble(spec, calibration)
+        assemble(spec, calibration, learned_of(self.cold, spec))
         return spec
 
     def _info(self, entry: Entry, hot: dict[str, int]) -> BankInfo:

@@ -23,6 +23,7 @@ from raymem.encode.encoder import Encoder
 from raymem.errors import Corrupt, RaymemError
 from raymem.memory import build
 from raymem.memory.base import Dims, Found, Memory, Rows, State
+from raymem.memory.learned import Learned
 from raymem.memory.rows import RowMemory
 from raymem.prefetch import prefetch
 from raymem.staging import Staging
@@ -45,17 +46,29 @@ class Counters:
     refused: int = 0
 
 
-def assemble(spec: BankSpec, calibration: Calibration) -> tuple[Encoder, Memory]:
-    """The encoder and the mechanism that a spec asks for.
+def assemble(spec: BankSpec, calibration: Calibration, learned: Learned | None = None) -> tuple[Encoder, Memory]:
+    """The encoder and the mechanism that a spec asks for, with the weights that it names.
 
     Raises:
-        InvalidSpec: unknown kind, option or layer, or a budget too small, naming the value.
+        InvalidSpec: unknown kind, option or layer, a budget too small, weights that don't fit, naming the value.
         FingerprintMismatch: the calibration belongs to another model or other layers.
     """
     encoder = Encoder(spec, calibration)
     # vector values live in the output-embedding space, which is as wide as the hidden states
     dims = Dims(encoder.key_width, spec.fingerprint.width if spec.fingerprint.values else 0)
-    return encoder, build(spec.kind, dims, spec.options, spec.budget_bytes)
+    memory = build(spec.kind, dims, spec.options, spec.budget_bytes)
+    if learned is not None:
+        learned.load_into(memory)
+    return encoder, memory
+
+
+def learned_of(cold: ColdStore, spec: BankSpec) -> Learned | None:
+    """The weights that a spec names, if it does.
+
+    Raises:
+        NotFound, Corrupt: they are not in the store, or not what their name says.
+    """
+    return Learned.from_bytes(cold.params.get(spec.params), spec.params) if spec.params else None
 
 
 class Replica:
@@ -70,7 +83,8 @@ class Replica:
         self.spec: BankSpec = entry.spec
         self.device = torch.device(device)
         self.calibration = Calibration.from_bytes(cold.calibrations.get(self.spec.fingerprint.calibration))
-        self.encoder, self.memory = assemble(self.spec, self.calibration)
+        self.learned = learned_of(cold, self.spec)
+        self.encoder, self.memory = assemble(self.spec, self.calibration, self.learned)
         self.memory.to(self.device).requires_grad_(False)
         self.lock = threading.Lock()
         self.pos = 0

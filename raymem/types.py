@@ -70,13 +70,17 @@ class KeySpec(_Frozen):
 
 
 class BankSpec(_Frozen):
-    """Everything that fixes what a bank is: its kind, whose states it holds, its keys and its byte budget."""
+    """Everything that fixes what a bank is: its kind, whose states it holds, its keys and its byte budget.
+
+    `params` names the weights that its mechanism uses, `sha256:…` as `raymem train` printed it; "" is untrained.
+    """
 
     kind: str
     fingerprint: Fingerprint
     key: KeySpec = KeySpec()
     options: dict[str, Any] = Field(default_factory=dict)
     budget_bytes: int = Field(default=256 * 2**20, ge=1024)
+    params: str = Field(default="", pattern=r"^(sha256:[0-9a-f]{64})?$")
 
     @field_validator("options")
     @classmethod

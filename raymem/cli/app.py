@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 import raymem
-from raymem.cli import bank, bench, calibrate, demo, doctor, evaluate, history, output, recall, serve, shard, status
+from raymem.cli import (
+    bank,
+    bench,
+    calibrate,
+    demo,
+    doctor,
+    evaluate,
+    history,
+    output,
+    recall,
+    serve,
+    shard,
+    status,
+    train,
+)
 from raymem.errors import MissingExtra, RaymemError
 
 # commands import what they need when they run; this is who brings it
@@ -57,6 +71,7 @@ app.add_typer(shard.app, name="shard")
 app.command("recall")(recall.recall)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
+app.command("train")(train.train)
 app.command("demo")(demo.demo)
 
 

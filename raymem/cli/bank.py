@@ -61,6 +61,7 @@ def create(
     key_layers: Annotated[str | None, typer.Option("--key-layers", help="The layers keys are made of; all.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", help="name=value of the kind; repeatable.")] = None,
     budget_mb: Annotated[float, typer.Option("--budget-mb", help="What the bank may hold in memory.")] = 256.0,
+    params: Annotated[str, typer.Option("--params", help="Weights that `raymem train` made: sha256:…")] = "",
     store: StoreOption = DEFAULT_STORE,
     cold: ColdOption = None,
     json_: JsonOption = False,
@@ -85,6 +86,7 @@ def create(
         "key": parse_key(key, key_layers),
         "options": dict(parse_option(text) for text in option or []),
         "budget_bytes": int(budget_mb * 2**20),
+        "params": params,
         # last: of a new model it reads every byte
         "fingerprint": fingerprint_of(model, parse_layers(layers)),
     }

@@ -5,6 +5,7 @@
     manifest.json             format, spec, tags, counts, and each member's bytes and sha256
     journal.arrow             the accepted rows, an Arrow IPC file of `journal_schema`
     calibration.safetensors   what the bank's keys were made with, if the store has it
+    params.safetensors        the weights that the bank's mechanism uses, if its spec names any
     state.safetensors         the newest snapshot, if there is one; its position and meta are in the manifest
 """
 
@@ -36,15 +37,17 @@ from raymem.cold.store import ColdStore
 from raymem.cold.tables import snapshot_table
 from raymem.encode.calibration import Calibration
 from raymem.errors import BankExists, BankNotFound, CalibrationNotFound, Corrupt
+from raymem.memory.learned import name_of
 from raymem.types import BankSpec, check_bank_name
 
 FORMAT = "raymem-bank"
 VERSION = 1
-_MANIFEST, _JOURNAL, _STATE, _CALIBRATION = (
+_MANIFEST, _JOURNAL, _STATE, _CALIBRATION, _PARAMS = (
     "manifest.json",
     "journal.arrow",
     "state.safetensors",
     "calibration.safetensors",
+    "params.safetensors",
 )
 _CHUNK_BYTES = 2**20
 
@@ -113,6 +116,9 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
         blob = _calibration(store, entry.spec)
         if blob is not None:
             members[_CALIBRATION] = _write(archive, _CALIBRATION, lambda out: out.write(blob))
+        if entry.spec.params:
+            weights = store.params.get(entry.spec.params)
+            members[_PARAMS] = _write(archive, _PARAMS, lambda out: out.write(weights))
         if found is not None:
             state = save(found[1])
             members[_STATE] = _write(archive, _STATE, lambda out: out.write(state))
@@ -161,6 +167,7 @@ def import_bank(store: ColdStore, path: str | Path, name: str, progress: Progres
             tags=manifest.tags,
         )
         _import_calibration(store, archive, manifest, Path(path))
+        _import_params(store, archive, manifest, Path(path))
         try:
             # the catalog's row comes last: until then nobody can see any of it
             _import_state(store, archive, manifest, entry)
@@ -180,6 +187,16 @@ def _import_calibration(store: ColdStore, archive: zipfile.ZipFile, manifest: Ma
             path, _CALIBRATION, f"is not the calibration {fingerprint.calibration} that the bank was made with"
         )
     store.calibrations.put(fingerprint.calibration, fingerprint.content, fingerprint.layers, blob)
+
+
+def _import_params(store: ColdStore, archive: zipfile.ZipFile, manifest: Manifest, path: Path) -> None:
+    wanted = manifest.spec.params
+    if not wanted:
+        return
+    blob = archive.read(_PARAMS) if _PARAMS in manifest.members else b""
+    if name_of(blob) != wanted:
+        raise _corrupt(path, _PARAMS, f"is not the weights {wanted} that the bank uses")
+    store.params.put(manifest.spec.kind, blob)
 
 
 def _import_state(store: ColdStore, archive: zipfile.ZipFile, manifest: Manifest, entry: Entry) -> None:

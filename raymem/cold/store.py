@@ -10,10 +10,11 @@ from raymem.cold.draining import Draining
 from raymem.cold.incarnations import Incarnations
 from raymem.cold.journal import Journal
 from raymem.cold.lineage import ancestors, open_journal
+from raymem.cold.params import Params
 from raymem.cold.snapshots import Snapshot, Snapshots
 from raymem.cold.tables import Tables, journal_table, snapshot_table
 
-__all__ = ["Calibrations", "Catalog", "ColdStore", "Entry", "Incarnations", "Journal", "Snapshots"]
+__all__ = ["Calibrations", "Catalog", "ColdStore", "Entry", "Incarnations", "Journal", "Params", "Snapshots"]
 
 
 class ColdStore:
@@ -25,6 +26,7 @@ class ColdStore:
         self.calibrations = Calibrations(tables)
         self.incarnations = Incarnations(tables)
         self.draining = Draining(tables)
+        self.params = Params(tables)
 
     @classmethod
     def open(cls, uri: str, sync: Literal["disk", "none"] | None = None) -> ColdStore:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raymem.errors import Corrupt
+from raymem.memory.learned import Learned
 from raymem.types import Readout
 
 GATES_FILE = "gates.json"
@@ -48,6 +49,20 @@ class Gate:
         return {
             name: value.tolist() if isinstance(value, Tensor) else list(value) for name, value in vars(self).items()
         }
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The gate as tensors named `gate.…`, as `Learned` keeps them."""
+        parts = vars(self) | {"taus": torch.tensor(self.taus, dtype=torch.float64)}
+        return {f"gate.{name}": tensor.detach() for name, tensor in parts.items()}
+
+    @staticmethod
+    def of_learned(learned: Learned) -> Gate:
+        """The gate among a bank's weights; `Mixer({"rows": gate})` reads with it.
+
+        Raises:
+            Corrupt: there is none, or its parts don't fit each other.
+        """
+        return Gate.from_json({n.removeprefix("gate."): t.tolist() for n, t in learned.tensors.items()})
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Gate:

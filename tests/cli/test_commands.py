@@ -11,7 +11,7 @@ import raymem as package
 
 COMMAND = [sys.executable, "-m", "raymem.cli"]
 HELP = [
-    *([], ["serve"], ["status"], ["doctor"], ["calibrate"], ["recall"], ["demo"], ["bank"], ["eval"]),
+    *([], ["serve"], ["status"], ["doctor"], ["calibrate"], ["recall"], ["demo"], ["bank"], ["eval"], ["train"]),
     ["eval", "lm"],
     *(["bank", verb] for verb in "ls create show attach detach migrate tag export import rm".split()),
 ]
