@@ -20,7 +20,7 @@ test: lint
 
 # one test, or those that failed: make test-slow ARGS="-k ntm", ARGS=--last-failed. the table keeps earlier figures
 test-slow: setup
-	$(BIN)/python -m pytest -m "(slow or figures) and not gpu" --figures figures.json $(ARGS)
+	FIGURES_FILE=figures.json $(BIN)/python -m pytest -m "(slow or figures) and not gpu" $(ARGS)
 
 # FAULTS=1000 for a longer one
 soak: setup

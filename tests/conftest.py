@@ -123,25 +123,25 @@ def _unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 KINDS = ("compressive", "dct", "ntm", "dnc", "lemn", "titans", "spalm", "larimar")
 COLUMNS = ("kind", "task", "figure", "baseline", "bound", "paper", "seconds")
+# some take minutes, on a busy machine several times as many
+SLOW_TIMEOUT_S = 1800
+# where figures are kept between runs, if anywhere
+FILE = Path(os.environ["FIGURES_FILE"]) if "FIGURES_FILE" in os.environ else None
 FIGURES = pytest.StashKey[dict[tuple[str, str], dict[str, str]]]()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where figures are kept between runs."""
-    parser.addoption("--figures", metavar="FILE", help="keep figures in this JSON file; those in it are shown too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Begin with the figures of earlier runs."""
-    file = config.getoption("figures")
-    kept = json.loads(Path(file).read_text()) if file and Path(file).exists() else []
+    kept = json.loads(FILE.read_text()) if FILE and FILE.exists() else []
     config.stash[FIGURES] = {(row["kind"], row["task"]): row for row in kept}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what measures a figure, so that `make test-slow` shows all of them in one table."""
+    """Mark what measures a figure, so that `make test-slow` shows all of them in one table; give slow tests time."""
     for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
         if "figure" in getattr(item, "fixturenames", ()):
             item.add_marker("figures")
 
@@ -173,21 +173,28 @@ def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
             f"{time.perf_counter() - start:.0f}",
         )
         request.config.stash[FIGURES][kind, task] = dict(zip(COLUMNS, shown, strict=True))
+        _keep(request.config)
         assert least <= value <= most, f"{kind}, {task}: {value} is not {' '.join(filter(None, bounds))}"
 
     return record
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the table of figures, and keep it where asked."""
-    found = config.stash[FIGURES]
-    rows = sorted(found.values(), key=lambda row: KINDS.index(row["kind"]))
-    if file := config.getoption("figures"):
-        Path(file).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-    if rows:
+    """Print the table of figures."""
+    if rows := _rows(config):
         terminalreporter.section("figures")
         for line in _aligned([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]):
             terminalreporter.write_line(line)
+
+
+def _rows(config: pytest.Config) -> list[dict[str, str]]:
+    return sorted(config.stash[FIGURES].values(), key=lambda row: KINDS.index(row["kind"]))
+
+
+def _keep(config: pytest.Config) -> None:
+    # at once: a run that is killed loses none
+    if FILE:
+        FILE.write_text(json.dumps(_rows(config), indent=2, ensure_ascii=False) + "\n")
 
 
 def _aligned(rows: list[Iterable[str]]) -> list[str]:

@@ -73,5 +73,5 @@ def test_a_trained_convolution_keeps_more_of_a_real_model_s_attention_than_pooli
         found,
         below=0.95 * min(others.values()),
         baseline=others,
-        paper="0.973 bpc; mean 0.982, max 0.986",
+        paper="enwik8 bpc 0.973; mean 0.982, max 0.986",
     )

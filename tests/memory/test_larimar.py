@@ -177,7 +177,7 @@ def test_the_forgotten_fact_is_at_chance_and_the_others_are_known(figure):
     assert not (found.tokens_Qk == 107).any()
     others = number != 7
     known = (found.tokens_Qk[others, 0] == rows.tokens_N[others]).float().mean().item()
-    figure("larimar", "facts still known after one of 51 was forgotten", known, above=0.95, paper="0.997")
+    figure("larimar", "facts still known after one of 51 was forgotten", known, above=0.95, paper="0.997 (CounterFact)")
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 1.0])
