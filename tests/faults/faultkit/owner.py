@@ -59,7 +59,8 @@ async def main(uri: str, plans: str, mutation: str, lease: str) -> None:
         local.socket = SimpleNamespace(gethostname=lambda: f"machine-{os.getpid()}")
     else:
         local._runs = lambda known: False
-    sabotage.install(Path(plans))
+    laid_out = sabotage.Plans(Path(plans))
+    sabotage.install(lambda tables: laid_out)
     mutations.MUTATIONS[mutation]()
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

@@ -11,7 +11,7 @@ A process looks into its folder of plans before and after every write. A plan is
             tear       the files that the write left are cut in half, and the process is killed: a power loss before
                        the sync
     when    before, after
-    op      add, restore, sync, update, merge, delete, compact, clean, fill, drop, any
+    op      create, add, restore, sync, update, merge, delete, compact, clean, drop, any
     table   the beginning of the table's name: journal, log, catalog, snapshots; "" for any
     skip    how often the place is passed before it fires
 """
@@ -23,7 +23,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 WRITES = {"add": "add", "update": "update", "restore": "restore", "delete": "delete", "optimize": "compact"}
 DATASET_WRITES = {"compact_files": "compact", "cleanup_old_versions": "clean"}
@@ -73,15 +73,21 @@ class Plans:
             case "fail":
                 raise OSError(errno.EIO, os.strerror(errno.EIO), "the disk")
             case "tear":
-                for path in _files(folder) - before:
-                    os.truncate(path, path.stat().st_size // 2)
+                tear(folder, before)
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Steps(Protocol):
+    """Who hears of every write of a cold store, and may raise."""
+
+    def step(self, op: str, table: str, when: str, folder: Path | None, before: set[Path]) -> None:
+        """A place before or after a write; `before` are the files that the table had."""
 
 
 class _Write:
     """Both places of one write: before and after it."""
 
-    def __init__(self, plans: Plans, op: str, table: str, folder: Path | None) -> None:
+    def __init__(self, plans: Steps, op: str, table: str, folder: Path | None) -> None:
         self._plans, self._op, self._table, self._folder = plans, op, table, folder
         self._before: set[Path] = set()
 
@@ -144,43 +150,71 @@ def _wrapped(function: Any, hit: Callable[[str], _Write], op: str) -> Any:
     return call
 
 
-def install(folder: Path) -> Callable[[], None]:
-    """Wrap this process's tables; return what takes the wrapping away."""
-    from raymem.cold.durable import FolderSync
+def install(steps_of: Callable[[Any], Steps]) -> Callable[[], None]:
+    """Wrap this process's tables; return what takes the wrapping away.
+
+    Args:
+        steps_of: who hears of the writes of a `Tables`.
+    """
     from raymem.cold.tables import Tables
 
-    plans = Plans(folder)
-    saved = {name: getattr(Tables, name) for name in ("open", "create", "fill", "drop")}
-    sync = FolderSync.sync
+    init, folder_sync = Tables.__init__, Tables.folder_sync
 
     def hit(tables: Any, name: str) -> Callable[[str], _Write]:
         place = None if "://" in tables.uri else Path(tables.uri) / f"{name}.lance"
-        return lambda op: _Write(plans, op, name, place)
+        return lambda op: _Write(steps_of(tables), op, name, place)
 
-    def table(function: str, op: str | None) -> Any:
-        def call(self: Any, name: str, *args: Any) -> Any:
-            if op is None:
-                return _Table(saved[function](self, name, *args), hit(self, name))
-            with hit(self, name)(op):
-                made = saved[function](self, name, *args)
-            return None if made is None else _Table(made, hit(self, name))
+    def make(self: Any, *args: Any) -> None:
+        init(self, *args)
+        self._connection = _Connection(self._connection, lambda name: hit(self, name))
 
-        return call
+    def make_sync(self: Any, name: str) -> Any:
+        real = folder_sync(self, name)
+        return real if real is None else _Sync(real, hit(self, name))
 
-    def synced(self: Any) -> None:
-        with _Write(plans, "sync", self._folder.name, self._folder):
-            sync(self)
-
-    for name, op in {"open": None, "create": "create", "fill": "fill", "drop": "drop"}.items():
-        setattr(Tables, name, table(name, op))
-    FolderSync.sync = synced
+    Tables.__init__, Tables.folder_sync = make, make_sync
 
     def undo() -> None:
-        FolderSync.sync = sync
-        for name, function in saved.items():
-            setattr(Tables, name, function)
+        Tables.__init__, Tables.folder_sync = init, folder_sync
 
     return undo
+
+
+class _Connection:
+    """A LanceDB connection whose writes can be hit."""
+
+    def __init__(self, real: Any, hit: Callable[[str], Callable[[str], _Write]]) -> None:
+        self._real, self._hit = real, hit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def open_table(self, name: str) -> "_Table":
+        return _Table(self._real.open_table(name), self._hit(name))
+
+    def create_table(self, name: str, *args: Any, **kwargs: Any) -> "_Table":
+        with self._hit(name)("create"):
+            made = self._real.create_table(name, *args, **kwargs)
+        return _Table(made, self._hit(name))
+
+    def drop_table(self, name: str, **kwargs: Any) -> None:
+        with self._hit(name)("drop"):
+            self._real.drop_table(name, **kwargs)
+
+
+class _Sync:
+    def __init__(self, real: Any, hit: Callable[[str], _Write]) -> None:
+        self._real, self._hit = real, hit
+
+    def sync(self) -> None:
+        with self._hit("sync"):
+            self._real.sync()
+
+
+def tear(folder: Path | None, before: set[Path]) -> None:
+    """Cut the files that a write added in half."""
+    for path in _files(folder) - before:
+        os.truncate(path, path.stat().st_size // 2)
 
 
 def _files(folder: Path | None) -> set[Path]:
