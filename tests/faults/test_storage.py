@@ -101,7 +101,7 @@ def _compact_soon_and_take_banks_of_this_process(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("mode", SURVIVED)
 async def test_no_write_that_fails_tears_or_is_the_last_loses_what_was_acknowledged(tmp_path: Path, mode: str):
     plain = await lives(tmp_path / "plain", -1, "")
-    some = range(MODES.index(mode), plain.writes, 1 + plain.writes // 3)
+    some = range(MODES.index(mode), plain.writes, 1 + plain.writes // 2)
     for at in some:
         print(mode, plain.where[at])
         await lives(tmp_path / f"{at}", at, mode)
