@@ -20,6 +20,7 @@ from raymem.types import (
     BankInfo,
     BankSpec,
     DrainReport,
+    MergeReport,
     MigrationReport,
     Readout,
     RestoreReport,
@@ -50,6 +51,7 @@ class Backend(Protocol):
     async def restore(self, name: str, at: str | int) -> RestoreReport: ...
     async def fork(self, source: str, target: str, at: str | int | None) -> BankInfo: ...
     async def materialise(self, name: str) -> BankInfo: ...
+    async def merge(self, target: str, sources: list[str], rebuild: bool, rename: bool) -> MergeReport: ...
     async def digest(self, name: str) -> str: ...
     async def tokens(self, name: str, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor: ...
     async def export(self, name: str, path: Path) -> int: ...
@@ -187,6 +189,12 @@ class ColdBackend(ABC):
             else:
                 await asyncio.to_thread(materialise_cold, self.cold, entry)
         return await self.info(name)
+
+    async def merge(self, target: str, sources: list[str], rebuild: bool, rename: bool) -> MergeReport:
+        """Create a bank from the rows of several; it is attached, and loads when it is first used."""
+        from raymem.merging import merge_banks
+
+        return await asyncio.to_thread(merge_banks, self.cold, target, sources, rebuild=rebuild, rename=rename)
 
     async def tokens(self, name: str, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
         """Token ids of a run's rows from `seq_from` to `seq_to` (exclusive), in order."""

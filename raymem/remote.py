@@ -23,6 +23,7 @@ from raymem.types import (
     BankInfo,
     BankSpec,
     DrainReport,
+    MergeReport,
     MigrationReport,
     Readout,
     RestoreReport,
@@ -34,6 +35,7 @@ _INFO = TypeAdapter(BankInfo)
 _INFOS = TypeAdapter(list[BankInfo])
 _ACK = TypeAdapter(Ack)
 _REPORT = TypeAdapter(MigrationReport)
+_MERGED = TypeAdapter(MergeReport)
 _RESTORED = TypeAdapter(RestoreReport)
 _SHARDS = TypeAdapter(list[ShardInfo])
 _DRAINED = TypeAdapter(DrainReport)
@@ -149,6 +151,11 @@ class HttpBackend:
     async def materialise(self, name: str) -> BankInfo:
         """Give a fork a journal of its own."""
         return _INFO.validate_json(await self._call(routes.MATERIALISE, name))
+
+    async def merge(self, target: str, sources: list[str], rebuild: bool, rename: bool) -> MergeReport:
+        """Create a bank from several."""
+        body = {"target": target, "sources": sources, "rebuild": rebuild, "rename": rename}
+        return _MERGED.validate_json(await self._call(routes.MERGE, json=body))
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's state."""

@@ -21,10 +21,9 @@ from raymem.cold.store import ColdStore, Entry
 from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import Encoder
 from raymem.errors import Corrupt, RaymemError
-from raymem.memory import build
+from raymem.memory import build, keeps_rows
 from raymem.memory.base import Dims, Found, Memory, Rows, State
 from raymem.memory.learned import Learned
-from raymem.memory.rows import RowMemory
 from raymem.prefetch import prefetch
 from raymem.staging import Staging
 from raymem.types import Ack, BankSpec, Readout, Trace, check_hidden
@@ -271,7 +270,7 @@ class Runtime(Replica):
 
     def mark(self, tag: str) -> dict[str, int]:
         """Tag the present position; return all tags. A bounded state can't be wound back, so it is kept there."""
-        if not isinstance(self.memory, RowMemory):
+        if not keeps_rows(self.spec.kind):
             self.snapshot()
         self.cold.catalog.tag(self.entry.name, tag, self.pos)
         return self.cold.catalog.tags(self.entry.name)

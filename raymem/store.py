@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from raymem.types import (
     BankInfo,
     BankSpec,
     DrainReport,
+    MergeReport,
     MigrationReport,
     Readout,
     RestoreReport,
@@ -120,6 +121,26 @@ class AsyncStore:
         check_names(target)
         await self.backend.fork(source, target, at)
         return AsyncBank(self.backend, target)
+
+    async def merge(
+        self, target: str, sources: Sequence[str], *, rebuild: bool = False, rename: bool = True
+    ) -> MergeReport:
+        """Create a bank from the rows that several have now, in the order of their times.
+
+        Args:
+            target: the new bank's name.
+            sources: banks of one spec; row kinds may differ in budget, and the new bank gets the sum.
+            rebuild: make the state of the rows also where the kind could merge the states; some kinds need it.
+            rename: put each bank's name before its streams (`alice/…`). Without, rows under the same name and with the
+                same content are kept once, and of those with other content the first bank's: the report says which.
+
+        Raises:
+            Unsupported: banks of this kind don't merge without `rebuild`, and why.
+            FingerprintMismatch, InvalidSpec: naming what differs. BankExists, BankNotFound: nothing was created.
+        """
+        for name in (target, *sources):
+            check_names(name)
+        return await self.backend.merge(target, list(sources), rebuild, rename)
 
     async def import_(self, path: str | Path, name: str) -> AsyncBank:
         """Create a bank from an exported file; it starts detached.
@@ -299,6 +320,10 @@ class Store:
     def fork(self, source: str, target: str, at: str | int | None = None) -> Bank:
         """As `AsyncStore.fork`."""
         return Bank(self._loop.run(self._store.fork(source, target, at)), self._loop)
+
+    def merge(self, target: str, sources: Sequence[str], *, rebuild: bool = False, rename: bool = True) -> MergeReport:
+        """As `AsyncStore.merge`."""
+        return self._loop.run(self._store.merge(target, sources, rebuild=rebuild, rename=rename))
 
     def import_(self, path: str | Path, name: str) -> Bank:
         """As `AsyncStore.import_`."""

@@ -267,6 +267,26 @@ class DrainReport:
     draining: bool
 
 
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge made: the bank, its rows, and for each source how many it gave and what its streams now begin with.
+
+    `rule` is the kind's ("exact", "approximate", "refused"); `rebuilt` says that the state is made of the rows.
+    `duplicates` are rows that two sources had with the same content, kept once. `conflicts` are rows under one name
+    with other content, or out of order in their run: the first source's stayed, `conflict_rows` names some others.
+    """
+
+    bank: str
+    rows: int
+    sources: dict[str, int]
+    streams: dict[str, str]
+    rule: str
+    rebuilt: bool
+    duplicates: int
+    conflicts: int
+    conflict_rows: tuple[str, ...] = ()
+
+
 def check_bank_name(name: str) -> str:
     """Return `name` if it is `namespace/name`.
 

@@ -182,6 +182,15 @@ class Fork(_Request):
     at: str | int | None = None
 
 
+class Merge(_Request):
+    """The new bank, the banks it is made of, and how: see `Store.merge`."""
+
+    target: str = Field(examples=["team/all"])
+    sources: list[str] = Field(min_length=1, max_length=1000)
+    rebuild: bool = False
+    rename: bool = True
+
+
 class Digest(BaseModel):
     """sha256 of the bank's whole state."""
 

@@ -13,7 +13,7 @@ from raymem.cli.options import DEFAULT_STORE, ColdOption, JsonOption, StoreOptio
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from raymem.types import RestoreReport
+    from raymem.types import MergeReport, RestoreReport
 
 Label = Annotated[str, typer.Argument(help="A tag, for example before-merge.")]
 Position = Annotated[int | None, typer.Option("--pos", min=0, help="A position, where there is no tag.")]
@@ -21,7 +21,7 @@ Position = Annotated[int | None, typer.Option("--pos", min=0, help="A position, 
 
 def add_to(app: typer.Typer) -> None:
     """Give `raymem bank` these commands."""
-    for command in (tags, untag, restore, fork, materialise):
+    for command in (tags, untag, restore, fork, materialise, merge):
         app.command(command.__name__)(command)
 
 
@@ -109,6 +109,28 @@ def materialise(
     output.show(info, lambda made: f"{made.name} has all its {made.rows:,} rows itself")
 
 
+def merge(
+    target: Annotated[str, typer.Argument(help="The new bank, for example team/all.")],
+    sources: Annotated[list[str], typer.Argument(help="The banks it is made of.")],
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the state of the rows; some kinds need it.")] = False,
+    keep_names: Annotated[
+        bool, typer.Option("--keep-names", help="Don't put each bank's name before its streams.")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    cold: ColdOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Create a bank from the rows of several, in the order of their times.
+
+    For example:
+
+        raymem bank merge team/all research/alice research/bob
+    """
+    with opened(store, cold) as memory, output.waiting(f"merging into {target} …"):
+        report = memory.merge(target, sources, rebuild=rebuild, rename=not keep_names)
+    output.show(report, _merged)
+
+
 def _one_of(label: str | None, pos: int | None) -> str | int | None:
     if label is not None and pos is not None:
         raise typer.BadParameter(f"{label!r} and --pos {pos} are two places: name one")
@@ -125,3 +147,11 @@ def _restored(report: RestoreReport) -> str:
     return (
         f"{report.bank} is back at position {report.pos:,}; the {report.undone:,} rows after it are in {report.kept_as}"
     )
+
+
+def _merged(report: MergeReport) -> str:
+    how = "rebuilt from its rows" if report.rebuilt else f"merged from states ({report.rule})"
+    lines = [f"{report.bank}: {report.rows:,} rows of {len(report.sources)} banks, {how}"]
+    lines += [f"{report.duplicates:,} rows were in two of them, kept once"] * (report.duplicates > 0)
+    lines += [f"{report.conflicts:,} rows left out, their names had other content:"] * (report.conflicts > 0)
+    return "\n".join([*lines, *report.conflict_rows])

@@ -5,6 +5,7 @@ Shape legend: `T` rows, `L` layers, `D` hidden width, `V` value width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,29 @@ class JournalRows:
             value_TV=value_TV,
             time_T=torch.full((rows,), trace.time, dtype=torch.float64),
             crc_T=checksums(streams, runs, seq_T, token_T, hidden_TLD, value_TV),
+        )
+
+    def part(self, start: int, stop: int) -> JournalRows:
+        """Rows by index, from `start` to `stop` (exclusive); nothing is copied."""
+        return self._picked(slice(start, stop), self.streams[start:stop], self.runs[start:stop])
+
+    def pick(self, index: Sequence[int]) -> JournalRows:
+        """The rows of these indices."""
+        streams, runs = [self.streams[row] for row in index], [self.runs[row] for row in index]
+        return self._picked(torch.tensor(index, dtype=torch.int64), streams, runs)
+
+    def _picked(self, which: slice | Tensor, streams: list[str], runs: list[str]) -> JournalRows:
+        return dataclasses.replace(
+            self,
+            pos_T=self.pos_T[which],
+            streams=streams,
+            runs=runs,
+            seq_T=self.seq_T[which],
+            token_T=self.token_T[which],
+            hidden_TLD=self.hidden_TLD[which],
+            value_TV=None if self.value_TV is None else self.value_TV[which],
+            time_T=self.time_T[which],
+            crc_T=self.crc_T[which],
         )
 
     def verify(self) -> JournalRows:

@@ -35,6 +35,17 @@ def merge_rule(kind: str) -> MergeRule:
     return _class(kind).merge_rule
 
 
+def keeps_rows(kind: str) -> bool:
+    """Whether banks of a kind hold the rows themselves, and not a bounded state made of them.
+
+    Raises:
+        InvalidSpec: unknown kind.
+    """
+    from raymem.memory.rows import RowMemory
+
+    return issubclass(_class(kind), RowMemory)
+
+
 def build(kind: str, dims: Dims, options: dict[str, object], budget_bytes: int) -> Memory:
     """The mechanism `kind` with checked options.
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from raymem import routes
-from raymem.errors import BankExists, BankNotFound, InvalidInput, InvalidName, StorageError, TagNotFound
+from raymem.errors import (
+    BankExists,
+    BankNotFound,
+    FingerprintMismatch,
+    InvalidInput,
+    InvalidName,
+    InvalidSpec,
+    StorageError,
+    TagNotFound,
+    Unsupported,
+)
 from raymem.serving.routes.common import BankDep, NameDep, StoreDep, serve
-from raymem.serving.schemas import Fork, Restore, Tag, Tags
-from raymem.types import BankInfo, RestoreReport
+from raymem.serving.schemas import Fork, Merge, Restore, Tag, Tags
+from raymem.types import BankInfo, MergeReport, RestoreReport
 
 router = APIRouter(tags=["history"])
 
@@ -37,3 +47,14 @@ async def fork(store: StoreDep, name: NameDep, body: Fork) -> BankInfo:
 async def materialise(bank: BankDep) -> BankInfo:
     """Copy what a fork inherited into its own journal, so that it needs its parent no more."""
     return await bank.materialise()
+
+
+@serve(
+    router,
+    routes.MERGE,
+    *(BankExists, BankNotFound, FingerprintMismatch, InvalidName, InvalidSpec, StorageError, Unsupported),
+    status_code=201,
+)
+async def merge(store: StoreDep, body: Merge) -> MergeReport:
+    """Create a bank from the rows of several, in the order of their times."""
+    return await store.merge(body.target, body.sources, rebuild=body.rebuild, rename=body.rename)

@@ -32,6 +32,8 @@ def test_a_banks_past_on_the_command_line(raymem, alice):
     assert raymem("bank", "restore", "lab/bob", "--pos", 7, "--json").json["undone"] == 3
     assert "already" in raymem("bank", "restore", alice, "ten").out
     assert raymem("bank", "restore", alice).code != 0
+    merged = raymem("bank", "merge", "lab/all", alice, "lab/carol", "--json").json
+    assert (merged["rows"], merged["streams"]) == (14, {alice: f"{alice.split('/')[1]}/", "lab/carol": "carol/"})
     assert raymem("bank", "untag", alice, "ten", "--json").json == {"bank": alice, "tags": {}}
     assert raymem("bank", "rm", alice, "--yes", "--materialise", "--json").json == {"removed": alice}
 

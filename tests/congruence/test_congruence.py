@@ -123,6 +123,13 @@ step("Bank.read", "after it went back")(lambda on: on.other("fork").read(on.tiny
 step("Store.delete", "a fork")(lambda on: on.store.delete(f"{on.kind}/fork"))
 step("Store.delete", "the rest of it")(lambda on: on.store.delete(f"{on.kind}/fork-before-restore"))
 step("Store.delete", "another fork")(lambda on: on.store.delete(f"{on.kind}/other"))
+step("Bank.info", "before a merge")(lambda on: on.bank.info())
+step("Store.merge", "of two")(lambda on: _merge(on, "all", rebuild=True))
+step("Store.merge", "of two by the kind's rule")(lambda on: _merge(on, "rule"))
+step("Store.merge", "of one under two names")(lambda on: on.store.merge(f"{on.kind}/twice", [on.bank.name] * 2))
+step("Bank.read", "what was merged")(lambda on: on.other("all").read(on.tiny.trace(7).hidden, 4))
+step("Store.delete", "what was merged")(lambda on: on.store.delete(f"{on.kind}/all"))
+step("Store.delete", "what was merged by rule")(lambda on: on.store.delete(f"{on.kind}/rule"))
 step("Bank.untag", "forgets one")(lambda on: on.bank.untag("before"))
 step("Bank.untag", "no tag")(lambda on: on.bank.untag("before"))
 step("Store.banks", "by prefix")(lambda on: on.store.banks(f"{on.kind}/"))
@@ -172,6 +179,14 @@ step("Bank.digest", "of an imported bank")(lambda on: on.other("copy").digest() 
 step("Store.delete", "a hot bank")(lambda on: on.store.delete(f"{on.kind}/copy"))
 step("Store.delete", "no bank")(lambda on: on.store.delete(f"{on.kind}/copy"))
 step("Bank.info", "of a bank that was deleted")(lambda on: on.other("copy").info())
+
+
+def _merge(on: On, name: str, *, rebuild: bool = False) -> Any:
+    other = on.store.fork(on.bank.name, f"{on.kind}/second", 40)
+    try:
+        return on.store.merge(f"{on.kind}/{name}", [on.bank.name, other.name], rebuild=rebuild)
+    finally:
+        on.store.delete(other.name)
 
 
 def _cut_short(on: On) -> Path:
@@ -257,6 +272,7 @@ def test_the_steps_do_what_they_say(outcome, kind):
     assert found["Bank.write", "to a fork"].duplicates == 50
     assert found["Bank.digest", "of a fork"] == found["Bank.digest", "of what was a fork"]
     assert found["Bank.restore", "goes back to a position"].undone == 20
+    assert found["Store.merge", "of two"].rows == found["Bank.info", "before a merge"].rows + 40
     errors = {what: outcome for (_, what), outcome in found.items() if isinstance(outcome, RaymemError)}
     refused = {"a cold bank", "no bank", "to no node", "a row that is not finite", "other rows under the same names"}
     refused |= {"at no tag", "at no position", "a bank with forks", "as of no tag and no time"}

@@ -1,0 +1,131 @@
+"""One bank made of several: their rows in one journal, and a state by the rule of their kind."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from raymem.cold.interleave import Tally, merged
+from raymem.cold.rows import JournalRows
+from raymem.cold.store import ColdStore, Entry
+from raymem.cold.tables import snapshot_table
+from raymem.errors import InvalidInput, InvalidSpec, Unsupported
+from raymem.memory import keeps_rows, merge_rule
+from raymem.memory.base import State
+from raymem.runtime import Replica
+from raymem.types import BankSpec, MergeReport
+
+# names the position whose state was merged and not replayed, so that it is kept
+MERGED_TAG = "merged"
+
+
+def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild: bool, rename: bool) -> MergeReport:
+    """Create `target` from the rows that the sources have now; it becomes visible whole or not at all.
+
+    Rows are ordered by (time, source, position), a row's time being the latest that its bank has had up to it. With
+    `rename`, streams get the bank's name before theirs: `alice/…`, or `research/alice/…` where two namespaces have an
+    alice. Without, rows of one name and content are kept once; of those with other content the first source's.
+
+    A state that holds exactly what the rows say is made of them when the bank loads. That of a kind which merges
+    approximately is made of the sources' states, and kept under the tag `merged`, unless `rebuild` asks for the rows.
+
+    Raises:
+        InvalidInput: no source, or one twice. FingerprintMismatch, InvalidSpec: naming what differs.
+        Unsupported: banks of this kind don't merge, and `rebuild` is False.
+    """
+    entries = [cold.catalog.get(source) for source in sources]
+    spec = _common_spec(entries)
+    rule = merge_rule(spec.kind)
+    ends = [cold.journal(entry).end() for entry in entries]
+    state = _merged_state(cold, entries, ends) if rule != "exact" and not rebuild else None
+    prefixes = _prefixes(sources) if rename else [""] * len(sources)
+    made, tally = Entry(id=uuid.uuid4().hex, name=target, spec=spec, state="hot", created=time.time()), Tally()
+    scans = [cold.journal(entry).scan(stop=end) for entry, end in zip(entries, ends, strict=True)]
+    tables = merged(scans, sources, prefixes, tally)
+    try:
+        if state is None:
+            cold.catalog.add(made, (batch for table in tables for batch in table.to_batches()))
+        else:
+            # the position is known only when all rows have passed, and the tag must be there with the bank
+            made.tags[MERGED_TAG] = sum(ends)
+            cold.catalog.add(made, _with_state(cold, made, tables, state, tally))
+    except BaseException:
+        cold.tables.drop(snapshot_table(made.id))
+        raise
+    return MergeReport(
+        bank=target,
+        rows=sum(ends) - tally.duplicates - tally.conflicts,
+        sources=dict(zip(sources, ends, strict=True)),
+        streams=dict(zip(sources, prefixes, strict=True)),
+        rule=rule,
+        rebuilt=state is None,
+        duplicates=tally.duplicates,
+        conflicts=tally.conflicts,
+        conflict_rows=tuple(tally.named),
+    )
+
+
+def _common_spec(entries: Sequence[Entry]) -> BankSpec:
+    names = [entry.name for entry in entries]
+    if not names or len(set(names)) < len(names):
+        raise InvalidInput(f"a merge takes different banks, at least one; it got {', '.join(names) or 'none'}")
+    first = entries[0].spec
+    rows = keeps_rows(first.kind)
+    for entry in entries[1:]:
+        first.fingerprint.require(entry.spec.fingerprint)
+        mine, theirs = first.model_dump(), entry.spec.model_dump()
+        differ = [
+            f"{name}: {names[0]} has {mine[name]!r}, {entry.name} has {theirs[name]!r}"
+            for name in mine
+            if mine[name] != theirs[name] and not (rows and name == "budget_bytes")
+        ]
+        if differ:
+            raise InvalidSpec(f"these banks can't be merged ({'; '.join(differ)}); merge banks of one spec")
+    # nothing that the sources hold need be evicted
+    return (
+        first.model_copy(update={"budget_bytes": sum(entry.spec.budget_bytes for entry in entries)}) if rows else first
+    )
+
+
+def _merged_state(cold: ColdStore, entries: Sequence[Entry], ends: Sequence[int]) -> State:
+    replicas = []
+    for entry, end in zip(entries, ends, strict=True):
+        replica = Replica(cold, entry)
+        replica.recover(upto=end)
+        replicas.append(replica)
+    memory = replicas[0].memory
+    try:
+        found = memory.dump(memory.merge([replica.state for replica in replicas]))
+    except Unsupported as error:
+        raise Unsupported(f"{error.message}: merge with rebuild=True (`raymem bank merge --rebuild`)") from error
+    return {f"memory.{name}": tensor for name, tensor in found.items()}
+
+
+def _with_state(
+    cold: ColdStore, made: Entry, tables: Iterator[pa.Table], state: State, tally: Tally
+) -> Iterator[pa.RecordBatch]:
+    """The rows as they pass, and after the last of them a snapshot: an encoder that has seen them, the merged state."""
+    replica = Replica(cold, made)
+    pos = 0
+    for table in tables:
+        for rows in JournalRows.from_arrow(table):
+            replica.encoder.push(rows)
+        pos += len(table)
+        yield from table.to_batches()
+    if tally.duplicates or tally.conflicts:
+        raise InvalidInput(
+            f"{tally.duplicates + tally.conflicts} rows are in more than one of these banks, and their states can't be "
+            "told apart by row: merge with rebuild=True, or give their streams names of their own (rename=True)"
+        )
+    tensors, meta = replica.encoder.dump()
+    tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()} | state
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    cold.snapshots(made).save(pos, whole, {"encoder": meta})
+
+
+def _prefixes(sources: Sequence[str]) -> list[str]:
+    banks = [source.partition("/")[2] for source in sources]
+    return [f"{name}/" for name in (banks if len(set(banks)) == len(banks) else sources)]
