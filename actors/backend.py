@@ -21,7 +21,7 @@ from raymem.cold.store import ColdStore
 from raymem.config import Settings
 from raymem.errors import BankDetached, BankNotFound, ConfigError, Conflict, NotShared, RaymemError
 from raymem.limits import Limiter
-from raymem.types import Ack, BankInfo, DrainReport, MigrationReport, Readout, ShardInfo, Trace
+from raymem.types import Ack, BankInfo, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
 
 
 class RayBackend(ColdBackend):
@@ -33,7 +33,7 @@ class RayBackend(ColdBackend):
     """
 
     def __init__(self, cold: ColdStore, directory: Remote, settings: Settings) -> None:
-        super().__init__(cold)
+        super().__init__(cold, settings)
         self._router = Router(cold, directory, settings.actors)
         self._limiter = Limiter(settings.host)
         self._caller = uuid.uuid4().hex
@@ -132,6 +132,11 @@ class RayBackend(ColdBackend):
     async def digest(self, name: str) -> str:
         """sha256 of the bank's state."""
         return str(await self._router.call(name, "digest"))
+
+    async def erase_hot(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
+        """Erase rows."""
+        receipt: EraseReceipt = await self._router.call(name, "erase", what, rebuild)
+        return receipt
 
     async def migrate(self, name: str, to: str) -> MigrationReport:
         """Move a bank to another node while it is read and written.

@@ -19,7 +19,7 @@ from raymem.cold.store import ColdStore
 from raymem.config import Settings
 from raymem.errors import NotShared, RaymemError
 from raymem.host import Host
-from raymem.types import Ack, MigrationReport, Trace
+from raymem.types import Ack, EraseReceipt, MigrationReport, Selection, Trace
 
 log = structlog.get_logger("raymem.shard")
 
@@ -104,6 +104,11 @@ class Shard:
         """sha256 of a bank's whole state."""
         host = await self._hot(name)
         return await host.digest(name)
+
+    async def erase(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
+        """Erase rows of a bank; a try that was cut short is finished by the next, which then finds no row."""
+        host = await self._hot(name)
+        return await host.erase(name, what, rebuild=rebuild)
 
     async def locate(self, name: str) -> str:
         """This shard's name, for a bank that is hot here."""

@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from raymem.encode.calibration import Calibration
     from raymem.errors import RaymemError
     from raymem.store import AsyncStore, Bank, Store, connect
-    from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, RowRef, Trace
+    from raymem.types import (
+        Ack,
+        BankInfo,
+        BankSpec,
+        EraseReceipt,
+        Fingerprint,
+        KeySpec,
+        MigrationReport,
+        Readout,
+        RowRef,
+        SweepReport,
+        Trace,
+    )
 
 # importing torch takes longer than everything else together: names resolve on first use
 _HOME = {
@@ -26,6 +38,7 @@ _HOME = {
     "BankInfo": "types",
     "BankSpec": "types",
     "Calibration": "encode.calibration",
+    "EraseReceipt": "types",
     "Fingerprint": "types",
     "KeySpec": "types",
     "MigrationReport": "types",
@@ -34,6 +47,7 @@ _HOME = {
     "RowRef": "types",
     "Settings": "config",
     "Store": "store",
+    "SweepReport": "types",
     "Trace": "types",
     "connect": "store",
 }
@@ -45,6 +59,7 @@ __all__ = [
     "BankInfo",
     "BankSpec",
     "Calibration",
+    "EraseReceipt",
     "Fingerprint",
     "KeySpec",
     "MigrationReport",
@@ -53,6 +68,7 @@ __all__ = [
     "RowRef",
     "Settings",
     "Store",
+    "SweepReport",
     "Trace",
     "__version__",
     "connect",

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import structlog
 from torch import Tensor
 
+from raymem.cold.erasure import settle_forks
 from raymem.cold.export import export_bank, import_bank
 from raymem.cold.history import fork_at, fork_position, materialise_cold, restore_to
 from raymem.cold.store import ColdStore, Entry
+from raymem.cold.sweeper import sweep
+from raymem.config import Settings
 from raymem.encode.calibration import Calibration
-from raymem.errors import BankDetached, CalibrationNotFound, InvalidInput
+from raymem.errors import BankDetached, CalibrationNotFound, InvalidInput, RaymemError
 from raymem.types import (
     Ack,
     BankInfo,
     BankSpec,
     DrainReport,
+    EraseReceipt,
     MergeReport,
     MigrationReport,
     Readout,
     RestoreReport,
+    Selection,
     ShardInfo,
+    SweepReport,
     Trace,
     check_bank_name,
     check_label,
 )
 
 T = TypeVar("T")
+log = structlog.get_logger("raymem.backend")
 
 
 class Backend(Protocol):
@@ -56,6 +65,10 @@ class Backend(Protocol):
     async def tokens(self, name: str, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor: ...
     async def export(self, name: str, path: Path) -> int: ...
     async def import_(self, path: Path, name: str) -> BankInfo: ...
+    async def erase(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt: ...
+    async def receipts(self, name: str) -> list[EraseReceipt]: ...
+    async def set_ttl(self, name: str, ttl_s: float | None) -> BankInfo: ...
+    async def sweep(self, dry_run: bool) -> SweepReport: ...
     async def put_calibration(self, calibration: Calibration) -> str: ...
     async def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration: ...
     async def nodes(self) -> list[str]: ...
@@ -68,8 +81,9 @@ class Backend(Protocol):
 class ColdBackend(ABC):
     """The verbs that need the catalog and the cold store alone; placing banks is left to the backends."""
 
-    def __init__(self, cold: ColdStore) -> None:
+    def __init__(self, cold: ColdStore, settings: Settings) -> None:
         self.cold = cold
+        self.settings = settings
 
     @abstractmethod
     async def attach(self, name: str, node: str | None) -> BankInfo:
@@ -86,6 +100,10 @@ class ColdBackend(ABC):
     @abstractmethod
     async def materialise_hot(self, name: str) -> None:
         """Have the owner of a hot fork copy what it inherited."""
+
+    @abstractmethod
+    async def erase_hot(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
+        """Erase rows of a hot bank, by its owner."""
 
     @abstractmethod
     async def hot_bytes(self) -> dict[str, int]:
@@ -215,6 +233,37 @@ class ColdBackend(ABC):
         await asyncio.to_thread(import_bank, self.cold, path, name)
         return await self.info(name)
 
+    async def erase(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
+        """Erase rows of a bank, hot or cold, and of its forks; a cold one is loaded for it and detached again."""
+        entry = await asyncio.to_thread(self.cold.catalog.get, name)
+        if entry.state == "hot":
+            receipt = await self.erase_hot(name, what, rebuild)
+        else:
+            await self.attach(name, None)
+            try:
+                receipt = await self.erase_hot(name, what, rebuild)
+            finally:
+                await self.detach(name)
+        return await self._erase_in_forks(entry, receipt, rebuild)
+
+    async def receipts(self, name: str) -> list[EraseReceipt]:
+        """The receipts of what was erased in a bank, oldest first."""
+        return await asyncio.to_thread(self.cold.receipts.of, name)
+
+    async def set_ttl(self, name: str, ttl_s: float | None) -> BankInfo:
+        """Let rows expire that are older than `ttl_s` seconds, or none."""
+
+        def change() -> None:
+            self.cold.catalog.change(self.cold.catalog.get(name), ttl_s=ttl_s)
+
+        await asyncio.to_thread(change)
+        return await self.info(name)
+
+    async def sweep(self, dry_run: bool) -> SweepReport:
+        """Delete what the catalog doesn't name, and finish erasures that were cut short."""
+        report = await asyncio.to_thread(sweep, self.cold, self.settings.cold.sweep_age_s, dry_run=dry_run)
+        return dataclasses.replace(report, receipts=tuple([await self._go_on(receipt) for receipt in report.receipts]))
+
     async def put_calibration(self, calibration: Calibration) -> str:
         """Keep a calibration; return its hash."""
         blob = calibration.to_bytes()
@@ -232,6 +281,29 @@ class ColdBackend(ABC):
             return Calibration.from_bytes(self.cold.calibrations.get(found))
 
         return await asyncio.to_thread(find)
+
+    async def _erase_in_forks(self, entry: Entry, receipt: EraseReceipt, rebuild: bool) -> EraseReceipt:
+        forks = await asyncio.to_thread(self.cold.catalog.forks, entry.id)
+        done: dict[str, str] = {}
+        for fork in forks:
+            try:
+                there = await self.erase(fork.name, receipt.what, rebuild)
+            except RaymemError as error:
+                # the receipt says that it is not done; a sweep tries again
+                log.warning("not erased in a fork", bank=entry.name, fork=fork.name, error=str(error))
+                done[fork.name] = ""
+            else:
+                done |= {fork.name: there.id} if there.rows else {}
+        if not forks:
+            return receipt
+        return await asyncio.to_thread(settle_forks, self.cold, receipt, done)
+
+    async def _go_on(self, receipt: EraseReceipt) -> EraseReceipt:
+        """Erase in the forks that an erasure has not come to: as it was asked for, the parent having been rewritten."""
+        entry = await asyncio.to_thread(self.cold.catalog.by_id, receipt.bank_id)
+        if entry is None or receipt.status != "pending" or not receipt.forks:
+            return receipt
+        return await self._erase_in_forks(entry, receipt, True)
 
     def _complete(self, spec: BankSpec) -> BankSpec:
         from raymem.runtime import assemble, learned_of
@@ -253,11 +325,12 @@ class ColdBackend(ABC):
             epoch=entry.epoch,
             owner=entry.owner,
             node=self.node_of(entry.owner) if entry.owner else None,
-            rows=self.cold.journal(entry).end(),
+            rows=self.cold.journal(entry).rows(),
             bytes=hot.get(entry.name, 0),
             tags=entry.tags,
             created=entry.created,
             pinned=bool(entry.pinned),
+            ttl_s=entry.ttl_s,
         )
 
 
@@ -285,6 +358,16 @@ def check_read(k: int, start: int) -> None:
         raise InvalidInput(f"k is {k}; ask for 1 to 4096 neighbours")
     if start < 0:
         raise InvalidInput(f"start is {start}; positions count from 0")
+
+
+def check_ttl(ttl_s: float | None) -> None:
+    """Refuse a time to live that can't be meant.
+
+    Raises:
+        InvalidInput: naming the value.
+    """
+    if ttl_s is not None and not 0 < ttl_s < float("inf"):
+        raise InvalidInput(f"ttl_s is {ttl_s}; rows may live for a number of seconds over 0, or for good: None")
 
 
 def check_names(name: str, tag: str | None = None) -> None:

@@ -26,10 +26,16 @@ class _Section(BaseModel):
 
 
 class ColdSettings(_Section):
-    """The durable store: when a commit is synced, and how many journal bytes may pass before a snapshot."""
+    """The durable store: when a commit is synced, and how many journal bytes may pass before a snapshot.
+
+    Owners look for expired rows every `expire_s` seconds. A table that the catalog doesn't name is deleted when nothing
+    was written to it for `sweep_age_s`: less than the longest import, and a table may go while it is being made.
+    """
 
     sync: Literal["disk", "none"] | None = None
     snapshot_bytes: int = Field(default=64 * 2**20, ge=2**10)
+    expire_s: float = Field(default=600.0, gt=0)
+    sweep_age_s: float = Field(default=3600.0, ge=0)
 
 
 class HostSettings(_Section):

@@ -15,12 +15,13 @@ from torch import Tensor
 from raymem.backend import detached
 from raymem.cold.store import ColdStore, Entry
 from raymem.config import Settings
+from raymem.erasing import erase
 from raymem.errors import Moved, NotOwner, RaymemError
 from raymem.lease import Lease
 from raymem.limits import Limiter
 from raymem.past import Past
 from raymem.runtime import Runtime
-from raymem.types import Ack, Readout, Trace
+from raymem.types import Ack, EraseReceipt, Readout, Selection, Trace
 from raymem.worker import BankWorker
 
 T = TypeVar("T")
@@ -175,6 +176,11 @@ class Host:
         """Copy what a fork inherited into its own journal; writes wait meanwhile, reads don't."""
         worker = self._writable(name)
         await worker.call(worker.runtime.materialise)
+
+    async def erase(self, name: str, what: Selection, *, rebuild: bool = False) -> EraseReceipt:
+        """Erase rows after the writes queued so far; later ones wait; see `raymem.erasing`."""
+        worker = self._writable(name)
+        return await worker.call(lambda: erase(worker.runtime, what, rebuild=rebuild))
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's whole state, after the writes queued so far."""

@@ -18,7 +18,7 @@ from raymem.config import Settings
 from raymem.errors import Conflict, InvalidInput, Moved, NotOwner
 from raymem.host import Host
 from raymem.lease import Watch
-from raymem.types import Ack, BankInfo, DrainReport, MigrationReport, Readout, ShardInfo, Trace
+from raymem.types import Ack, BankInfo, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
 
 T = TypeVar("T")
 NODE = "local"
@@ -33,7 +33,7 @@ class LocalBackend(ColdBackend):
     """
 
     def __init__(self, uri: str, settings: Settings) -> None:
-        super().__init__(ColdStore.open(uri, settings.cold.sync))
+        super().__init__(ColdStore.open(uri, settings.cold.sync), settings)
         self.host = Host(self.cold, settings, owner=_this_process())
 
     async def attach(self, name: str, node: str | None) -> BankInfo:
@@ -75,6 +75,10 @@ class LocalBackend(ColdBackend):
     async def materialise_hot(self, name: str) -> None:
         """Copy what a hot fork inherited."""
         await self._owned(name, lambda: self.host.materialise(name))
+
+    async def erase_hot(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
+        """Erase rows."""
+        return await self._owned(name, lambda: self.host.erase(name, what, rebuild=rebuild))
 
     async def nodes(self) -> list[str]:
         """This process."""

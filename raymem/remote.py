@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import tempfile
 from collections.abc import AsyncIterator
@@ -23,17 +24,23 @@ from raymem.types import (
     BankInfo,
     BankSpec,
     DrainReport,
+    EraseReceipt,
     MergeReport,
     MigrationReport,
     Readout,
     RestoreReport,
+    Selection,
     ShardInfo,
+    SweepReport,
     Trace,
 )
 
 _INFO = TypeAdapter(BankInfo)
 _INFOS = TypeAdapter(list[BankInfo])
 _ACK = TypeAdapter(Ack)
+_RECEIPT = TypeAdapter(EraseReceipt)
+_RECEIPTS = TypeAdapter(list[EraseReceipt])
+_SWEEP = TypeAdapter(SweepReport)
 _REPORT = TypeAdapter(MigrationReport)
 _MERGED = TypeAdapter(MergeReport)
 _RESTORED = TypeAdapter(RestoreReport)
@@ -194,6 +201,23 @@ class HttpBackend:
         except OSError as error:
             raise InvalidInput(f"can't read {path}: {error}") from error
         return _INFO.validate_json(answer)
+
+    async def erase(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
+        """Erase rows of a bank."""
+        body = dataclasses.asdict(what) | {"rebuild": rebuild}
+        return _RECEIPT.validate_json(await self._call(routes.ERASE, name, json=body))
+
+    async def receipts(self, name: str) -> list[EraseReceipt]:
+        """What was erased in a bank."""
+        return _RECEIPTS.validate_json(await self._call(routes.RECEIPTS, name))
+
+    async def set_ttl(self, name: str, ttl_s: float | None) -> BankInfo:
+        """Let rows expire."""
+        return _INFO.validate_json(await self._call(routes.TTL, name, json={"ttl_s": ttl_s}))
+
+    async def sweep(self, dry_run: bool) -> SweepReport:
+        """Delete what the catalog doesn't name."""
+        return _SWEEP.validate_json(await self._call(routes.SWEEP, params={"dry_run": str(dry_run).lower()}))
 
     async def put_calibration(self, calibration: Calibration) -> str:
         """Keep a calibration."""

@@ -112,6 +112,8 @@ class Replica:
                 self.apply(rows)
                 if progress is not None:
                     progress(self.pos - before, end - before)
+            # the last rows may have been erased, and their positions are not given again
+            self.pos = max(self.pos, end)
         return self.pos - before
 
     def apply(self, rows: JournalRows) -> None:
@@ -132,17 +134,18 @@ class Replica:
         with torch.no_grad(), torch.device(self.device):
             queries_QK = self.encoder.keys(hidden_QLD, start).to(self.device)
             with self.lock:
-                found = self.memory.lookup(self.state, queries_QK, k)
-        return self._readout(found)
+                # an erasure puts others in the place of both
+                encoder, found = self.encoder, self.memory.lookup(self.state, queries_QK, k)
+        return self._readout(found, encoder)
 
-    def _readout(self, found: Found) -> Readout:
+    def _readout(self, found: Found, encoder: Encoder) -> Readout:
         def cpu(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.cpu()
 
-        source_Qk, sources = self._named(cpu(found.source_Qk))
+        source_Qk, sources = _named(cpu(found.source_Qk), encoder.sources)
         return Readout(
             values_QV=found.values_QV.cpu(),
-            relevance_Q=self.encoder.relevance(found.similarity_Q.cpu()),
+            relevance_Q=encoder.relevance(found.similarity_Q.cpu()),
             tokens_Qk=cpu(found.tokens_Qk),
             scores_Qk=cpu(found.scores_Qk),
             pos_Qk=cpu(found.pos_Qk),
@@ -150,15 +153,6 @@ class Replica:
             source_Qk=source_Qk,
             sources=sources,
         )
-
-    def _named(self, source_Qk: Tensor | None) -> tuple[Tensor | None, tuple[tuple[str, str], ...]]:
-        """Provenance over only those runs that a readout names; a bank may have seen a million."""
-        if source_Qk is None:
-            return None, ()
-        used, index_Qk = torch.unique(source_Qk, return_inverse=True)
-        first = int((used < 0).sum())
-        known = self.encoder.sources
-        return index_Qk - first, tuple(known[source] for source in used[first:].tolist())
 
     def tensors(self) -> State:
         """The whole state as named tensors on the CPU: the encoder's and the mechanism's."""
@@ -176,6 +170,12 @@ class Replica:
             total.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
             total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
+
+    def save(self) -> None:
+        """Write the whole state to the cold store."""
+        _, meta = self.encoder.dump()
+        self.cold.snapshots(self.entry).save(self.pos, self.tensors(), {"encoder": meta})
+        self.snapshot_pos = self.pos
 
     @property
     def nbytes(self) -> int:
@@ -222,6 +222,14 @@ class Runtime(Replica):
         self.journal.fence()
         self.catch_up()
 
+    def become(self, replica: Replica, entry: Entry) -> None:
+        """Go on with the state that `replica` made, under an entry whose journal was rewritten."""
+        with self.lock:
+            self.encoder, self.state = replica.encoder, replica.state
+            self.pos, self.snapshot_pos = replica.pos, replica.snapshot_pos
+        self.unsaved_bytes = 0
+        self.own(entry)
+
     def write(self, traces: Sequence[Trace]) -> list[Ack | RaymemError]:
         """Journal the new rows of all traces in one commit, then apply them.
 
@@ -262,9 +270,7 @@ class Runtime(Replica):
     def snapshot(self) -> int:
         """Write the whole state to the cold store; return the position it stands at."""
         if self.pos > self.snapshot_pos:
-            _, meta = self.encoder.dump()
-            self.cold.snapshots(self.entry).save(self.pos, self.tensors(), {"encoder": meta})
-            self.snapshot_pos = self.pos
+            self.save()
         self.unsaved_bytes = 0
         return self.pos
 
@@ -287,6 +293,17 @@ class Runtime(Replica):
                 self.counters.gaps += outcome.gaps
             else:
                 self.counters.refused += 1
+
+
+def _named(
+    source_Qk: Tensor | None, known: Sequence[tuple[str, str]]
+) -> tuple[Tensor | None, tuple[tuple[str, str], ...]]:
+    """Provenance over only those runs that a readout names; a bank may have seen a million."""
+    if source_Qk is None:
+        return None, ()
+    used, index_Qk = torch.unique(source_Qk, return_inverse=True)
+    first = int((used < 0).sum())
+    return index_Qk - first, tuple(known[source] for source in used[first:].tolist())
 
 
 def _to(rows: Rows, device: torch.device) -> Rows:

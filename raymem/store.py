@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from raymem.backend import Backend, check_names, check_read
+from raymem.backend import Backend, check_names, check_read, check_ttl
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
 from raymem.errors import ConfigError
@@ -21,11 +21,14 @@ from raymem.types import (
     BankInfo,
     BankSpec,
     DrainReport,
+    EraseReceipt,
     MergeReport,
     MigrationReport,
     Readout,
     RestoreReport,
+    Selection,
     ShardInfo,
+    SweepReport,
     Trace,
 )
 
@@ -151,6 +154,13 @@ class AsyncStore:
         check_names(name)
         await self.backend.import_(Path(path), name)
         return AsyncBank(self.backend, name)
+
+    async def sweep(self, *, dry_run: bool = False) -> SweepReport:
+        """Delete tables that the catalog doesn't name, once they are old enough, and finish erasures cut short.
+
+        Owners do so by themselves now and then.
+        """
+        return await self.backend.sweep(dry_run)
 
     async def put_calibration(self, calibration: Calibration) -> str:
         """Keep a calibration in the store; return its hash."""
@@ -293,6 +303,41 @@ class AsyncBank:
         """Write the bank to one file; return its bytes."""
         return await self._backend.export(self.name, Path(path))
 
+    async def erase(
+        self,
+        *,
+        stream: str | None = None,
+        run: str | None = None,
+        seq_from: int | None = None,
+        seq_to: int | None = None,
+        before: float | None = None,
+        rebuild: bool = False,
+    ) -> EraseReceipt:
+        """Erase the rows for which all that is given holds, for good: a stream, a run, a few rows, what is old.
+
+        Args:
+            stream: whose rows.
+            run: only this run's.
+            seq_from: only rows of the run from this one on.
+            seq_to: and before this one.
+            before: only rows of traces older than this, in seconds since the epoch.
+            rebuild: go on for kinds that can't take rows out of their state: it is replayed from the rows that stay.
+
+        Raises:
+            Unsupported: such a kind, without `rebuild`; nothing was changed. InvalidInput: nothing selected.
+        """
+        what = Selection(stream, run, seq_from, seq_to, before).check()
+        return await self._backend.erase(self.name, what, rebuild)
+
+    async def receipts(self) -> list[EraseReceipt]:
+        """The receipts of what was erased in this bank, oldest first; they stay when the bank is removed."""
+        return await self._backend.receipts(self.name)
+
+    async def set_ttl(self, ttl_s: float | None) -> BankInfo:
+        """Let rows expire that are older than `ttl_s` seconds, or none; the owner erases them in batches."""
+        check_ttl(ttl_s)
+        return await self._backend.set_ttl(self.name, ttl_s)
+
 
 class Store:
     """The blocking face of AsyncStore, for scripts and threads; a context manager that closes itself."""
@@ -328,6 +373,10 @@ class Store:
     def import_(self, path: str | Path, name: str) -> Bank:
         """As `AsyncStore.import_`."""
         return Bank(self._loop.run(self._store.import_(path, name)), self._loop)
+
+    def sweep(self, *, dry_run: bool = False) -> SweepReport:
+        """As `AsyncStore.sweep`."""
+        return self._loop.run(self._store.sweep(dry_run=dry_run))
 
     def put_calibration(self, calibration: Calibration) -> str:
         """As `AsyncStore.put_calibration`."""
@@ -443,6 +492,28 @@ class Bank:
     def export(self, path: str | Path) -> int:
         """As `AsyncBank.export`."""
         return self._loop.run(self._bank.export(path))
+
+    def erase(
+        self,
+        *,
+        stream: str | None = None,
+        run: str | None = None,
+        seq_from: int | None = None,
+        seq_to: int | None = None,
+        before: float | None = None,
+        rebuild: bool = False,
+    ) -> EraseReceipt:
+        """As `AsyncBank.erase`."""
+        what = {"stream": stream, "run": run, "seq_from": seq_from, "seq_to": seq_to, "before": before}
+        return self._loop.run(self._bank.erase(**what, rebuild=rebuild))  # type: ignore[arg-type]
+
+    def receipts(self) -> list[EraseReceipt]:
+        """As `AsyncBank.receipts`."""
+        return self._loop.run(self._bank.receipts())
+
+    def set_ttl(self, ttl_s: float | None) -> BankInfo:
+        """As `AsyncBank.set_ttl`."""
+        return self._loop.run(self._bank.set_ttl(ttl_s))
 
 
 class _Loop:

@@ -6,6 +6,7 @@ Shape legend: `T` rows of a trace, `Q` queries, `L` layers, `D` hidden width, `K
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from raymem.errors import FingerprintMismatch, InvalidName, InvalidTrace, NonFinite
+from raymem.errors import FingerprintMismatch, InvalidInput, InvalidName, InvalidTrace, NonFinite
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
@@ -211,6 +212,7 @@ class BankInfo:
     tags: dict[str, int]
     created: float
     pinned: bool = False
+    ttl_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,91 @@ class MergeReport:
     duplicates: int
     conflicts: int
     conflict_rows: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows an erasure is about: those for which everything that is given holds.
+
+    A stream; one of its runs; the run's rows with seq in [`seq_from`, `seq_to`); rows whose trace is older than
+    `before`, in seconds since the epoch.
+    """
+
+    stream: str | None = None
+    run: str | None = None
+    seq_from: int | None = None
+    seq_to: int | None = None
+    before: float | None = None
+
+    def check(self) -> Selection:
+        """Return this selection if it can be meant.
+
+        Raises:
+            InvalidInput: it would take the whole bank, or names rows without the run that they are of.
+        """
+        if self.stream is None and self.before is None:
+            raise InvalidInput("erase what? name a stream, or a time before which; store.delete removes a whole bank")
+        if self.run is not None and self.stream is None:
+            raise InvalidInput(f"run {shorten(self.run)!r} of which stream? run ids may repeat: name the stream too")
+        if (self.seq_from, self.seq_to) != (None, None) and self.run is None:
+            raise InvalidInput("seq_from and seq_to count the rows of a run: name the stream and the run too")
+        for what, label in (("stream", self.stream), ("run", self.run)):
+            if label is not None:
+                check_label(what, label)
+        if self.before is not None and not math.isfinite(self.before):
+            raise InvalidInput(f"before is {self.before}; it is a time in seconds since the epoch")
+        return self
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What decoding every file left of a bank found: files and bytes read, finds, and files that can't be decoded.
+
+    A find is a row of a data file, a name in a snapshot, or a row or a tail that a snapshot's tensors still hold.
+    """
+
+    files: int
+    bytes: int
+    found: int
+    unreadable: int
+
+
+@dataclass(frozen=True)
+class EraseReceipt:
+    """What an erasure did, and how that is known.
+
+    `status` is "complete" once no file of the bank holds any of the `rows`, "pending" until then (`reason` says what is
+    left; a sweep goes on with it), "undone" when the process died before anything was erased. The check ran `before`
+    and had to find the rows then: where it did not, `proves` is False and the check `after` means nothing. `forks` are
+    banks that began with these rows, with the receipt of the same erasure there. What no check can reach is named in
+    `out_of_reach`.
+    """
+
+    id: str
+    bank: str
+    bank_id: str
+    what: Selection
+    rows: int
+    generation: int
+    status: Literal["pending", "complete", "undone"]
+    started: float
+    before: FileCheck
+    after: FileCheck | None = None
+    proves: bool = False
+    finished: float | None = None
+    reason: str = ""
+    forks: dict[str, str] = field(default_factory=dict)
+    out_of_reach: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What a sweep deleted, or would: tables that the catalog doesn't name; `young` ones wait. And what it finished."""
+
+    deleted: tuple[str, ...]
+    young: tuple[str, ...]
+    bytes: int
+    receipts: tuple[EraseReceipt, ...] = ()
 
 
 def check_bank_name(name: str) -> str:

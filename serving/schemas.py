@@ -157,6 +157,23 @@ class Migrate(_Request):
     to: str
 
 
+class Erase(_Request):
+    """Which rows to erase: those for which all that is given holds; and whether to replay the state without them."""
+
+    stream: str | None = None
+    run: str | None = None
+    seq_from: int | None = None
+    seq_to: int | None = None
+    before: float | None = Field(default=None, description="Seconds since the epoch.")
+    rebuild: bool = False
+
+
+class Ttl(_Request):
+    """How many seconds rows may live; null: for good."""
+
+    ttl_s: float | None
+
+
 class Tag(_Request):
     """A name for the journal's present position."""
 

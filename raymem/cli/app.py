@@ -14,6 +14,7 @@ from raymem.cli import (
     calibrate,
     demo,
     doctor,
+    erase,
     evaluate,
     history,
     output,
@@ -69,6 +70,7 @@ history.add_to(bank.app)
 app.add_typer(bank.app, name="bank")
 app.add_typer(shard.app, name="shard")
 app.command("recall")(recall.recall)
+app.add_typer(erase.app, name="store")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.command("train")(train.train)

@@ -44,6 +44,8 @@ _SCHEMA = pa.schema(
 )
 # a change of several lines takes longer than one of a single line, and is cut short by each that crosses it
 _COMMIT_ATTEMPTS = 48
+# one owner may rewrite a journal so often
+_EPOCH_BITS = 16
 
 Rows = builtins.list[dict[str, Any]]
 # finds lines as they were at one moment
@@ -56,8 +58,8 @@ Change = tuple[Rows, builtins.list[str]]
 class Entry:
     """One bank's line in the catalog; `id` names its tables and never changes, `epoch` counts its owners.
 
-    `generation` counts rewrites of its journal's table. `log` is the incarnation whose log may hold rows that have not
-    settled in that table. A fork names its `parent` by id: positions under `base` are the parent's. `pinned` banks stay
+    `generation` grows with each rewriting of its journal. `log` is the incarnation whose log may hold rows that did not
+    settle in that table. A fork names its `parent` by id: positions under `base` are the parent's. `pinned` banks stay
     hot when room is needed. Rows older than `ttl_s` seconds may be erased.
     """
 
@@ -75,6 +77,11 @@ class Entry:
     base: int = 0
     pinned: bool = False
     ttl_s: float | None = None
+
+    @property
+    def next_generation(self) -> int:
+        """The generation of the next rewriting: a table that no other owner, dead or asleep, can ever write to."""
+        return max(self.generation, self.epoch << _EPOCH_BITS) + 1
 
 
 class Catalog:

@@ -19,7 +19,7 @@ from raymem.cold.holes import HOLES
 from raymem.cold.lineage import ancestors
 from raymem.cold.rows import bank_schema
 from raymem.cold.store import ColdStore
-from raymem.cold.tables import journal_table
+from raymem.cold.tables import journal_table, snapshot_table
 from raymem.errors import BankNotFound, InvalidInput, TagNotFound
 from raymem.types import RestoreReport, shorten
 
@@ -110,19 +110,18 @@ def materialise(cold: ColdStore, entry: Entry) -> Entry:
     """
     if entry.parent is None:
         return entry
-    generation = entry.generation + 1
-    table = journal_table(entry.id, generation)
+    rewritten = dataclasses.replace(entry, generation=entry.next_generation, parent=None, base=0)
+    table = journal_table(entry.id, rewritten.generation)
     # what an earlier try left
     cold.tables.drop(table)
     holes, schema = cold.journal(entry).holes(), bank_schema(entry.spec)
     if len(holes):
         schema = schema.with_metadata({**schema.metadata, HOLES: holes.encode()})
     cold.tables.fill(table, schema, _batches(cold, entry))
-    inherited = cold.state(entry, entry.base)
-    if inherited is not None and cold.snapshots(entry).latest() is None:
-        cold.snapshots(entry).save(*inherited)
-    changed = cold.catalog.change(entry, generation=generation, parent=None, base=0)
-    cold.tables.drop(journal_table(entry.id, entry.generation))
+    _keep_states(cold, entry, rewritten)
+    changed = cold.catalog.change(entry, generation=rewritten.generation, parent=None, base=0)
+    for dropped in (journal_table, snapshot_table):
+        cold.tables.drop(dropped(entry.id, entry.generation))
     return changed
 
 
@@ -137,6 +136,16 @@ def materialise_cold(cold: ColdStore, entry: Entry) -> None:
         materialise(cold, claimed)
     finally:
         cold.catalog.release(entry.name, claimed.epoch)
+
+
+def _keep_states(cold: ColdStore, entry: Entry, rewritten: Entry) -> None:
+    """Copy the newest state of a bank and those at its tags: they hold what they held."""
+    saved = set[int]()
+    for upto in (*sorted(entry.tags.values()), None):
+        found = cold.state(entry, upto)
+        if found is not None and found[0] not in saved and (upto is None or found[0] == upto):
+            cold.snapshots(rewritten).save(*found)
+            saved.add(found[0])
 
 
 def _batches(cold: ColdStore, entry: Entry) -> Iterator[pa.RecordBatch]:

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -53,6 +52,11 @@ class Holes:
     def __or__(self, other: Holes) -> Holes:
         """The positions of both."""
         return Holes.of(np.r_[self.positions(), other.positions()].tolist(), max(self.end, other.end))
+
+    @property
+    def first(self) -> int:
+        """The first erased position; `end` if there is none."""
+        return int(self.ranges_R2[0, 0]) if len(self.ranges_R2) else self.end
 
     def positions(self) -> Ints:
         """Every erased position, ascending."""
@@ -106,7 +110,3 @@ class Holes:
             return cls(flat[:-1].reshape(-1, 2).astype(np.int64), int(flat[-1]))
         except (ValueError, IndexError, zlib.error) as error:
             raise Corrupt(f"the record of a journal's erased positions is damaged ({error})") from error
-
-    def tensor(self) -> Tensor:
-        """`positions` as a tensor."""
-        return torch.from_numpy(self.positions())

@@ -94,6 +94,10 @@ class Journal:
         """The position that the next row will get."""
         return self._end_of(self._open())
 
+    def rows(self) -> int:
+        """How many rows there are; positions are more once rows were erased."""
+        return self.end() - len(self.holes())
+
     def scan(self, start: int = 0, stop: int | None = None, batch_rows: int = 4096) -> Iterator[JournalRows]:
         """Rows from position `start` up to `stop` in order, checked; rows appended meanwhile may be left out.
 
@@ -128,6 +132,10 @@ class Journal:
 
     def holes(self) -> Holes:
         """The positions whose rows were erased."""
+        return self.noted()
+
+    def noted(self) -> Holes:
+        """The erased positions that its own table knows of: a fork's parent may have erased more since."""
         return self._holes_of(self._open())
 
     def tokens(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from raymem.cold.failures import reading, writing
 from raymem.cold.tables import Tables, quote, snapshot_table
 from raymem.errors import Corrupt
 
-_PART_BYTES = 4 * 2**20
+PART_BYTES = 4 * 2**20
 # a part's number; the manifest is the commit marker and has none
 _MANIFEST = -1
 _SCHEMA = pa.schema(
@@ -60,7 +60,7 @@ class Snapshots:
     ) -> None:
         self._tables = tables
         self._bank = entry.name
-        self._name = snapshot_table(entry.id)
+        self._name = snapshot_table(entry.id, entry.generation)
         self._sync = tables.folder_sync(self._name)
         self._keep = keep
         self._tagged = tagged
@@ -197,10 +197,10 @@ def _batches(snapshot: str, pos: int, tensors: dict[str, Tensor]) -> Iterator[pa
     for tensor in tensors.values():
         data = _bytes(tensor)
         while data:
-            room = _PART_BYTES - len(pending)
+            room = PART_BYTES - len(pending)
             pending += data[:room]
             data = data[room:]
-            if len(pending) == _PART_BYTES:
+            if len(pending) == PART_BYTES:
                 yield _batch(snapshot, pos, part, bytes(pending))
                 part += 1
                 pending.clear()

@@ -11,6 +11,7 @@ from raymem.cold.incarnations import Incarnations
 from raymem.cold.journal import Journal
 from raymem.cold.lineage import ancestors, open_journal
 from raymem.cold.params import Params
+from raymem.cold.receipts import Receipts
 from raymem.cold.snapshots import Snapshot, Snapshots
 from raymem.cold.tables import Tables, journal_table, snapshot_table
 
@@ -27,6 +28,7 @@ class ColdStore:
         self.incarnations = Incarnations(tables)
         self.draining = Draining(tables)
         self.params = Params(tables)
+        self.receipts = Receipts(tables)
 
     @classmethod
     def open(cls, uri: str, sync: Literal["disk", "none"] | None = None) -> ColdStore:
@@ -81,7 +83,7 @@ class ColdStore:
         """
         entry = self.catalog.get(name)
         self.catalog.drop(entry)
-        for table in (journal_table(entry.id, entry.generation), snapshot_table(entry.id)):
+        for table in (journal_table(entry.id, entry.generation), snapshot_table(entry.id, entry.generation)):
             self.tables.drop(table)
 
     def _tagged(self, entry: Entry) -> list[int]:

@@ -95,9 +95,9 @@ def journal_table(bank_id: str, generation: int = 0) -> str:
     return f"journal-{bank_id}-{generation}" if generation else f"journal-{bank_id}"
 
 
-def snapshot_table(bank_id: str) -> str:
-    """The name of the table that holds a bank's snapshots."""
-    return f"snapshots-{bank_id}"
+def snapshot_table(bank_id: str, generation: int = 0) -> str:
+    """The name of the table that holds a bank's snapshots: a journal that was rewritten has others."""
+    return f"snapshots-{bank_id}-{generation}" if generation else f"snapshots-{bank_id}"
 
 
 def quote(text: str) -> str:

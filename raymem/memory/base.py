@@ -80,6 +80,8 @@ class Memory(nn.Module, ABC):
     kind: ClassVar[str]
     merge_rule: ClassVar[MergeRule]
     options_type: ClassVar[type[Options]] = Options
+    # whether a row can be taken out exactly; of the others only a replay without it knows what they would be
+    forgets: ClassVar[bool] = False
 
     def __init__(self, dims: Dims, options: Options, budget_bytes: int) -> None:
         super().__init__()

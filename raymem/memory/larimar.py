@@ -75,6 +75,7 @@ class Larimar(StateMemory):
     kind: ClassVar[str] = "larimar"
     merge_rule: ClassVar[MergeRule] = "exact"
     options_type: ClassVar[type[Options]] = LarimarOptions
+    forgets: ClassVar[bool] = True
 
     def __init__(self, dims: Dims, options: LarimarOptions, budget_bytes: int) -> None:
         super().__init__(dims, options, budget_bytes, Projection(dims.key, options.key_dims, options.projection_seed))

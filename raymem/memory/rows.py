@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ class RowMemory(Memory):
     follows from the budget; at capacity the row that `rule` picks makes room, the oldest where that is None. The newest
     `newest` rows always stay, at most half of what there is room for.
     """
+
+    forgets: ClassVar[bool] = True
 
     def __init__(
         self, dims: Dims, options: Options, budget_bytes: int, rule: Policy | None = None, newest: int = 0

@@ -21,11 +21,13 @@ from raymem.errors import (
     Corrupt,
     InvalidName,
     InvalidSpec,
+    NotOwner,
     StorageError,
+    Unsupported,
 )
 from raymem.serving.routes.common import BankDep, NameDep, StoreDep, serve
-from raymem.serving.schemas import Attach, Create, Digest, Migrate, Pin, Tag, Tags
-from raymem.types import BankInfo, MigrationReport
+from raymem.serving.schemas import Attach, Create, Digest, Erase, Migrate, Pin, Tag, Tags, Ttl
+from raymem.types import BankInfo, EraseReceipt, MigrationReport
 
 router = APIRouter(tags=["banks"])
 _BODY = {"content": {routes.BYTES: {"schema": {"type": "string", "format": "binary"}}}}
@@ -84,6 +86,24 @@ async def pin(bank: BankDep, body: Pin) -> BankInfo:
 async def tag(bank: BankDep, body: Tag) -> Tags:
     """Name the journal's present position."""
     return Tags(tags=await bank.tag(body.tag))
+
+
+@serve(router, routes.ERASE, BankNotFound, InvalidName, NotOwner, StorageError, Unsupported)
+async def erase(bank: BankDep, body: Erase) -> EraseReceipt:
+    """Erase rows for good: a stream, a run, a few rows of it, or what is old. The receipt says how that is known."""
+    return await bank.erase(**body.model_dump())
+
+
+@serve(router, routes.RECEIPTS, InvalidName)
+async def receipts(bank: BankDep) -> list[EraseReceipt]:
+    """List the receipts of what was erased in a bank, oldest first; they outlive the bank."""
+    return await bank.receipts()
+
+
+@serve(router, routes.TTL, BankNotFound, InvalidName, NotOwner, StorageError)
+async def set_ttl(bank: BankDep, body: Ttl) -> BankInfo:
+    """Let rows expire that are older than so many seconds, or none."""
+    return await bank.set_ttl(body.ttl_s)
 
 
 @serve(router, routes.DIGEST, BankNotFound, BankDetached, InvalidName)

@@ -13,7 +13,7 @@ from raymem.errors import CalibrationNotFound, Conflict, Corrupt, InvalidInput, 
 from raymem.serving.metrics import CONTENT_TYPE, Metrics
 from raymem.serving.routes.common import StoreDep, serve
 from raymem.serving.schemas import CalibrationHash, Drain, Health, Nodes
-from raymem.types import DrainReport, ShardInfo
+from raymem.types import DrainReport, ShardInfo, SweepReport
 
 router = APIRouter(tags=["store"])
 probes = APIRouter(tags=["probes"])
@@ -61,6 +61,12 @@ async def drain(store: StoreDep, body: Drain) -> DrainReport:
 async def stats(store: StoreDep) -> dict[str, object]:
     """Show the counters of the backend, its shards and their banks."""
     return await store.stats()
+
+
+@serve(router, routes.SWEEP, StorageError)
+async def sweep(store: StoreDep, dry_run: bool = False) -> SweepReport:
+    """Delete tables that no bank names any more, and finish erasures that were cut short."""
+    return await store.sweep(dry_run=dry_run)
 
 
 @serve(probes, routes.HEALTH)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from raymem import Ack, AsyncStore, Bank, BankInfo, Calibration, MigrationReport, Readout, Store, Trace
+from raymem import Ack, AsyncStore, Bank, BankInfo, Calibration, EraseReceipt, MigrationReport, Readout, Store, Trace
 from raymem.errors import RaymemError
 from raymem.memory import kinds
 from raymem.store import AsyncBank
@@ -176,6 +176,24 @@ step("Store.import_", "refuses a name that is taken")(lambda on: on.store.import
 step("Store.import_", "refuses a damaged file")(lambda on: on.store.import_(_cut_short(on), f"{on.kind}/cut"))
 step("Bank.attach", "an imported bank")(lambda on: on.other("copy").attach())
 step("Bank.digest", "of an imported bank")(lambda on: on.other("copy").digest() == on.bank.digest())
+step("Bank.erase", "refused where it takes a replay")(lambda on: on.bank.erase(stream="s", run="soon"))
+step("Bank.erase", "a run")(lambda on: on.bank.erase(stream="s", run="one", rebuild=True))
+step("Bank.erase", "some rows")(lambda on: on.bank.erase(stream="s", run="r", seq_from=3, seq_to=9, rebuild=True))
+step("Bank.erase", "no row")(lambda on: on.bank.erase(stream="nobody", rebuild=True))
+step("Bank.erase", "nothing named")(lambda on: on.bank.erase(run="r"))
+step("Bank.erase", "of no bank")(lambda on: on.other("none").erase(stream="s"))
+step("Bank.info", "after an erasure")(lambda on: on.bank.info())
+step("Bank.read", "after an erasure")(lambda on: on.bank.read(on.tiny.trace(7).hidden, 4))
+step("Bank.digest", "after an erasure")(lambda on: on.bank.digest())
+step("Bank.write", "after an erasure")(lambda on: on.bank.write(on.tiny.trace(4, run="one")))
+step("Bank.receipts", "of a bank")(lambda on: on.bank.receipts())
+step("Bank.receipts", "of no bank")(lambda on: on.other("none").receipts())
+step("Bank.set_ttl", "sets it")(lambda on: on.bank.set_ttl(1e9))
+step("Bank.set_ttl", "takes it away")(lambda on: on.bank.set_ttl(None))
+step("Bank.set_ttl", "refuses less than nothing")(lambda on: on.bank.set_ttl(-1))
+step("Bank.set_ttl", "of no bank")(lambda on: on.other("none").set_ttl(60))
+step("Store.sweep", "finds nothing old")(lambda on: on.store.sweep().deleted)
+step("Store.sweep", "only looks")(lambda on: on.store.sweep(dry_run=True).deleted)
 step("Store.delete", "a hot bank")(lambda on: on.store.delete(f"{on.kind}/copy"))
 step("Store.delete", "no bank")(lambda on: on.store.delete(f"{on.kind}/copy"))
 step("Bank.info", "of a bank that was deleted")(lambda on: on.other("copy").info())
@@ -205,6 +223,9 @@ def plain(outcome: Any, what: str) -> Any:
         return type(outcome), outcome.code, outcome.details, outcome.message if what not in PLACES else ""
     if isinstance(outcome, BankInfo):
         return dataclasses.replace(outcome, owner=None, node=None, created=0.0)
+    if isinstance(outcome, EraseReceipt):
+        seen = (outcome.before.found, outcome.after and outcome.after.found, outcome.proves)
+        return outcome.bank, outcome.what, outcome.rows, outcome.status, seen, outcome.reason, outcome.forks
     if isinstance(outcome, MigrationReport):
         return outcome.bank, outcome.rows, outcome.source == outcome.target, outcome.pause_ms, outcome.total_ms
     if isinstance(outcome, Calibration):
@@ -273,6 +294,9 @@ def test_the_steps_do_what_they_say(outcome, kind):
     assert found["Bank.digest", "of a fork"] == found["Bank.digest", "of what was a fork"]
     assert found["Bank.restore", "goes back to a position"].undone == 20
     assert found["Store.merge", "of two"].rows == found["Bank.info", "before a merge"].rows + 40
+    erased = found["Bank.erase", "a run"]
+    assert (erased.rows, erased.status, erased.proves) == (6, "complete", True)
+    assert [receipt.rows for receipt in found["Bank.receipts", "of a bank"]][-2:] == [6, 6]
     errors = {what: outcome for (_, what), outcome in found.items() if isinstance(outcome, RaymemError)}
     refused = {"a cold bank", "no bank", "to no node", "a row that is not finite", "other rows under the same names"}
     refused |= {"at no tag", "at no position", "a bank with forks", "as of no tag and no time"}

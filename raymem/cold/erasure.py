@@ -1,0 +1,178 @@
+"""Erasing rows of a bank: its journal is written anew without them, the catalog switched, the old folder deleted.
+
+Never in place: cleaning a table up beside an appender can make it unreadable (measured), and its old versions, its
+snapshots and its log hold the rows too. Each step leaves all of the rows or none, whoever dies when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+import uuid
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from raymem.cold.evidence import Evidence, condition, contents, inspect, sample
+from raymem.cold.files import Files
+from raymem.cold.holes import HOLES, Holes
+from raymem.cold.rows import bank_schema
+from raymem.cold.store import ColdStore, Entry
+from raymem.cold.tables import journal_table, snapshot_table
+from raymem.types import EraseReceipt, FileCheck, Selection
+
+OUT_OF_REACH = (
+    "files that were exported before",
+    "copies and backups of the storage that the cold store lies on",
+    "banks that rows were merged into under other names, and what readers have kept",
+)
+_OF_A_BANK = re.compile(r"(journal|snapshots)-(?P<bank>[0-9a-f]+)(-(?P<generation>\d+))?")
+
+
+def find(cold: ColdStore, entry: Entry, what: Selection) -> Evidence:
+    """Which rows of a settled bank a selection is about, and how they would be known once they are gone.
+
+    Of a fork these are also the rows that were erased in its parent since: its own states have them still.
+    """
+    journal = cold.journal(entry)
+    erased, matching = journal.holes().positions(), Holes.of(journal.matches(condition(what)), journal.end())
+    gone = matching | Holes.of(erased[~journal.noted().has(erased)].tolist(), journal.end())
+    wanted, digests = sample(gone), set[bytes]()
+    if wanted:
+        for rows in journal.scan(gone.first, max(wanted) + 1):
+            picked = [row for row, pos in enumerate(rows.pos_T.tolist()) if pos in wanted]
+            for batch in rows.to_arrow().combine_chunks().to_batches():
+                digests.update(contents(batch, picked))
+    return Evidence(entry.id, what, entry.next_generation, gone, frozenset(digests))
+
+
+def begin(cold: ColdStore, entry: Entry, evidence: Evidence) -> EraseReceipt:
+    """Run the check, which must find the rows now, and put down what is about to happen."""
+    check = inspect(Files(cold.tables), evidence)
+    own = int((evidence.gone.positions() >= entry.base).sum())
+    receipt = EraseReceipt(
+        id=uuid.uuid4().hex,
+        bank=entry.name,
+        bank_id=entry.id,
+        what=evidence.what,
+        rows=len(evidence.gone),
+        generation=evidence.generation,
+        status="pending",
+        started=time.time(),
+        before=check,
+        proves=check.found >= max(1, own),
+        reason="the rows are being erased",
+        forks={fork.name: "" for fork in cold.catalog.forks(entry.id)},
+        out_of_reach=OUT_OF_REACH,
+    )
+    return cold.receipts.put(receipt, evidence)
+
+
+def nothing(entry: Entry, evidence: Evidence) -> EraseReceipt:
+    """The receipt of an erasure that no row is about; it proves nothing and isn't kept."""
+    now, none = time.time(), FileCheck(0, 0, 0, 0)
+    about = (uuid.uuid4().hex, entry.name, entry.id, evidence.what, 0, entry.generation)
+    return EraseReceipt(*about, "complete", now, none, none, finished=now, reason="no row of the bank is meant")
+
+
+def rewrite(cold: ColdStore, entry: Entry, evidence: Evidence) -> tuple[Entry, Evidence]:
+    """Write the rows that stay to a table of the new generation; nobody sees it until the catalog names it.
+
+    A fork goes on reading its parent's rows, unless some of those are to go from the fork alone: then it takes along
+    what stays of them and is a fork no more.
+
+    Returns:
+        The entry as it will be, and the evidence without contents that rows which stay have too.
+    """
+    journal = cold.journal(entry)
+    there, gone = journal.holes(), evidence.gone.positions()
+    rewritten = dataclasses.replace(entry, generation=evidence.generation)
+    if bool(((gone < entry.base) & ~there.has(gone)).any()):
+        rewritten = dataclasses.replace(rewritten, parent=None, base=0)
+    holes = there | evidence.gone
+    shared: set[bytes] = set()
+
+    def survivors() -> Iterator[pa.RecordBatch]:
+        for rows in journal.scan(rewritten.base):
+            for batch in rows.to_arrow().combine_chunks().to_batches():
+                stay = batch.filter(pa.array(~evidence.gone.has(batch["pos"].to_numpy())))
+                shared.update(evidence.contents & set(contents(stay, np.arange(len(stay)).tolist())))
+                yield stay.replace_schema_metadata(schema.metadata)
+
+    schema = bank_schema(entry.spec)
+    schema = schema.with_metadata(schema.metadata | {HOLES: holes.encode()})
+    # an earlier try of this owner may have left half of it
+    cold.tables.drop(journal_table(entry.id, evidence.generation))
+    cold.tables.fill(journal_table(entry.id, evidence.generation), schema, survivors())
+    kept = dataclasses.replace(evidence, contents=evidence.contents - shared)
+    return rewritten, kept
+
+
+def switch(cold: ColdStore, entry: Entry, rewritten: Entry) -> Entry:
+    """Make the new generation the bank's journal: from here on the rows are erased.
+
+    Raises:
+        NotOwner: the bank has another owner or another journal by now; nothing was erased.
+    """
+    values = {name: getattr(rewritten, name) for name in ("generation", "parent", "base")}
+    return cold.catalog.change(entry, **values)
+
+
+def undo(cold: ColdStore, receipt: EraseReceipt, evidence: Evidence) -> EraseReceipt | None:
+    """After a failure: clear the new generation away, unless the catalog names it after all; then None."""
+    present = cold.catalog.by_id(receipt.bank_id)
+    if present is not None and present.generation == evidence.generation:
+        return None
+    for table in (journal_table, snapshot_table):
+        cold.tables.drop(table(receipt.bank_id, evidence.generation))
+    done = dataclasses.replace(receipt, status="undone", finished=time.time(), reason="nothing was erased")
+    return cold.receipts.put(done, evidence)
+
+
+def finish(cold: ColdStore, receipt: EraseReceipt, evidence: Evidence) -> EraseReceipt:
+    """Delete what earlier generations left, look at every file again, and say on the receipt what was found."""
+    files = Files(cold.tables)
+    present = cold.catalog.by_id(receipt.bank_id)
+    for name in files.tables():
+        if receipt.bank_id in name and (present is None or is_older(name, present)):
+            cold.tables.drop(name)
+    after = inspect(files, evidence)
+    reason = _left(cold, receipt, after)
+    done = dataclasses.replace(
+        receipt,
+        status="pending" if reason else "complete",
+        after=after,
+        finished=None if reason else time.time(),
+        reason=reason,
+    )
+    return cold.receipts.put(done, evidence)
+
+
+def settle_forks(cold: ColdStore, receipt: EraseReceipt, forks: dict[str, str]) -> EraseReceipt:
+    """Put down the receipts of the same erasure in the bank's forks, and look again whether all is done."""
+    receipt = dataclasses.replace(receipt, forks=forks)
+    for pending, evidence in cold.receipts.pending():
+        if pending.id == receipt.id:
+            return finish(cold, receipt, evidence)
+    return receipt
+
+
+def is_older(table: str, entry: Entry) -> bool:
+    """Whether a table of a bank is one of an earlier generation, which no one will ever name again."""
+    found = _OF_A_BANK.fullmatch(table)
+    return found is not None and found["bank"] == entry.id and int(found["generation"] or 0) < entry.generation
+
+
+def _left(cold: ColdStore, receipt: EraseReceipt, after: FileCheck) -> str:
+    open_forks = [name for name, id in receipt.forks.items() if not _is_complete(cold, id)]
+    parts = [f"{after.found} finds in files that are left"] if after.found else []
+    parts += [f"{after.unreadable} files can't be decoded"] if after.unreadable else []
+    parts += [f"forks still have the rows: {', '.join(open_forks)}"] if open_forks else []
+    return "; ".join(parts)
+
+
+def _is_complete(cold: ColdStore, receipt_id: str) -> bool:
+    receipt = cold.receipts.get(receipt_id) if receipt_id else None
+    return receipt is not None and receipt.status == "complete"

@@ -1,0 +1,88 @@
+"""Receipts of erasures, kept beside the banks and longer than they: what was erased, and how that is known."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pyarrow as pa
+from pydantic import TypeAdapter
+
+from raymem.cold.evidence import Evidence
+from raymem.cold.failures import reading, writing
+from raymem.cold.tables import Tables, quote
+from raymem.errors import Corrupt
+from raymem.types import EraseReceipt
+
+_TABLE = "receipts"
+_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("bank", pa.string(), nullable=False),
+        pa.field("bank_id", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("started", pa.float64(), nullable=False),
+        pa.field("receipt", pa.string(), nullable=False),
+        pa.field("evidence", pa.string(), nullable=False),
+    ]
+)
+_RECEIPT = TypeAdapter(EraseReceipt)
+_COMPACT_EVERY = 64
+_KEEP_VERSIONS = timedelta(minutes=5)
+
+
+class Receipts:
+    """The receipts of one store; the table is made with the first."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._sync = tables.folder_sync(_TABLE)
+
+    def put(self, receipt: EraseReceipt, evidence: Evidence) -> EraseReceipt:
+        """Keep a receipt in place of the one of its id; durable when it returns."""
+        row = {name: getattr(receipt, name) for name in ("id", "bank", "bank_id", "status", "started")}
+        row |= {"receipt": _RECEIPT.dump_json(receipt).decode(), "evidence": evidence.to_json()}
+        with writing(f"keep the receipt of an erasure in {receipt.bank}"):
+            table = self._tables.create(_TABLE, _SCHEMA.empty_table())
+            merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            merge.execute(pa.Table.from_pylist([row], schema=_SCHEMA))
+            if table.version % _COMPACT_EVERY == 0:
+                table.optimize(cleanup_older_than=_KEEP_VERSIONS)
+            if self._sync:
+                self._sync.sync()
+        return receipt
+
+    def get(self, id: str) -> EraseReceipt | None:
+        """The receipt of an id."""
+        found = self._rows(f"id = {quote(id)}")
+        return _receipt(found[0]) if found else None
+
+    def of(self, bank: str) -> list[EraseReceipt]:
+        """The receipts of banks that had this name when something was erased in them, oldest first; "" for all."""
+        rows = self._rows(f"bank = {quote(bank)}" if bank else "true")
+        return [_receipt(row) for row in sorted(rows, key=lambda row: row["started"])]
+
+    def pending(self) -> list[tuple[EraseReceipt, Evidence]]:
+        """The receipts of erasures that are not finished, with what their rows would be known by."""
+        rows = sorted(self._rows("status = 'pending'"), key=lambda row: row["started"])
+        return [(receipt, self._evidence(row, receipt)) for row in rows for receipt in [_receipt(row)]]
+
+    def _evidence(self, row: dict[str, Any], receipt: EraseReceipt) -> Evidence:
+        return Evidence.from_json(row["evidence"], receipt.bank_id, receipt.what, receipt.generation)
+
+    def _rows(self, where: str) -> list[dict[str, Any]]:
+        try:
+            table = self._tables.open(_TABLE)
+        except Corrupt as error:
+            if not error.details.get("missing"):
+                raise
+            # nothing was ever erased here
+            return []
+        with reading("read the receipts"):
+            rows: list[dict[str, Any]] = table.search().where(where).to_arrow().to_pylist()
+        return rows
+
+
+def _receipt(row: dict[str, Any]) -> EraseReceipt:
+    with reading(f"read the receipt {row['id']}"):
+        return _RECEIPT.validate_json(row["receipt"])

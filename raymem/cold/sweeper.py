@@ -1,0 +1,74 @@
+"""Deleting what the catalog doesn't name: left by a process that died, or brought back by one that wrote too late."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+
+from raymem.cold import erasure
+from raymem.cold.catalog import Entry
+from raymem.cold.evidence import Evidence
+from raymem.cold.files import Files
+from raymem.cold.store import ColdStore
+from raymem.cold.tables import journal_table, snapshot_table
+from raymem.types import EraseReceipt, SweepReport
+
+_BANK_TABLE = re.compile(r"(?:journal|snapshots)-(?P<id>[0-9a-f]{32})(?:-\d+)?")
+
+
+def sweep(cold: ColdStore, age_s: float, *, dry_run: bool = False) -> SweepReport:
+    """Delete bank tables that the catalog doesn't name, then go on with erasures that are not finished.
+
+    A table that is being made now is not named yet: it is left alone until nothing was written to it for `age_s`
+    seconds. The catalog is asked again just before each deletion.
+
+    Args:
+        cold: the store.
+        age_s: the safety age.
+        dry_run: only say what would be deleted.
+    """
+    files = Files(cold.tables)
+    deleted, young, size = [], [], 0
+    for name in files.tables():
+        match = _BANK_TABLE.fullmatch(name)
+        if match is None or _is_named(cold, name, match["id"]):
+            continue
+        there = files.of(name)
+        if time.time() - max((file.written for file in there), default=0.0) < age_s:
+            young.append(name)
+            continue
+        if not dry_run:
+            if _is_named(cold, name, match["id"]):
+                continue
+            cold.tables.drop(name)
+        deleted.append(name)
+        size += sum(file.bytes for file in there)
+    receipts = () if dry_run else tuple(_go_on(cold, *found, age_s) for found in cold.receipts.pending())
+    return SweepReport(tuple(deleted), tuple(young), size, receipts)
+
+
+def _is_named(cold: ColdStore, table: str, bank_id: str) -> bool:
+    entry = cold.catalog.by_id(bank_id)
+    return entry is not None and table in _tables(entry)
+
+
+def _tables(entry: Entry) -> tuple[str, str]:
+    return journal_table(entry.id, entry.generation), snapshot_table(entry.id, entry.generation)
+
+
+def _go_on(cold: ColdStore, receipt: EraseReceipt, evidence: Evidence, age_s: float) -> EraseReceipt:
+    entry = cold.catalog.by_id(receipt.bank_id)
+    if entry is None or _has_erased(cold, entry, evidence):
+        return erasure.finish(cold, receipt, evidence)
+    # whoever erases may be at it still
+    if time.time() - receipt.started < age_s:
+        return receipt
+    return cold.receipts.put(
+        dataclasses.replace(receipt, status="undone", finished=time.time(), reason="nothing was erased"), evidence
+    )
+
+
+def _has_erased(cold: ColdStore, entry: Entry, evidence: Evidence) -> bool:
+    """Whether the bank's present journal says that these rows were erased."""
+    return bool(cold.journal(entry).holes().has(evidence.gone.positions()).all())
