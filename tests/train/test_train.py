@@ -55,7 +55,9 @@ def test_a_run_that_was_killed_ends_with_the_bytes_of_one_that_was_not(kind, ban
     assert fit(bank, kind, steps=7, seed=1).params != whole.params
 
 
-def test_a_run_goes_on_with_the_rows_that_it_began_with(kind, bank, fit, store, tiny):
+def test_a_run_goes_on_with_the_rows_that_it_began_with(fill, rows_of, fit, store, tiny):
+    kind = "compressive"
+    bank = fill(kind, *rows_of[kind]())
     whole = fit(bank, kind, steps=7)
 
     def kill(done: int, total: int) -> None:
@@ -107,8 +109,8 @@ def test_weights_are_one_safetensors_file_that_says_what_it_is_worth(kind, bank,
     assert all(report.spec.options[name] == value for name, value in learned.options.items())
 
 
-def test_weights_with_other_bytes_than_their_name_says_are_corrupt(bank, kind, fit, cold, store):
-    report = fit(bank, kind, steps=3)
+def test_weights_with_other_bytes_than_their_name_says_are_corrupt(fill, rows_of, fit, cold, store):
+    report = fit(fill("compressive", *rows_of["compressive"]()), "compressive", steps=3)
     blob = cold.params.get(report.params)
     with pytest.raises(Corrupt, match="other bytes"):
         Learned.from_bytes(blob[:-1] + bytes([blob[-1] ^ 1]), report.params)
