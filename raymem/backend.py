@@ -20,6 +20,7 @@ from raymem.cold.sweeper import sweep
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
 from raymem.errors import BankDetached, CalibrationNotFound, InvalidInput, RaymemError
+from raymem.memory.learned import Learned
 from raymem.types import (
     Ack,
     BankInfo,
@@ -71,6 +72,8 @@ class Backend(Protocol):
     async def sweep(self, dry_run: bool) -> SweepReport: ...
     async def put_calibration(self, calibration: Calibration) -> str: ...
     async def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration: ...
+    async def put_params(self, learned: Learned) -> str: ...
+    async def params(self, params: str) -> Learned: ...
     async def nodes(self) -> list[str]: ...
     async def shards(self) -> list[ShardInfo]: ...
     async def drain(self, node: str, undo: bool) -> DrainReport: ...
@@ -304,6 +307,14 @@ class ColdBackend(ABC):
         if entry is None or receipt.status != "pending" or not receipt.forks:
             return receipt
         return await self._erase_in_forks(entry, receipt, True)
+
+    async def put_params(self, learned: Learned) -> str:
+        """Keep weights; return their name."""
+        return await asyncio.to_thread(self.cold.params.put, learned.kind, learned.to_bytes())
+
+    async def params(self, params: str) -> Learned:
+        """Weights by their name."""
+        return Learned.from_bytes(await asyncio.to_thread(self.cold.params.get, params), params)
 
     def _complete(self, spec: BankSpec) -> BankSpec:
         from raymem.runtime import assemble, learned_of

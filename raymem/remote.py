@@ -18,6 +18,7 @@ from raymem import routes, wire
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
 from raymem.errors import BackendUnavailable, InvalidInput, RaymemError, StorageError
+from raymem.memory.learned import Learned
 from raymem.routes import Route
 from raymem.types import (
     Ack,
@@ -229,6 +230,16 @@ class HttpBackend:
         """The store's calibration for a model's content hash and layers."""
         params = {"content": content, "layers": list(layers)}
         return Calibration.from_bytes(await self._call(routes.CALIBRATION, params=params))
+
+    async def put_params(self, learned: Learned) -> str:
+        """Keep weights."""
+        headers = {"Content-Type": routes.BYTES}
+        kept = await self._json(routes.PUT_PARAMS, content=learned.to_bytes(), headers=headers)
+        return str(kept["params"])
+
+    async def params(self, params: str) -> Learned:
+        """Weights by their name."""
+        return Learned.from_bytes(await self._call(routes.PARAMS, params={"params": params}), params)
 
     async def nodes(self) -> list[str]:
         """Where banks can live."""

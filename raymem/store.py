@@ -16,6 +16,7 @@ from raymem.backend import Backend, check_names, check_read, check_ttl
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
 from raymem.errors import ConfigError
+from raymem.memory.learned import Learned
 from raymem.types import (
     Ack,
     BankInfo,
@@ -173,6 +174,18 @@ class AsyncStore:
             CalibrationNotFound: naming the command that makes one.
         """
         return await self.backend.calibration(content, tuple(layers))
+
+    async def put_params(self, learned: Learned) -> str:
+        """Keep weights that were trained elsewhere; return their name, `sha256:…`, for `BankSpec.params`."""
+        return await self.backend.put_params(learned)
+
+    async def params(self, params: str) -> Learned:
+        """The weights of that name.
+
+        Raises:
+            NotFound, Corrupt: the store has none, or their bytes don't have that hash.
+        """
+        return await self.backend.params(params)
 
     async def nodes(self) -> list[str]:
         """Where banks can live."""
@@ -385,6 +398,14 @@ class Store:
     def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration:
         """As `AsyncStore.calibration`."""
         return self._loop.run(self._store.calibration(content, layers))
+
+    def put_params(self, learned: Learned) -> str:
+        """As `AsyncStore.put_params`."""
+        return self._loop.run(self._store.put_params(learned))
+
+    def params(self, params: str) -> Learned:
+        """As `AsyncStore.params`."""
+        return self._loop.run(self._store.params(params))
 
     def nodes(self) -> list[str]:
         """As `AsyncStore.nodes`."""

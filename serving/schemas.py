@@ -220,6 +220,12 @@ class Tokens(BaseModel):
     tokens: list[int]
 
 
+class ParamsName(BaseModel):
+    """The name of weights, `sha256:…`."""
+
+    params: str
+
+
 class CalibrationHash(BaseModel):
     """The name under which a calibration is kept."""
 

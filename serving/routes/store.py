@@ -9,10 +9,11 @@ from fastapi import APIRouter, Query, Request, Response
 import raymem
 from raymem import routes
 from raymem.encode.calibration import Calibration
-from raymem.errors import CalibrationNotFound, Conflict, Corrupt, InvalidInput, StorageError
+from raymem.errors import CalibrationNotFound, Conflict, Corrupt, InvalidInput, NotFound, StorageError
+from raymem.memory.learned import Learned, name_of
 from raymem.serving.metrics import CONTENT_TYPE, Metrics
 from raymem.serving.routes.common import StoreDep, serve
-from raymem.serving.schemas import CalibrationHash, Drain, Health, Nodes
+from raymem.serving.schemas import CalibrationHash, Drain, Health, Nodes, ParamsName
 from raymem.types import DrainReport, ShardInfo, SweepReport
 
 router = APIRouter(tags=["store"])
@@ -36,6 +37,20 @@ async def put_calibration(store: StoreDep, request: Request) -> CalibrationHash:
 async def calibration(store: StoreDep, content: str, layers: Annotated[list[int], Query()]) -> Response:
     """Get the calibration of a model's content hash and layers, a safetensors file."""
     found = await store.calibration(content, tuple(layers))
+    return Response(found.to_bytes(), media_type=routes.BYTES)
+
+
+@serve(router, routes.PUT_PARAMS, *(Corrupt, StorageError), openapi_extra={"requestBody": {"required": True, **_BODY}})
+async def put_params(store: StoreDep, request: Request) -> ParamsName:
+    """Keep weights, a safetensors file as `raymem train` makes it."""
+    data = await request.body()
+    return ParamsName(params=await store.put_params(Learned.from_bytes(data, name_of(data))))
+
+
+@serve(router, routes.PARAMS, NotFound, Corrupt, response_class=Response)
+async def params(store: StoreDep, params: str) -> Response:
+    """Get the weights of that name, a safetensors file."""
+    found = await store.params(params)
     return Response(found.to_bytes(), media_type=routes.BYTES)
 
 

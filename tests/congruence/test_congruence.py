@@ -13,6 +13,7 @@ import torch
 from raymem import Ack, AsyncStore, Bank, BankInfo, Calibration, EraseReceipt, MigrationReport, Readout, Store, Trace
 from raymem.errors import RaymemError
 from raymem.memory import kinds
+from raymem.memory.learned import Learned
 from raymem.store import AsyncBank
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -56,8 +57,34 @@ def _not_finite(on: On) -> Trace:
     return trace
 
 
+def _put(on: On, kind: str) -> str:
+    tensors = {"memory.policy.protect": torch.full((24,), 3.0)} if on.kind == "lemn" else {}
+    return on.store.put_params(Learned(kind, tensors))
+
+
+def _trained(on: On) -> Bank:
+    options = {"policy": "im", "gamma": None, "slots": 20} if on.kind == "lemn" else {}
+    spec = on.tiny.spec(on.kind, **options).model_copy(update={"params": _put(on, on.kind)})
+    return on.store.create(f"{on.kind}/trained", spec)
+
+
+def _weights() -> Learned:
+    return Learned("lemn", {"memory.policy.weigh.bias": torch.arange(3.0)}, {"policy": "s"}, {"rows": 7})
+
+
 step("Store.put_calibration", "keeps it")(lambda on: on.store.put_calibration(on.tiny.calibration))
 step("Store.calibration", "finds it")(lambda on: on.store.calibration("content", (3, 5)))
+step("Store.put_params", "keeps them")(lambda on: on.store.put_params(_weights()))
+step("Store.params", "gives them back")(lambda on: on.store.params(on.store.put_params(_weights())).to_bytes())
+step("Store.params", "has none of another name")(lambda on: on.store.params("sha256:" + "0" * 64))
+step("Store.create", "makes a bank with weights")(lambda on: _trained(on).info())
+step("Bank.write", "to a bank with weights")(lambda on: on.other("trained").write(on.tiny.trace(60)))
+step("Bank.read", "a bank with weights")(lambda on: on.other("trained").read(on.tiny.trace(5).hidden, 4))
+step("Bank.digest", "of a bank with weights")(lambda on: on.other("trained").digest())
+step("Store.delete", "a bank with weights")(lambda on: on.store.delete(f"{on.kind}/trained"))
+step("Store.create", "refuses weights of another kind")(
+    lambda on: on.store.create("a/odd", on.tiny.spec(on.kind).model_copy(update={"params": _put(on, "other")}))
+)
 step("Store.calibration", "has none of another model")(lambda on: on.store.calibration("other", (3, 5)))
 step("Store.create", "makes a bank")(lambda on: on.store.create(on.bank.name, on.tiny.spec(on.kind)).name)
 step("Store.create", "refuses a name that is taken")(lambda on: on.store.create(on.bank.name, on.tiny.spec(on.kind)))

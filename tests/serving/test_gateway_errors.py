@@ -101,6 +101,8 @@ ASKED = [
     ("GET", "/v1/calibrations?content=none&layers=3", None, 404, "calibration_not_found"),
     ("GET", "/v1/calibrations?content=none&layers=three", None, 422, "invalid_input"),
     ("PUT", "/v1/calibrations", {"not": "one"}, 422, "corrupt"),
+    ("PUT", "/v1/params", {"not": "some"}, 422, "corrupt"),
+    ("GET", "/v1/params?params=none", None, 404, "not_found"),
     ("PUT", "/v1/banks/lab/new/import", {"not": "one"}, 422, "corrupt"),
 ]
 
