@@ -56,7 +56,10 @@ class Figure:
         return function(on)
 
 
-REGISTRY = (Figure("recovery", "raymem.bench.recovery"),)
+REGISTRY = (
+    Figure("migration", "raymem.bench.migration"),
+    Figure("recovery", "raymem.bench.recovery"),
+)
 
 
 def run(

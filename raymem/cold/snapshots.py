@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import structlog
 import torch
@@ -108,6 +109,11 @@ class Snapshots:
                 _log.warning("snapshot passed over", bank=self._bank, pos=row["pos"], reason=error.message)
         return None
 
+    def nbytes(self) -> int:
+        """Bytes of the newest snapshot's tensors; 0 if there is none."""
+        rows = self._manifests()[:1]
+        return sum(header["bytes"] for row in rows for header in self._parse(row).tensors.values())
+
     def _manifests(self) -> list[dict[str, Any]]:
         """Manifest rows, newest first."""
         try:
@@ -129,18 +135,9 @@ class Snapshots:
 
     def _load(self, manifest: _Manifest) -> Snapshot:
         what = f"{self._bank}'s snapshot at position {manifest.pos}"
-        sizes = [header["bytes"] for header in manifest.tensors.values()]
-        buffer = torch.zeros(sum(sizes), dtype=torch.uint8)
-        filled = 0
-        for data in self._parts(manifest, what):
-            if filled + len(data) > len(buffer):
-                raise Corrupt(f"{what} holds more bytes than its manifest says")
-            buffer[filled : filled + len(data)].numpy()[:] = memoryview(data)
-            filled += len(data)
-        if filled != len(buffer):
-            raise Corrupt(f"{what} holds {filled} of {len(buffer)} bytes")
-        pieces = zip(manifest.tensors.items(), torch.split(buffer, sizes), strict=True)
-        tensors = {name: _tensor(what, name, header, piece) for (name, header), piece in pieces}
+        stream = _Stream(what, self._parts(manifest, what))
+        tensors = {name: _tensor(what, name, header, stream) for name, header in manifest.tensors.items()}
+        stream.require_end()
         return manifest.pos, tensors, manifest.meta
 
     def _parts(self, manifest: _Manifest, what: str) -> Iterator[pa.Buffer]:
@@ -214,9 +211,43 @@ def _batch(snapshot: str, pos: int, part: int, data: bytes) -> pa.RecordBatch:
     )
 
 
-def _tensor(what: str, name: str, header: dict[str, Any], data: Tensor) -> Tensor:
-    if crc32c(_bytes(data)) != header["crc32c"]:
+class _Stream:
+    """A snapshot's bytes in order, copied once: from where they were read to where they stay."""
+
+    def __init__(self, what: str, parts: Iterator[pa.Buffer]) -> None:
+        self._what = what
+        self._parts = parts
+        self._held = memoryview(b"")
+        self._given = 0
+
+    def fill(self, target: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Fill all of `target` with the next bytes."""
+        filled = 0
+        while filled < len(target):
+            if not self._held:
+                self._held = self._next()
+            piece = self._held[: len(target) - filled]
+            target[filled : filled + len(piece)] = piece
+            filled, self._held = filled + len(piece), self._held[len(piece) :]
+        self._given += filled
+
+    def require_end(self) -> None:
+        """Refuse bytes that no tensor asked for."""
+        if self._held or next(self._parts, None) is not None:
+            raise Corrupt(f"{self._what} holds more than the {self._given} bytes that its manifest says")
+
+    def _next(self) -> memoryview:
+        part = next(self._parts, None)
+        if part is None:
+            raise Corrupt(f"{self._what} ends after {self._given} bytes, and its manifest says more")
+        return memoryview(part)
+
+
+def _tensor(what: str, name: str, header: dict[str, Any], stream: _Stream) -> Tensor:
+    data = np.empty(header["bytes"], np.uint8)
+    stream.fill(data)
+    tensor = torch.from_numpy(data)
+    if crc32c(_bytes(tensor)) != header["crc32c"]:
         raise Corrupt(f"tensor {name!r} of {what} does not match its checksum", tensor=name)
     dtype: torch.dtype = getattr(torch, header["dtype"])
-    # a copy of its own: aligned, and not keeping the others' memory alive
-    return data.clone().view(dtype).reshape(header["shape"])
+    return tensor.view(dtype).reshape(header["shape"])

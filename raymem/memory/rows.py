@@ -225,7 +225,7 @@ class RowMemory(Memory):
     def load(self, tensors: State) -> RowState:
         """The state that `dump` wrote; see Memory.load."""
         check_state(self.kind, tensors, self.state_spec())
-        columns = {name: tensor.clone() for name, tensor in tensors.items() if name != "head"}
+        columns = {name: tensor for name, tensor in tensors.items() if name != "head"}
         lengths = {len(column) for column in columns.values()}
         head, count = int(tensors["head"]), max(lengths)
         # below capacity the next slot follows the last row; a full ring may stand anywhere
@@ -235,11 +235,18 @@ class RowMemory(Memory):
                 f"a {self.kind} bank with columns of {sorted(lengths)} rows, next slot {head} and room for "
                 f"{self.capacity} does not fit together; it was made with another budget or damaged"
             )
-        return RowState(columns, count, head)
+        return RowState({name: self._with_room(column) for name, column in columns.items()}, count, head)
 
     def nbytes(self, state: RowState) -> int:
         """Bytes allocated."""
         return sum(column.nbytes for column in state.columns.values())
+
+    def _with_room(self, column: Tensor) -> Tensor:
+        # a copy with some room: a bank that has just moved must not be copied once more at its first write
+        rows = len(column)
+        copy = column.new_empty(min(self.capacity, rows + max(_FIRST_ROWS, rows // 8)), *column.shape[1:])
+        copy[:rows] = column
+        return copy
 
     def _grow(self, state: RowState, rows: int) -> None:
         allocated = len(state.columns["pos"])
