@@ -20,6 +20,7 @@ from raymem.errors import Moved, NotOwner, RaymemError
 from raymem.lease import Lease
 from raymem.limits import Limiter
 from raymem.past import Past
+from raymem.room import Room
 from raymem.runtime import Runtime
 from raymem.types import Ack, EraseReceipt, Readout, Selection, Trace
 from raymem.worker import BankWorker
@@ -53,6 +54,10 @@ class Host:
         self._moved: dict[str, str] = {}
         self._arriving: dict[str, Runtime] = {}
         self._lease = self._new_lease()
+        setting = "host.memory_bytes" if device == "cpu" else "host.gpu_memory_bytes"
+        self._room = Room(owner, self.memory_bytes, setting)
+        self._making_room = asyncio.Lock()
+        self._growing: asyncio.Task[None] | None = None
 
     def has(self, name: str) -> bool:
         """Whether the bank is hot here."""
@@ -73,6 +78,17 @@ class Host:
     def bytes(self) -> dict[str, int]:
         """Bytes of each hot bank's state."""
         return {name: worker.runtime.nbytes for name, worker in self._workers.items()}
+
+    async def memory(self) -> dict[str, Any]:
+        """What is in memory, what stays there, and how often a bank had to leave."""
+        loaded, pinned = self.bytes(), await self._thread(self._pinned)
+        return {
+            "limit_bytes": self.memory_bytes,
+            "loaded": len(loaded),
+            "bytes": sum(loaded.values()),
+            "pinned_bytes": sum(size for name, size in loaded.items() if name in pinned),
+            "evicted": self._room.evicted,
+        }
 
     async def attach(self, name: str, *, take_from: str | None = None) -> None:
         """Claim a bank in the catalog and load it: snapshot, then the journal's tail.
@@ -128,12 +144,15 @@ class Host:
             Overloaded: the caller has too much in flight.
             InvalidTrace, NonFinite, SequenceConflict: refused, nothing written.
             NotOwner: the lease ran out meanwhile; the rows may be there, and writing them again is safe.
+            TooLarge: the bank alone takes more memory than there is here.
         """
         worker, lease = self._writable(name), self._lease
+        self._room.leaving(name, worker.runtime.nbytes, {}, ())
         if durable:
             with self._limiter.admit(caller, trace.nbytes):
                 ack = await worker.write(trace)
             self._confirm(name, lease)
+            self._watch_growth(name)
             return ack
         trace.validate(worker.runtime.spec.fingerprint)
         admitted = self._limiter.admit(caller, trace.nbytes)
@@ -197,10 +216,13 @@ class Host:
     async def stats(self) -> dict[str, Any]:
         """Counters of this process and of each hot bank."""
         banks = {name: await self._bank_stats(worker) for name, worker in sorted(self._workers.items())}
-        return {"owner": self.owner, "device": self.device, "refused_overload": self._limiter.refused, "banks": banks}
+        about = {"owner": self.owner, "device": self.device, "refused_overload": self._limiter.refused}
+        return about | {"memory": await self.memory(), "banks": banks}
 
     async def close(self) -> None:
         """Snapshot and release every bank; they stay attached in the catalog and load on next use."""
+        if self._growing is not None:
+            await self._growing
         for name in self.names():
             try:
                 await self.detach(name, state="hot")
@@ -221,6 +243,8 @@ class Host:
             runtime = self._arriving.get(name)
             if runtime is None:
                 entry = await self._thread(lambda: self.cold.catalog.get(name))
+                # before anything moves
+                await self._make_room(name, await self._thread(lambda: self._size(entry)))
                 runtime = await self._thread(lambda: Runtime(self.cold, entry, self.device))
                 await self._thread(runtime.recover)
                 self._arriving[name] = runtime
@@ -283,10 +307,59 @@ class Host:
         if runtime in (None, self._arriving.get(name)):
             self._arriving.pop(name, None)
 
+    async def _make_room(self, name: str, needed: int) -> int:
+        """Free banks that were not used for longest, so that this one has room; return how many left.
+
+        Raises:
+            TooLarge: even so it would have none.
+        """
+        if self.memory_bytes is None:
+            return 0
+        async with self._making_room:
+            before, pinned = self._room.evicted, await self._thread(self._pinned)
+            for other in self._room.leaving(name, needed, self.bytes(), pinned):
+                await self._evict(other)
+            return self._room.evicted - before
+
+    async def _evict(self, name: str) -> None:
+        """Take a bank out of memory; it stays this owner's, and loads again at its next use."""
+        # one that is being attached, moved or detached is not waited for: that might need room itself
+        if self._locks[name].locked() or name in self._moved:
+            return
+        async with self._locks[name]:
+            worker = self._workers.get(name)
+            if worker is None or worker.lost:
+                return
+            await worker.call(worker.runtime.snapshot)
+            self._workers.pop(name)
+            await worker.close()
+            self._room.forget(name)
+            self._room.evicted += 1
+
+    async def _keep_room(self, name: str) -> None:
+        try:
+            # others may grow meanwhile
+            while await self._make_room(name, self.bytes().get(name, 0)) and self._room.is_short(self.bytes()):
+                continue
+        except RaymemError as error:
+            # its next write hears why
+            log.warning("no room made", owner=self.owner, bank=name, error=str(error))
+
+    def _pinned(self) -> set[str]:
+        return {entry.name for entry in self.cold.catalog.list() if entry.pinned}
+
+    def _size(self, entry: Entry) -> int:
+        """About how many bytes a bank takes in memory, before it is loaded."""
+        known = self.cold.snapshots(entry).nbytes() or self.cold.journal(entry).stats()["bytes"]
+        return min(entry.spec.budget_bytes, known)
+
     async def _load(self, entry: Entry) -> None:
+        if self.memory_bytes is not None:
+            await self._make_room(entry.name, await self._thread(lambda: self._size(entry)))
         claimed = await self._thread(lambda: self._claim(entry.name, entry.epoch))
         try:
             runtime = await self._thread(lambda: Runtime.open(self.cold, claimed, device=self.device))
+            await self._make_room(entry.name, runtime.nbytes)
         except Exception:
             # a bank that was hot stays so: whoever uses it next hears why it can't be loaded
             if entry.state == "cold":
@@ -325,6 +398,10 @@ class Host:
         self._lease.hold()
         return self.cold.catalog.claim(name, self.owner, epoch)
 
+    def _watch_growth(self, name: str) -> None:
+        if self._room.is_short(self.bytes()) and (self._growing is None or self._growing.done()):
+            self._growing = asyncio.create_task(self._keep_room(name))
+
     def _serve(self, name: str, runtime: Runtime) -> None:
         self._arriving.pop(name, None)
         self._moved.pop(name, None)
@@ -336,6 +413,7 @@ class Host:
         if worker is not None and worker.lost:
             del self._workers[name]
             worker = None
+        self._room.touch(name)
         if worker is None:
             raise Moved(f"bank {name!r} is not hot on {self.owner}", to=self._moved.get(name, ""))
         return worker

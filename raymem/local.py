@@ -173,7 +173,8 @@ async def over(incarnations: Incarnations, owner: str, poll_s: float) -> bool:
     """
     known = _OWNER.fullmatch(owner)
     if known is not None and known["host"] == socket.gethostname():
-        return not await asyncio.to_thread(_runs, known)
+        # a process may have closed its store and live on: then no lease of its is left
+        return not await asyncio.to_thread(lambda: _runs(known) and incarnations.list(owner))
     watch, stood = Watch(incarnations), 0.0
     while (now := (await asyncio.to_thread(watch.living)).get(owner)) is not None:
         if now < stood:

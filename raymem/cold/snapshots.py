@@ -250,4 +250,5 @@ def _tensor(what: str, name: str, header: dict[str, Any], stream: _Stream) -> Te
     if crc32c(_bytes(tensor)) != header["crc32c"]:
         raise Corrupt(f"tensor {name!r} of {what} does not match its checksum", tensor=name)
     dtype: torch.dtype = getattr(torch, header["dtype"])
-    return tensor.view(dtype).reshape(header["shape"])
+    # bytes that aren't there have no stride to be viewed by
+    return tensor.view(dtype).reshape(header["shape"]) if len(data) else torch.zeros(header["shape"], dtype=dtype)
