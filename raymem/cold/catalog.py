@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from raymem.cold.failures import reading
+from raymem.cold.holes import Holes
 from raymem.cold.rows import bank_schema
 from raymem.cold.shared import ATTEMPTS, SharedTable
 from raymem.cold.tables import Tables, journal_table, quote
@@ -106,11 +107,16 @@ class Catalog:
         entry = Entry(id=uuid.uuid4().hex, name=check_bank_name(name), spec=spec, created=time.time())
         return self.add(entry, [])
 
-    def add(self, entry: Entry, journal: Iterable[pa.RecordBatch]) -> Entry:
+    def add(self, entry: Entry, journal: Iterable[pa.RecordBatch], holes: Holes | None = None) -> Entry:
         """Add an entry as it is, with the rows of its journal; see `create`.
 
         The table comes first and the row last: a bank that the catalog names has a journal, and one whose journal is
         missing has lost it.
+
+        Args:
+            entry: of a new id.
+            journal: its rows, in order.
+            holes: the positions that none of them has.
 
         Raises:
             BankNotFound: it is a fork, and its parent is gone.
@@ -122,7 +128,8 @@ class Catalog:
             _require_new(entry, find)
             return [_entry_row(entry)], []
 
-        self._add_with_journal(entry, journal, lambda: self._commit(f"create {entry.name}", decide))
+        schema = bank_schema(entry.spec, holes)
+        self._add_with_journal(entry, schema, journal, lambda: self._commit(f"create {entry.name}", decide))
         return entry
 
     def supersede(self, old: Entry, kept_as: str, new: Entry) -> Entry:
@@ -144,7 +151,7 @@ class Catalog:
             _require_new(dataclasses.replace(new, name=kept_as), find)
             return [_entry_row(dataclasses.replace(present[0], name=kept_as)), _entry_row(new)], []
 
-        self._add_with_journal(new, [], lambda: self._commit(f"restore {old.name}", decide))
+        self._add_with_journal(new, bank_schema(new.spec), [], lambda: self._commit(f"restore {old.name}", decide))
         return new
 
     def get(self, name: str) -> Entry:
@@ -274,9 +281,11 @@ class Catalog:
     def _rows(self, where: str) -> builtins.list[dict[str, Any]]:
         return self._table.rows(where)
 
-    def _add_with_journal(self, entry: Entry, journal: Iterable[pa.RecordBatch], commit: Callable[[], None]) -> None:
+    def _add_with_journal(
+        self, entry: Entry, schema: pa.Schema, journal: Iterable[pa.RecordBatch], commit: Callable[[], None]
+    ) -> None:
         table = journal_table(entry.id, entry.generation)
-        self._tables.fill(table, bank_schema(entry.spec), journal)
+        self._tables.fill(table, schema, journal)
         try:
             commit()
         except RaymemError:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from raymem.cold.evidence import Evidence, condition, contents, inspect, sample
 from raymem.cold.files import Files
-from raymem.cold.holes import HOLES, Holes
+from raymem.cold.holes import Holes
 from raymem.cold.rows import bank_schema
 from raymem.cold.store import ColdStore, Entry
 from raymem.cold.tables import journal_table, snapshot_table
@@ -101,8 +101,7 @@ def rewrite(cold: ColdStore, entry: Entry, evidence: Evidence) -> tuple[Entry, E
                 shared.update(evidence.contents & set(contents(stay, np.arange(len(stay)).tolist())))
                 yield stay.replace_schema_metadata(schema.metadata)
 
-    schema = bank_schema(entry.spec)
-    schema = schema.with_metadata(schema.metadata | {HOLES: holes.encode()})
+    schema = bank_schema(entry.spec, holes)
     # an earlier try of this owner may have left half of it
     cold.tables.drop(journal_table(entry.id, evidence.generation))
     cold.tables.fill(journal_table(entry.id, evidence.generation), schema, survivors())

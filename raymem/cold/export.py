@@ -3,7 +3,7 @@
 ::
 
     manifest.json             format, spec, tags, counts, and each member's bytes and sha256
-    journal.arrow             the accepted rows, an Arrow IPC file of `journal_schema`
+    journal.arrow             the accepted rows, an Arrow IPC file of `bank_schema`
     calibration.safetensors   what the bank's keys were made with, if the store has it
     params.safetensors        the weights that the bank's mechanism uses, if its spec names any
     state.safetensors         the newest snapshot, if there is one; its position and meta are in the manifest
@@ -21,9 +21,11 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load, save
@@ -32,6 +34,7 @@ from raymem import __version__
 from raymem.cold.catalog import Entry
 from raymem.cold.durable import fsync
 from raymem.cold.failures import reading, writing
+from raymem.cold.holes import HOLES, Holes
 from raymem.cold.rows import JournalRows, bank_schema
 from raymem.cold.store import ColdStore
 from raymem.cold.tables import snapshot_table
@@ -41,7 +44,9 @@ from raymem.memory.learned import name_of
 from raymem.types import BankSpec, check_bank_name
 
 FORMAT = "raymem-bank"
-VERSION = 1
+VERSION = 2
+# what this release reads; 1 had no erased rows
+_READS = (1, 2)
 _MANIFEST, _JOURNAL, _STATE, _CALIBRATION, _PARAMS = (
     "manifest.json",
     "journal.arrow",
@@ -90,6 +95,7 @@ class Manifest(_Frozen):
     exported: float
     tags: dict[str, int]
     rows: int
+    end: int | None = None
     state: _State | None
     members: dict[str, _Member]
 
@@ -111,8 +117,12 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
     with _appearing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         # first the snapshot: the journal then reaches at least as far
         found = store.state(entry)
-        rows = store.journal(entry).end()
-        members = {_JOURNAL: _write(archive, _JOURNAL, lambda out: _write_journal(out, store, entry, rows, progress))}
+        end, holes = store.journal(entry).end(), store.journal(entry).holes()
+        rows = int(holes.rank(np.array([end]))[0])
+        schema = bank_schema(entry.spec, holes)
+        journal = store.journal(entry).scan(stop=end)
+        write = partial(_write_journal, schema=schema, journal=journal, rows=rows, progress=progress)
+        members = {_JOURNAL: _write(archive, _JOURNAL, write)}
         blob = _calibration(store, entry.spec)
         if blob is not None:
             members[_CALIBRATION] = _write(archive, _CALIBRATION, lambda out: out.write(blob))
@@ -133,6 +143,7 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
             exported=time.time(),
             tags=entry.tags,
             rows=rows,
+            end=end,
             state=None if found is None else _State(pos=found[0], meta=found[2]),
             members=members,
         )
@@ -172,7 +183,8 @@ def import_bank(store: ColdStore, path: str | Path, name: str, progress: Progres
             # the catalog's row comes last: until then nobody can see any of it
             _import_state(store, archive, manifest, entry)
             with archive.open(_JOURNAL) as file:
-                return store.catalog.add(entry, _read_journal(file, manifest, Path(path), progress))
+                holes = _holes(file, Path(path))
+                return store.catalog.add(entry, _read_journal(file, manifest, Path(path), progress), holes)
         except BaseException:
             store.tables.drop(snapshot_table(entry.id))
             raise
@@ -254,14 +266,16 @@ def _write(archive: zipfile.ZipFile, name: str, write: Callable[[Any], object]) 
     return _Member(bytes=hashing.bytes, sha256=hashing.sha256.hexdigest())
 
 
-def _write_journal(out: Any, store: ColdStore, entry: Entry, end: int, progress: Progress | None) -> None:
+def _write_journal(
+    out: Any, schema: pa.Schema, journal: Iterable[JournalRows], rows: int, progress: Progress | None
+) -> None:
     done = 0
-    with pa.ipc.new_file(pa.PythonFile(out, "w"), bank_schema(entry.spec)) as writer:
-        for rows in store.journal(entry).scan(stop=end):
-            writer.write_table(rows.to_arrow())
-            done += len(rows)
+    with pa.ipc.new_file(pa.PythonFile(out, "w"), schema) as writer:
+        for piece in journal:
+            writer.write_table(piece.to_arrow().replace_schema_metadata(schema.metadata))
+            done += len(piece)
             if progress:
-                progress(done, end)
+                progress(done, rows)
 
 
 def _calibration(store: ColdStore, spec: BankSpec) -> bytes | None:
@@ -289,14 +303,18 @@ def _manifest(archive: zipfile.ZipFile, path: Path) -> Manifest:
     except (KeyError, zipfile.BadZipFile, ValueError) as error:
         raise _corrupt(path, _MANIFEST, f"can't be read ({error})") from error
     said = (data.get("format"), data.get("version")) if isinstance(data, dict) else None
-    if said != (FORMAT, VERSION):
-        raise Corrupt(f"{path} says it is {said}; this raymem reads {(FORMAT, VERSION)}: use the release that wrote it")
+    if said not in [(FORMAT, version) for version in _READS]:
+        raise Corrupt(
+            f"{path} says it is {said}; this raymem reads {FORMAT} of versions {', '.join(map(str, _READS))}: use the "
+            "release that wrote it, or a later one"
+        )
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         raise _corrupt(path, _MANIFEST, f"does not make sense ({error})") from error
-    if manifest.state and manifest.state.pos > manifest.rows:
-        raise _corrupt(path, _MANIFEST, f"has a state at pos {manifest.state.pos} and {manifest.rows} rows")
+    end = manifest.rows if manifest.end is None else manifest.end
+    if manifest.state and manifest.state.pos > end:
+        raise _corrupt(path, _MANIFEST, f"has a state at pos {manifest.state.pos} and ends at {end}")
     needed = {_JOURNAL} | ({_STATE} if manifest.state else set())
     if missing := needed - set(manifest.members):
         raise _corrupt(path, _MANIFEST, f"does not list {', '.join(sorted(missing))}")
@@ -320,14 +338,24 @@ def _check(archive: zipfile.ZipFile, path: Path, name: str, expected: _Member) -
         raise _corrupt(path, name, "does not match its hash in the manifest")
 
 
+def _holes(file: IO[bytes], path: Path) -> Holes | None:
+    """The positions whose rows were erased before the bank was exported."""
+    text = (_arrow(file, path).schema.metadata or {}).get(HOLES)
+    return None if text is None else Holes.decode(text)
+
+
+def _arrow(file: IO[bytes], path: Path) -> pa.RecordBatchFileReader:
+    try:
+        return pa.ipc.open_file(file)
+    except pa.ArrowInvalid as error:
+        raise _corrupt(path, _JOURNAL, f"is not an Arrow file ({error})") from error
+
+
 def _read_journal(
     file: IO[bytes], manifest: Manifest, path: Path, progress: Progress | None
 ) -> Iterable[pa.RecordBatch]:
+    reader = _arrow(file, path)
     schema, done = bank_schema(manifest.spec), 0
-    try:
-        reader = pa.ipc.open_file(file)
-    except pa.ArrowInvalid as error:
-        raise _corrupt(path, _JOURNAL, f"is not an Arrow file ({error})") from error
     if not reader.schema.equals(schema):
         raise _corrupt(path, _JOURNAL, f"has another schema than its spec says: {reader.schema}")
     for number in range(reader.num_record_batches):
@@ -337,7 +365,7 @@ def _read_journal(
         done += len(batch)
         if progress:
             progress(done, manifest.rows)
-        yield batch
+        yield batch.replace_schema_metadata(reader.schema.metadata)
     if done != manifest.rows:
         raise _corrupt(path, _JOURNAL, f"holds {done} rows, and the manifest says {manifest.rows}")
 

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from raymem.cold.catalog import Catalog, Entry
-from raymem.cold.holes import HOLES
 from raymem.cold.lineage import ancestors
 from raymem.cold.rows import bank_schema
 from raymem.cold.store import ColdStore
@@ -114,9 +113,7 @@ def materialise(cold: ColdStore, entry: Entry) -> Entry:
     table = journal_table(entry.id, rewritten.generation)
     # what an earlier try left
     cold.tables.drop(table)
-    holes, schema = cold.journal(entry).holes(), bank_schema(entry.spec)
-    if len(holes):
-        schema = schema.with_metadata({**schema.metadata, HOLES: holes.encode()})
+    schema = bank_schema(entry.spec, cold.journal(entry).holes())
     cold.tables.fill(table, schema, _batches(cold, entry))
     _keep_states(cold, entry, rewritten)
     changed = cold.catalog.change(entry, generation=rewritten.generation, parent=None, base=0)

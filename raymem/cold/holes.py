@@ -49,6 +49,9 @@ class Holes:
     def __len__(self) -> int:
         return int((self.ranges_R2[:, 1] - self.ranges_R2[:, 0]).sum())
 
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
     def __or__(self, other: Holes) -> Holes:
         """The positions of both."""
         return Holes.of(np.r_[self.positions(), other.positions()].tolist(), max(self.end, other.end))

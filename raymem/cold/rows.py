@@ -16,6 +16,7 @@ from crc32c import crc32c
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from raymem.cold.holes import HOLES, Holes
 from raymem.errors import Corrupt
 from raymem.types import DTYPES, BankSpec, Trace
 
@@ -180,10 +181,11 @@ def journal_schema(dtype: torch.dtype, layers: int, width: int) -> pa.Schema:
     )
 
 
-def bank_schema(spec: BankSpec) -> pa.Schema:
-    """The Arrow schema of a bank's journal."""
+def bank_schema(spec: BankSpec, holes: Holes | None = None) -> pa.Schema:
+    """The Arrow schema of a bank's journal; where rows were erased, its metadata says which positions have none."""
     fingerprint = spec.fingerprint
-    return journal_schema(DTYPES[fingerprint.dtype], len(fingerprint.layers), fingerprint.width)
+    schema = journal_schema(DTYPES[fingerprint.dtype], len(fingerprint.layers), fingerprint.width)
+    return schema.with_metadata({**schema.metadata, HOLES: holes.encode()}) if holes else schema
 
 
 def checksums(

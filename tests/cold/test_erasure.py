@@ -1,6 +1,10 @@
 """Erasing: what is gone, what stays, and a receipt that could have failed."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -392,3 +396,66 @@ def test_a_bank_with_erased_rows_can_be_tagged_read_as_it_was_and_materialised(s
     fork.attach()
     assert fork.info().rows == 66
     assert fork.write(talk(tiny, "dora", 3)).end == 132 + 3
+
+
+def test_a_bank_with_erased_rows_is_carried_in_a_file(store, tiny, tmp_path):
+    bank = bank_of(store, tiny, "a", "spalm", "alice", "bob")
+    bank.erase(stream="bob")
+    bank.export(tmp_path / "a.raymem")
+
+    copy = store.import_(tmp_path / "a.raymem", "lab/copy")
+    copy.attach()
+
+    assert copy.digest() == bank.digest()
+    assert (copy.info().rows, copy.write(talk(tiny, "dora", 5)).end) == (66, 132 + 5)
+
+
+def test_a_file_of_the_first_version_imports_for_ever(store):
+    file = Path(__file__).parent / "fixtures" / "version1.raymem"
+
+    old = store.import_(file, "lab/old")
+    info = old.attach()
+
+    assert (info.rows, info.tags) == (14, {"after-alice": 7, "after-bob": 14})
+    assert old.tokens("alice", "r", 0, 7).shape == (7,)
+    # what the release that wrote it said of the bank
+    assert old.digest() == "1b92082939c320136ee7af2827a596985706705eeb823b0772c93a1938fce13f"
+
+
+CUTS = {
+    # where the process dies, and whether the rows are erased then
+    "before the rewriting": ("raymem.cold.tables.Tables.fill", "before", False),
+    "after the rewriting": ("raymem.cold.tables.Tables.fill", "after", False),
+    "before the switch": ("raymem.cold.catalog.Catalog.change", "before", False),
+    "after the switch": ("raymem.cold.catalog.Catalog.change", "after", True),
+    "between two deletions": ("raymem.cold.tables.Tables.drop", "after", True),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_process_killed_while_it_erases_leaves_all_or_nothing(store, tiny, tmp_path, root, cut):
+    bank = bank_of(store, tiny, "a", "spalm", "alice", "bob")
+    whole = bank.digest()
+    bank.detach()
+    bank.attach()
+    store.close()
+    target, when, erased = CUTS[cut]
+    script = [sys.executable, str(Path(__file__).with_name("eraser.py")), str(tmp_path), target, when]
+    killed = subprocess.run(script, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with raymem.connect(tmp_path, settings=SETTINGS) as again:
+        bank = again.bank("lab/a")
+        bank.attach()
+        assert bank.info().rows == (66 if erased else 132)
+        assert (bank.digest() == whole) != erased
+        assert [receipt.status for receipt in bank.receipts()] == ["pending"]
+
+        swept = again.sweep()
+
+        assert [receipt.status for receipt in swept.receipts] == ["complete" if erased else "undone"]
+        entry = ColdStore.open(str(tmp_path), "none").catalog.get("lab/a")
+        named = {f"{kind}-{entry.id}" + (f"-{entry.generation}" if erased else "") for kind in ("journal", "snapshots")}
+        assert folders(again._store.backend.cold) <= named
+        assert bank.write(talk(tiny, "dora", 5)).end == 132 + 5
+        assert bank.erase(stream="alice").rows == (0 if erased else 66)

@@ -66,7 +66,7 @@ def test_pyarrow_and_safetensors_alone_can_read_it(store: ColdStore, exported: P
         table = pa.ipc.open_file(archive.open("journal.arrow")).read_all()
         state = safetensors.torch.load(archive.read("state.safetensors"))
         means = safetensors.torch.load(archive.read("calibration.safetensors"))
-    assert (manifest["format"], manifest["version"], manifest["rows"]) == ("raymem-bank", 1, 17)
+    assert (manifest["format"], manifest["version"], manifest["rows"]) == ("raymem-bank", 2, 17)
     assert manifest["state"] == {"pos": 11, "meta": {"n": [1]}}
     assert manifest["spec"]["fingerprint"]["layers"] == [3, 5]
     assert table.equals(journal_table(store, "lab/a"))
@@ -181,7 +181,7 @@ def rewrite(path: Path, changes: dict[str, bytes], manifest_changes: dict[str, o
         ({}, {"rows": 99}, "17 rows, and the manifest says 99"),
         ({"state.safetensors": b"nonsense"}, {}, "state.safetensors"),
         ({"calibration.safetensors": b"nonsense"}, {}, "calibration"),
-        ({}, {"version": 2}, "use the release that wrote it"),
+        ({}, {"version": 3}, "use the release that wrote it"),
         ({}, {"surprise": 1}, "surprise"),
         ({}, {"state": {"pos": 99, "meta": {}}}, "pos"),
     ],
