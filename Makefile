@@ -25,6 +25,8 @@ test-slow: setup
 # FAULTS=1000 for a longer one
 soak: setup
 	$(BIN)/python tests/faults/soak.py --faults $(or $(FAULTS),200)
+	$(BIN)/python tests/faults/soak.py --faults 20 --over s3
+	$(BIN)/python tests/faults/soak.py --faults 20 --each 10 --over cluster
 
 bench: setup
 	$(BIN)/python benchmarks/run.py

@@ -230,12 +230,16 @@ class LocalNodes:
             warnings.filterwarnings("ignore", "lancedb fork support")
             self._nodes[name] = self._cluster.add_node(**self._arguments, labels={"raymem-node": name})
 
+    def raylet(self, name: str) -> int:
+        """The process id of a node's raylet, whose children are the node's workers."""
+        raylets: list[Any] = self._nodes[name].all_processes[PROCESS_TYPE_RAYLET]
+        return int(raylets[0].process.pid)
+
     def kill(self, name: str) -> None:
         """End a node without warning, with everything that runs on it."""
-        node = self._nodes.pop(name)
-        raylets = node.all_processes[PROCESS_TYPE_RAYLET]
         # without their raylet, workers would live on for a while
-        workers = [child for raylet in raylets for child in psutil.Process(raylet.process.pid).children(recursive=True)]
+        workers = psutil.Process(self.raylet(name)).children(recursive=True)
+        node = self._nodes.pop(name)
         self._cluster.remove_node(node, allow_graceful=False)
         for worker in workers:
             with suppress(psutil.NoSuchProcess):

@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -16,8 +17,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+# read once, by torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from faultkit.cluster import KINDS, run_cluster
+from faultkit.s3 import s3_server
 from faultkit.schedule import Outcome, Schedule
 
 FRESH = {"seeds": 0, "faults": {}, "acknowledged": 0, "lost": 0, "doubled": 0, "fragments": 0, "wrong": []}
@@ -45,11 +49,25 @@ def line(total: dict[str, Any]) -> str:
     )
 
 
+def one(over: str, seed: int, faults: int) -> Outcome:
+    """One schedule over a folder, over a local S3 server, or on a Ray cluster of this machine."""
+    if over == "cluster":
+        chosen = random.Random(seed)
+        return run_cluster(seed, [chosen.choice(KINDS) for _ in range(faults)])
+    with tempfile.TemporaryDirectory(prefix="raymem-soak-") as folder:
+        scratch = Path(folder) / "scratch"
+        if over == "folder":
+            return asyncio.run(Schedule(f"{folder}/memory", scratch, seed).run(faults))
+        with s3_server() as bucket:
+            return asyncio.run(Schedule(f"{bucket}/memory", scratch, seed).run(faults))
+
+
 def main() -> int:
     """Run; 1 if anything was lost, doubled or otherwise wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200, help="how many in all")
     parser.add_argument("--each", type=int, default=20, help="how many in one schedule")
+    parser.add_argument("--over", choices=["folder", "s3", "cluster"], default="folder", help="what is put to the test")
     parser.add_argument("--seed", type=int, default=0, help="of the first schedule")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no schedule after so long")
     parser.add_argument("--json", type=Path, help="keep the sum here, and go on from what is there")
@@ -58,9 +76,7 @@ def main() -> int:
     began = time.monotonic()
     while sum(total["faults"].values()) < asked.faults and time.monotonic() - began < asked.seconds:
         seed = asked.seed + total["seeds"]
-        with tempfile.TemporaryDirectory(prefix="raymem-soak-") as folder:
-            schedule = Schedule(f"{folder}/memory", Path(folder) / "scratch", seed)
-            add(total, asyncio.run(schedule.run(asked.each)), seed)
+        add(total, one(asked.over, seed, asked.each), seed)
         print(f"seed {seed}: {line(total)}", flush=True)
         if asked.json:
             asked.json.write_text(json.dumps(total, indent=2) + "\n")

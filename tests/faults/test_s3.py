@@ -82,7 +82,7 @@ def test_a_bucket_that_is_not_there_is_said(bucket: str):
 
 def test_no_fault_over_a_bucket_loses_or_doubles_a_row(bucket: str, tmp_path: Path):
     schedule = Schedule(f"{bucket}/faults", tmp_path / "scratch", seed=6)
-    outcome = asyncio.run(schedule.run(4))
+    outcome = asyncio.run(schedule.run(3))
     print(outcome)
     outcome.verdict.require()
     assert outcome.verdict.acknowledged > 50

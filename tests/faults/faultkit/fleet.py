@@ -133,21 +133,22 @@ class Fleet:
         old.retired.set()
         return old
 
-    async def plan(self, what: dict[str, Any], seconds: float) -> str | None:
-        """Lay a plan out and wait until it fires; says where, or None and takes it back."""
-        with tempfile.NamedTemporaryFile("w", dir=self.plans, suffix=".new", delete=False) as file:
-            json.dump({"op": "any", "table": "", "skip": 0, "when": "before", "seconds": 0.0} | what, file)
-        path = Path(file.name).rename(file.name.removesuffix(".new") + ".json")
-        fired = path.with_suffix(".fired")
-        for _ in range(int(seconds / 0.005)):
-            if fired.exists():
-                return str(json.loads(fired.read_text())["where"])
-            await asyncio.sleep(0.005)
-        path.unlink(missing_ok=True)
-        return str(json.loads(fired.read_text())["where"]) if fired.exists() else None
-
     async def _start(self) -> Process:
         process = await Process.start(*self._arguments)
         self._all.append(process)
         await process.ready.wait()
         return process
+
+
+async def lay_out(plans: Path, what: dict[str, Any], seconds: float) -> str | None:
+    """Lay a plan out and wait until it fires; says where, or None and takes it back."""
+    with tempfile.NamedTemporaryFile("w", dir=plans, suffix=".new", delete=False) as file:
+        json.dump({"op": "any", "table": "", "skip": 0, "when": "before", "seconds": 0.0} | what, file)
+    path = Path(file.name).rename(file.name.removesuffix(".new") + ".json")
+    fired = path.with_suffix(".fired")
+    for _ in range(int(seconds / 0.005)):
+        if fired.exists():
+            return str(json.loads(fired.read_text())["where"])
+        await asyncio.sleep(0.005)
+    path.unlink(missing_ok=True)
+    return str(json.loads(fired.read_text())["where"]) if fired.exists() else None

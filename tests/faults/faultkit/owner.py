@@ -21,7 +21,7 @@ from raymem.config import ColdSettings, HostSettings
 from raymem.errors import RaymemError
 
 # soon enough that a short schedule meets it
-journal._COMPACT_EVERY = int(os.environ.get("RAYMEM_TEST_COMPACT_EVERY", "12"))
+journal._COMPACT_EVERY = int(os.environ.get("FAULTS_COMPACT_EVERY", "12"))
 
 # logs go to stdout by default, and answers must come alone
 ANSWERS, sys.stdout = sys.stdout, sys.stderr

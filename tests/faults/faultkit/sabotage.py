@@ -17,6 +17,7 @@ A process looks into its folder of plans before and after every write. A plan is
 """
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -150,15 +151,15 @@ def _wrapped(function: Any, hit: Callable[[str], _Write], op: str) -> Any:
     return call
 
 
-def install(steps_of: Callable[[Any], Steps]) -> Callable[[], None]:
+def install(steps_of: Callable[[Any], Steps], tables_class: Any = None) -> Callable[[], None]:
     """Wrap this process's tables; return what takes the wrapping away.
 
     Args:
         steps_of: who hears of the writes of a `Tables`.
+        tables_class: raymem's `Tables`, while its module is still being imported.
     """
-    from raymem.cold.tables import Tables
-
-    init, folder_sync = Tables.__init__, Tables.folder_sync
+    wrapped = tables_class or importlib.import_module("raymem.cold.tables").Tables
+    init, folder_sync = wrapped.__init__, wrapped.folder_sync
 
     def hit(tables: Any, name: str) -> Callable[[str], _Write]:
         place = None if "://" in tables.uri else Path(tables.uri) / f"{name}.lance"
@@ -172,10 +173,10 @@ def install(steps_of: Callable[[Any], Steps]) -> Callable[[], None]:
         real = folder_sync(self, name)
         return real if real is None else _Sync(real, hit(self, name))
 
-    Tables.__init__, Tables.folder_sync = make, make_sync
+    wrapped.__init__, wrapped.folder_sync = make, make_sync
 
     def undo() -> None:
-        Tables.__init__, Tables.folder_sync = init, folder_sync
+        wrapped.__init__, wrapped.folder_sync = init, folder_sync
 
     return undo
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from faultkit import made
-from faultkit.fleet import Dead, Fleet, Process, Refused
+from faultkit.fleet import Dead, Fleet, Process, Refused, lay_out
 from faultkit.ledger import Ledger, Verdict, check
 
 BANKS = {"lab/rows": "spalm", "lab/deltas": "titans", "lab/more": "spalm"}
@@ -21,7 +21,10 @@ _RUN_ROWS = 600
 _RECOVERY_S = 60.0
 _LEASE_S = 1.5
 # said while a bank changes hands or its storage fails: the writer tries again
-_PASSING = {"Moved", "NotOwner", "StorageError", "Overloaded", "BankDetached", "RaymemError", "Conflict"}
+PASSING = {
+    *("Unavailable", "BackendUnavailable", "Moved", "NotOwner", "Conflict"),
+    *("StorageError", "Overloaded", "BankDetached", "RaymemError"),
+}
 
 Places = Sequence[dict[str, Any]]
 KINDS = ("kill", "kill", "now", "stop", "stop", "full", "fail", "slow")
@@ -118,7 +121,7 @@ class Schedule:
                 if asked > self._began and owner is fleet.current:
                     self._first_acks.setdefault(bank, time.monotonic())
                 return
-            if answer.done() and isinstance(error := answer.exception(), Refused) and error.kind not in _PASSING:
+            if answer.done() and isinstance(error := answer.exception(), Refused) and error.kind not in PASSING:
                 self.ledger.wrong.append(f"{bank}: {error}")
                 return
             await asyncio.sleep(0.01)
@@ -173,7 +176,7 @@ class Schedule:
             # what was never written can't fail afterwards, what was can't meet a full disk
             when = {"full": "before", "fail": "after"}.get(what, place["when"])
             plan = place | {"do": what, "when": when, "skip": self.random.randrange(2), "seconds": 0.3}
-            where = await fleet.plan(plan, 1.5)
+            where = await lay_out(self._plans, plan, 1.5)
             if where is None:
                 return
             self._began = time.monotonic()
