@@ -152,6 +152,7 @@ class Replica:
             seq_Qk=cpu(found.seq_Qk),
             source_Qk=source_Qk,
             sources=sources,
+            kind=self.spec.kind,
         )
 
     def tensors(self) -> State:

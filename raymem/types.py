@@ -175,7 +175,8 @@ class Readout:
 
     `values_QV` blended vector (V may be 0), `relevance_Q` in [0, 1]. `tokens_Qk` are candidate next tokens (-1 where
     fewer than k) with `scores_Qk` (cosine for row kinds, the memory's own score for state kinds; -inf where absent).
-    Where rows are held, `pos_Qk` and `seq_Qk` (int64), and `source_Qk` indexing `sources` say who wrote them.
+    Where rows are held, `pos_Qk` and `seq_Qk` (int64), and `source_Qk` indexing `sources` say who wrote them. `kind` is
+    the bank's: what its scores are worth to a model depends on it.
     """
 
     values_QV: Tensor
@@ -186,6 +187,7 @@ class Readout:
     seq_Qk: Tensor | None = None
     source_Qk: Tensor | None = None
     sources: tuple[tuple[str, str], ...] = ()
+    kind: str = ""
 
     def rows(self, query: int) -> list[RowRef]:
         """Provenance of one query's neighbours, best first; empty for kinds that hold no rows."""

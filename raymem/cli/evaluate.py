@@ -26,7 +26,15 @@ def lm(
         typer.Option("--text", help="Files, or folders of files; each file is a document.", metavar="FILE_OR_DIR..."),
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
-    kind: Annotated[str, typer.Option("--kind", help="Memory algorithms, for example spalm,titans.")] = "spalm,titans",
+    kind: Annotated[str, typer.Option("--kind", help="all, or for example spalm,titans.")] = "spalm,titans",
+    budget_mb: Annotated[
+        str,
+        typer.Option(
+            "--budget-mb",
+            help="What a bank may hold, in million bytes; none: each kind's default options and budget.",
+            metavar="NUMBER|none",
+        ),
+    ] = "0.15",
     max_docs: Annotated[int, typer.Option("--max-docs", help="The first documents, in name order.")] = 8,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="The first tokens of each document.")] = 4096,
     window: Annotated[int, typer.Option("--window", help="Tokens that are predicted together.")] = 256,
@@ -37,10 +45,14 @@ def lm(
 
     Three quarters of each document are written to a fresh bank; the rest is predicted in windows that see nothing
     earlier: without memory, with it, with another document's bank, with retrieved text, with the full context.
+    Banks of all kinds get the same bytes, and the options that make the most of them. `combined`, which comes with
+    `all`, is several banks behind one gate.
 
     For example:
 
         raymem eval lm --text notes/ --kind spalm,titans --json out.json
+
+        raymem eval lm --text notes/ --kind all --budget-mb 1
 
         raymem eval lm --text a.txt b.txt --model path/to/model
     """
@@ -51,6 +63,7 @@ def lm(
 
     fields = {
         **{"texts": tuple(paths), "model": model, "kinds": tuple(kind.split(","))},
+        "budget_mb": None if budget_mb == "none" else budget_mb,
         **{"max_docs": max_docs, "max_tokens": max_tokens, "window": window},
         "layers": parse_layers(layers) if layers else (),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +17,36 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 from torch import Tensor
 
-from raymem import Bank, BankSpec, Store, Trace, connect
+from raymem import Bank, BankSpec, Store, connect
 from raymem.encode.fit import calibrate
-from raymem.errors import InvalidSpec
+from raymem.lm.contenders import Contender, Size, ask, contenders, expanded
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.mixing import NEIGHBOURS, Mixer
 from raymem.lm.models import BUNDLED_MODEL, LanguageModel
 from raymem.lm.passes import CachedModel, Reading, Window, full_context_losses, losses, read, retrieval_losses
-from raymem.lm.text import find_documents
+from raymem.lm.text import WRITTEN_SHARE, find_documents
 from raymem.lm.trust import Trust
-from raymem.memory import kinds as known_kinds
+from raymem.types import Fingerprint
 
 Progress = Callable[[int, int], None]
 # how deep in the model the states are taken: layer 26 of SmolLM2's 30
 DEPTH = 26 / 30
-_ROWS_A_WRITE = 512
 
 
 class EvalSettings(BaseModel):
-    """What to measure. `layers` are 1-based; by default the one at 87 % of the model's depth."""
+    """What to measure.
+
+    `kinds` are kinds of bank, `combined`, or `all`. A bank may hold `budget_mb` million bytes and has the options that
+    make the most of them; None leaves each kind its default options and budget. `layers` are 1-based;
+    by default the one at 87 % of the model's depth.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     texts: tuple[Path, ...]
     model: str = BUNDLED_MODEL
     kinds: tuple[str, ...] = ("spalm", "titans")
+    budget_mb: float | None = Field(default=0.15, gt=0)
     max_docs: int = Field(default=8, ge=1)
     max_tokens: int = Field(default=4096, ge=64)
     window: int = Field(default=256, ge=2)
@@ -60,12 +65,15 @@ class Perplexity(BaseModel):
 class KindFigures(Perplexity):
     """One kind of bank: `gap_closed` is the share of the way from no memory to full context, in nats (None where
     there is no way to go); `wrong_memory_ratio` is perplexity with the next document's bank over that without memory
-    (None for a single document); `bytes` is the mean bank's size.
+    (None for a single document); `bytes` is what a document's memory holds, on average, and `budget_bytes` what it may:
+    rows of a short document don't fill a large budget. `options` are those of each bank that remembers a document.
     """
 
     gap_closed: float | None
     wrong_memory_ratio: float | None
     bytes: int
+    budget_bytes: int
+    options: dict[str, dict[str, Any]]
     write_rows_per_s: float
     read_us_per_query: float
 
@@ -93,7 +101,7 @@ class EvalReport(BaseModel):
             title=f"{len(self.documents)} documents, {self.predicted_tokens:,} tokens predicted", title_justify="left"
         )
         made.add_column("memory")
-        for name in ("perplexity", "gap\nclosed", "wrong\nmemory", "bank\nMB", "write\nrows/s", "read\nµs/query"):
+        for name in ("perplexity", "gap\nclosed", "wrong\nmemory", "held of\nMB", "write\nrows/s", "read\nµs/query"):
             made.add_column(name, justify="right")
         plain = {
             "none": self.base,
@@ -103,7 +111,7 @@ class EvalReport(BaseModel):
         for name, found in plain.items():
             made.add_row(name, f"{found.ppl:.2f}", _number(self._gap(found.ppl), ".2f"))
         for kind, row in self.kinds.items():
-            cells = (_number(row.gap_closed, ".2f"), _number(row.wrong_memory_ratio, ".3f"), f"{row.bytes / 1e6:.1f}")
+            cells = (_number(row.gap_closed, ".2f"), _number(row.wrong_memory_ratio, ".3f"), _megabytes(row))
             speeds = (f"{row.write_rows_per_s:,.0f}", f"{row.read_us_per_query:,.0f}")
             made.add_row(kind, f"{row.ppl:.2f}", *cells, *speeds, style="bold")
         made.add_row("full context", f"{self.full_context.ppl:.2f}", _number(self._gap(self.full_context.ppl), ".2f"))
@@ -126,10 +134,11 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> EvalRe
         progress: called with documents handled (each is read, then written and predicted) and their number in all.
 
     Raises:
-        InvalidSpec: an unknown kind.
+        InvalidSpec: an unknown kind, or a budget that is too small for one.
         NotFound, InvalidInput: texts that are missing, unreadable or too short. ModelNotFound: no such model.
     """
-    _check_kinds(settings.kinds)
+    # before the model is loaded
+    expanded(settings.kinds)
     documents = find_documents(settings.texts, settings.max_docs)
     tell = progress or (lambda _done, _total: None)
     model = CachedModel(LanguageModel.load(settings.model))
@@ -157,28 +166,27 @@ class Trial:
         self._mixer = Mixer()
         self._calibration = calibrate(model.model, layers)
         store.put_calibration(self._calibration)
-        self._spec = BankSpec(
-            kind=settings.kinds[0], fingerprint=fingerprint(model.model, layers, self._calibration.hash)
-        )
         self._losses: dict[str, list[Tensor]] = {}
         self._seconds: dict[str, float] = {}
-        self._banks = {kind: [self._write(store, kind, reading) for reading in readings] for kind in settings.kinds}
+        rows = fingerprint(model.model, layers, self._calibration.hash)
+        self._contenders = {who.name: who for who in self._sized(rows)}
+        self._banks = {who.name: self._write(store, who) for who in self._contenders.values()}
 
     def predict(self, index: int) -> None:
         """Predict one document's windows in every way."""
         reading = self._readings[index]
         for window in reading.windows:
-            logits_WV = self._model.model.logits(window.final_Wd).float()
+            logits_WV = torch.log_softmax(self._model.model.logits(window.final_Wd).float(), dim=-1)
             self._keep("base", losses(logits_WV, window.targets_W))
             self._keep("full", full_context_losses(self._model.model, reading, window))
             for pieces in (2, 4):
                 found_W = retrieval_losses(self._model, reading, window, self._calibration, pieces)
                 self._keep(f"retrieval {pieces}", found_W)
             for kind, banks in self._banks.items():
-                self._keep(kind, self._with_bank(banks[index], window, logits_WV, kind))
+                self._keep(kind, self._with_memory(banks[index], window, logits_WV, kind))
                 if len(banks) > 1:
                     wrong = banks[(index + 1) % len(banks)]
-                    self._keep(f"{kind} wrong", self._with_bank(wrong, window, logits_WV, f"{kind} wrong"))
+                    self._keep(f"{kind} wrong", self._with_memory(wrong, window, logits_WV, f"{kind} wrong"))
 
     def report(self) -> EvalReport:
         """The figures."""
@@ -192,34 +200,39 @@ class Trial:
             predicted_tokens=sum(len(part) for part in self._losses["base"]),
         )
 
+    def _sized(self, rows: Fingerprint) -> list[Contender]:
+        settings = self._settings
+        budget = None if settings.budget_mb is None else round(settings.budget_mb * 1e6)
+        size = Size(budget, math.ceil(settings.max_tokens * WRITTEN_SHARE))
+        return contenders(settings.kinds, BankSpec(kind="spalm", fingerprint=rows), self._calibration, size)
+
     def _figures(self, kind: str) -> KindFigures:
-        banks, base, ppl = self._banks[kind], self._ppl("base"), self._ppl(kind)
+        banks, base, ppl, who = self._banks[kind], self._ppl("base"), self._ppl(kind), self._contenders[kind]
         rows, queries = sum(reading.split.written for reading in self._readings), len(torch.cat(self._losses[kind]))
         return KindFigures(
             ppl=ppl,
             gap_closed=gap_closed(base, ppl, self._ppl("full")),
             wrong_memory_ratio=self._ppl(f"{kind} wrong") / base if len(banks) > 1 else None,
-            bytes=round(sum(bank.info().bytes for bank in banks) / len(banks)),
+            bytes=round(sum(bank.info().bytes for document in banks for bank in document) / len(banks)),
+            budget_bytes=who.budget_bytes,
+            options={spec.kind: dict(spec.options) for spec in who.specs},
             write_rows_per_s=rows / self._seconds[f"{kind} write"],
             read_us_per_query=1e6 * self._seconds[kind] / queries,
         )
 
-    def _write(self, store: Store, kind: str, reading: Reading) -> Bank:
-        place = next(place for place, known in enumerate(self._readings) if known is reading)
-        bank = store.create(f"eval/{kind}-{place}", self._spec.model_copy(update={"kind": kind}))
+    def _write(self, store: Store, who: Contender) -> list[tuple[Bank, ...]]:
         started = time.perf_counter()
-        for trace in _traces(reading):
-            bank.write(trace)
-        self._count(f"{kind} write", started)
-        return bank
+        written = [who.write(store, place, reading) for place, reading in enumerate(self._readings)]
+        self._count(f"{who.name} write", started)
+        return written
 
-    def _with_bank(self, bank: Bank, window: Window, logits_WV: Tensor, name: str) -> Tensor:
+    def _with_memory(self, banks: tuple[Bank, ...], window: Window, logits_WV: Tensor, name: str) -> Tensor:
         started = time.perf_counter()
-        readout = bank.read(window.hidden_WLd, self._settings.neighbours, start=0)
+        readouts = ask(banks, window.hidden_WLd, self._settings.neighbours)
         self._count(name, started)
-        mixed_WV = self._mixer.logits(logits_WV, readout)
+        mixed_W = losses(self._mixer.logits(logits_WV, readouts), window.targets_W)
         # a window is a context of its own: it starts without any experience of the bank
-        return losses(Trust().logits(logits_WV, mixed_WV, window.targets_W), window.targets_W)
+        return Trust().losses(losses(logits_WV, window.targets_W), mixed_W)
 
     def _count(self, name: str, started: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
@@ -231,20 +244,9 @@ class Trial:
         return math.exp(float(torch.cat(self._losses[name]).mean()))
 
 
-def _check_kinds(kinds: tuple[str, ...]) -> None:
-    # not a validator of the settings: pydantic would hide the error's type
-    unknown = [kind for kind in kinds if kind not in known_kinds()]
-    if unknown or not kinds or len(set(kinds)) < len(kinds):
-        raise InvalidSpec(f"kinds {', '.join(kinds) or 'none'}: choose among {', '.join(known_kinds())}, each once")
-
-
-def _traces(reading: Reading) -> Iterator[Trace]:
-    states_TLd = reading.written_TLd
-    for start in range(0, len(states_TLd), _ROWS_A_WRITE):
-        rows = slice(start, min(start + _ROWS_A_WRITE, len(states_TLd)))
-        # a name may hold anything; streams are labels of limited length
-        yield Trace(states_TLd[rows], reading.split.tokens_T[rows], stream=reading.name[:128], run="read", seq=start)
-
-
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def _megabytes(row: KindFigures) -> str:
+    return f"{row.bytes / 1e6:.2f}/{row.budget_bytes / 1e6:.2f}"

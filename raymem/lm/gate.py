@@ -1,11 +1,13 @@
-"""How far a memory is to be believed, query by query: a few numbers about its answer, and a small trained gate.
+"""How far memories are to be believed, query by query: a few numbers about their answers, and a small trained gate.
 
-Shape legend: Q queries, V vocabulary, k candidates, F features, E experts (the memory's answer at E temperatures).
+Shape legend: Q queries, V vocabulary, k candidates, M memories, F features of one memory, E experts (a memory's answer
+at several temperatures, M memories' one after another), G = 1 + E outputs.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -19,30 +21,49 @@ from raymem.memory.learned import Learned
 from raymem.types import Readout
 
 GATES_FILE = "gates.json"
-# where candidate scores are cosines of rows, and where they are log-probabilities that a state gives to tokens
-TAUS = {"rows": (0.02, 0.05, 0.1, 0.2), "states": (0.5, 1.0, 2.0, 4.0)}
+# where candidate scores are cosines, and where they are log-probabilities that a state gives to tokens
+_COSINE_TAUS, _STATE_TAUS = (0.02, 0.05, 0.1, 0.2), (0.5, 1.0, 2.0, 4.0)
+_COSINE_KINDS = frozenset({"spalm"})
 FEATURES = 18
 _LEAST = 1e-6
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Weights of the model's own prediction and of the memory's, at several temperatures, given `features`.
+    """Weights of the model's own prediction and of the experts of one or more memories, given their `features`.
 
-    `taus` E temperatures; `mean_F` and `scale_F` standardise the features; `weight_GF` and `bias_G` are those of a
-    linear layer with G = 1 + E outputs, the model's own first.
+    `kinds` M kinds of bank, `taus` E temperatures, as many for each of them; `mean_F` and `scale_F` standardise the
+    M x 18 features; `weight_GF` and `bias_G` are those of a linear layer with G = 1 + E outputs, the model's own first.
     """
 
+    kinds: tuple[str, ...]
     taus: tuple[float, ...]
     mean_F: Tensor
     scale_F: Tensor
     weight_GF: Tensor
     bias_G: Tensor
 
-    def log_weights(self, features_QF: Tensor) -> Tensor:
-        """Logarithms `[Q, 1 + E]` of the mixture's weights, which sum to 1."""
+    def taus_of(self, memory: int) -> tuple[float, ...]:
+        """The temperatures of one memory's experts."""
+        each = len(self.taus) // len(self.kinds)
+        return self.taus[memory * each : (memory + 1) * each]
+
+    def log_weights(self, features_QF: Tensor, speaks_QM: Tensor | None = None) -> Tensor:
+        """Logarithms `[Q, G]` of the mixture's weights, which sum to 1.
+
+        Args:
+            features_QF: of all memories, one after another.
+            speaks_QM: bool, whether a memory has an answer; without one its experts weigh nothing. Default: all have.
+        """
         standard_QF = (features_QF - self.mean_F) / self.scale_F
-        return torch.log_softmax(standard_QF @ self.weight_GF.T + self.bias_G, dim=-1)
+        if speaks_QM is None:
+            return torch.log_softmax(standard_QF @ self.weight_GF.T + self.bias_G, dim=-1)
+        silent_QM = ~speaks_QM
+        standard_QF = standard_QF.masked_fill(silent_QM.repeat_interleave(FEATURES, 1), 0.0)
+        silent_QE = silent_QM.repeat_interleave(len(self.taus) // len(self.kinds), 1)
+        silent_QG = torch.nn.functional.pad(silent_QE, (1, 0), value=False)
+        logits_QG = (standard_QF @ self.weight_GF.T + self.bias_G).masked_fill(silent_QG, float("-inf"))
+        return torch.log_softmax(logits_QG, dim=-1)
 
     def to_json(self) -> dict[str, Any]:
         """The gate as plain data."""
@@ -73,26 +94,36 @@ class Gate:
         """
         try:
             tensors = {name: torch.tensor(data[name]) for name in ("mean_F", "scale_F", "weight_GF", "bias_G")}
-            gate = Gate(taus=tuple(float(tau) for tau in data["taus"]), **tensors)
+            gate = Gate(kinds=tuple(data["kinds"]), taus=tuple(float(tau) for tau in data["taus"]), **tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise Corrupt(f"not a gate ({error!r}): make it again with `python -m raymem.lm.tune`") from error
         shapes = [tuple(tensor.shape) for tensor in tensors.values()]
-        outputs = 1 + len(gate.taus)
-        if shapes != [(FEATURES,), (FEATURES,), (outputs, FEATURES), (outputs,)]:
-            raise Corrupt(f"a gate's parts are {shapes}, which don't fit {FEATURES} features: make it again")
+        inputs, outputs = FEATURES * len(gate.kinds), 1 + len(gate.taus)
+        if shapes != [(inputs,), (inputs,), (outputs, inputs), (outputs,)] or len(gate.taus) % len(gate.kinds):
+            raise Corrupt(f"a gate's parts are {shapes}, which don't fit {inputs} features: make it again")
         return gate
 
 
 @lru_cache
 def shipped_gates() -> dict[str, Gate]:
-    """The gates that come with raymem, by the family of the bank that answers: `rows` and `states`."""
+    """The gates that come with raymem, by name: a kind of bank, or several joined by `+`."""
     data = json.loads(files("raymem.lm").joinpath(GATES_FILE).read_text())
-    return {family: Gate.from_json(gate) for family, gate in data.items()}
+    return {name: Gate.from_json(gate) for name, gate in data.items()}
 
 
-def family_of(readout: Readout) -> str:
-    """Which gate an answer needs: rows are scored by cosine, tokens of a state by its own log-probability."""
-    return "states" if readout.pos_Qk is None else "rows"
+def gate_name(kinds: Sequence[str]) -> str:
+    """Under which name the gate of banks of these kinds is kept."""
+    return "+".join(kinds)
+
+
+def combined_kinds() -> tuple[str, ...]:
+    """The kinds of bank that the shipped combined gate was trained with."""
+    return next(gate.kinds for gate in shipped_gates().values() if len(gate.kinds) > 1)
+
+
+def taus_of(kind: str) -> tuple[float, ...]:
+    """The temperatures at which answers of a kind of bank become experts."""
+    return _COSINE_TAUS if kind in _COSINE_KINDS else _STATE_TAUS
 
 
 def shares(scores_Qk: Tensor, taus: tuple[float, ...]) -> Tensor:

@@ -40,6 +40,16 @@ class Trust:
             self.log_odds = float(after_Q[-1])
         return before_Q
 
+    def losses(self, own_Q: Tensor, mixed_Q: Tensor) -> Tensor:
+        """What `logits` would lose `[Q]` on the tokens that came, in nats, at a fraction of its price.
+
+        Args:
+            own_Q: losses of the model alone.
+            mixed_Q: losses of what `Mixer.logits` made of its logits.
+        """
+        log_odds_Q = self.observe(own_Q - mixed_Q).to(own_Q)
+        return -torch.logaddexp(logsigmoid(log_odds_Q) - mixed_Q, logsigmoid(-log_odds_Q) - own_Q)
+
     def logits(self, own_QV: Tensor, mixed_QV: Tensor, following_Q: Tensor) -> Tensor:
         """Log-probabilities `[Q, V]` of both, weighed by the belief before each row; rows that are the same stay so.
 

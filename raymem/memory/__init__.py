@@ -46,6 +46,15 @@ def keeps_rows(kind: str) -> bool:
     return issubclass(_class(kind), RowMemory)
 
 
+def option_names(kind: str) -> set[str]:
+    """Names of the options of a kind.
+
+    Raises:
+        InvalidSpec: unknown kind.
+    """
+    return set(_class(kind).options_type.model_fields)
+
+
 def build(kind: str, dims: Dims, options: dict[str, object], budget_bytes: int) -> Memory:
     """The mechanism `kind` with checked options.
 

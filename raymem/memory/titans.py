@@ -52,7 +52,7 @@ class TitansOptions(Options):
     depth: int = Field(default=1, ge=1, le=8)
     expansion: float = Field(default=4.0, gt=0)
     residual_norm: bool = False
-    theta: float = Field(default=0.5, ge=0, le=1)
+    theta: float = Field(default=0.5, ge=0, le=4)
     eta: float | None = Field(default=None, ge=0, lt=1)
     alpha: float = Field(default=0.0, ge=0, le=1)
     gradient: Literal["token", "chunk"] | None = None

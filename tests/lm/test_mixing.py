@@ -1,21 +1,23 @@
 """Memory's share in a prediction: identities that hold whatever the gate's weights are."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from raymem import Readout
 from raymem.errors import Corrupt, InvalidInput
-from raymem.lm.gate import FEATURES, TAUS, Gate, features, shares, shipped_gates, votes
+from raymem.lm.gate import FEATURES, Gate, combined_kinds, features, shares, shipped_gates, taus_of, votes
 from raymem.lm.mixing import Mixer, mixture, select
+from raymem.memory import kinds
 
 VOCABULARY = 97
 
 
-def readout(tokens, scores, relevance=None, *, rows=True):
+def readout(tokens, scores, relevance=None, *, kind="spalm"):
     tokens = torch.tensor(tokens)
-    place = torch.zeros_like(tokens) if rows else None
+    place = torch.zeros_like(tokens) if kind == "spalm" else None
     return Readout(
         values_QV=torch.zeros(len(tokens), 0),
         relevance_Q=torch.ones(len(tokens)) if relevance is None else torch.tensor(relevance),
@@ -24,6 +26,7 @@ def readout(tokens, scores, relevance=None, *, rows=True):
         pos_Qk=place,
         seq_Qk=place,
         source_Qk=place,
+        kind=kind,
     )
 
 
@@ -31,23 +34,23 @@ def logits(rows):
     return torch.randn(rows, VOCABULARY) * 3
 
 
-def fixed_gate(log_odds, taus=TAUS["rows"]):
+def fixed_gate(log_odds, kinds=("spalm",)):
     """A gate whose weights don't depend on the features."""
-    zeros = torch.zeros(FEATURES)
-    return Gate(taus, zeros, zeros + 1, torch.zeros(1 + len(taus), FEATURES), torch.tensor(log_odds))
+    zeros, taus = torch.zeros(FEATURES * len(kinds)), tuple(tau for kind in kinds for tau in taus_of(kind))
+    return Gate(kinds, taus, zeros, zeros + 1, torch.zeros(1 + len(taus), len(zeros)), torch.tensor(log_odds))
 
 
 def mixer(log_odds):
-    return Mixer({"rows": fixed_gate(log_odds)})
+    return Mixer({"spalm": fixed_gate(log_odds)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [True, False])
-def test_a_strict_mixer_leaves_what_is_not_relevant_bit_for_bit(dtype, rows):
+@pytest.mark.parametrize("kind", ["spalm", "titans"])
+def test_a_strict_mixer_leaves_what_is_not_relevant_bit_for_bit(dtype, kind):
     own = logits(3).to(dtype)
-    silent = readout([[5, 6]] * 3, [[0.9, 0.8]] * 3, [0.0, 0.0, 0.0], rows=rows)
+    silent = readout([[5, 6]] * 3, [[0.9, 0.8]] * 3, [0.0, 0.0, 0.0], kind=kind)
     assert Mixer(strict=True).logits(own, silent) is own
-    some = readout([[5, 6]] * 3, [[0.9, 0.8]] * 3, [0.0, 1.0, 0.0], rows=rows)
+    some = readout([[5, 6]] * 3, [[0.9, 0.8]] * 3, [0.0, 1.0, 0.0], kind=kind)
     mixed = Mixer(strict=True).logits(own, some)
     assert torch.equal(mixed[[0, 2]], own[[0, 2]].float())
     assert not torch.equal(mixed[1], own[1].float())
@@ -68,11 +71,11 @@ def test_queries_without_candidates_keep_their_bits_beside_those_with_some():
     assert not torch.equal(mixed[1], own[1])
 
 
-@pytest.mark.parametrize("rows", [True, False])
-def test_the_mixture_is_a_distribution(rows):
-    scores = torch.randn(7, 33).sort(descending=True).values * (0.1 if rows else 2.0)
+@pytest.mark.parametrize("kind", ["spalm", "titans"])
+def test_the_mixture_is_a_distribution(kind):
+    scores = torch.randn(7, 33).sort(descending=True).values * (0.1 if kind == "spalm" else 2.0)
     tokens = torch.randint(0, VOCABULARY, (7, 33))
-    mixed = Mixer().logits(logits(7), readout(tokens.tolist(), scores.tolist(), rows=rows))
+    mixed = Mixer().logits(logits(7), readout(tokens.tolist(), scores.tolist(), kind=kind))
     # float32 sums over 97 tokens
     torch.testing.assert_close(mixed.exp().sum(1), torch.ones(7), atol=1e-5, rtol=0)
 
@@ -133,8 +136,8 @@ def test_a_nearer_memory_is_believed_more():
 def test_features_stay_finite_at_the_extremes():
     sure = torch.full((1, VOCABULARY), -1e4)
     sure[0, 3] = 0.0
-    for answer in (readout([[9]], [[1.0]]), readout([[9, -1]], [[-50.0, -math.inf]], rows=False)):
-        taus = TAUS["rows"]
+    for answer in (readout([[9]], [[1.0]]), readout([[9, -1]], [[-50.0, -math.inf]], kind="titans")):
+        taus = taus_of("spalm")
         found = features(torch.log_softmax(sure, 1), answer, taus)
         assert found.shape == (1, FEATURES)
         assert bool(torch.isfinite(found).all())
@@ -157,6 +160,41 @@ def test_a_batch_is_mixed_as_its_rows_are():
         torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-5)
 
 
+def pair_mixer(log_odds):
+    return Mixer({"spalm+titans": fixed_gate(log_odds, ("spalm", "titans"))})
+
+
+def test_several_memories_behind_one_gate_are_a_distribution_with_each_in_its_share():
+    sure_of = {"first": [-1e4, 0, 0, 0, 0, -1e4, -1e4, -1e4, -1e4], "second": [-1e4, *[-1e4] * 4, 0, 0, 0, 0]}
+    answers = [readout([[5, -1]], [[0.9, -math.inf]]), readout([[8]], [[-0.1]], kind="titans")]
+    for which, token in (("first", 5), ("second", 8)):
+        mixed = pair_mixer([float(odds) for odds in sure_of[which]]).logits(logits(1), answers)
+        assert float(mixed[0, token]) == pytest.approx(0.0, abs=1e-6)
+    mixed = pair_mixer([0.0] * 9).logits(logits(1), answers)
+    assert float(mixed.exp().sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_memory_that_has_nothing_to_say_weighs_nothing_beside_one_that_has():
+    own, speaks = logits(2), readout([[5, 6], [5, 6]], [[0.9, 0.8]] * 2)
+    # without features, what is left is the model and four equal experts
+    alone = mixer([0.0] * 5).logits(own, speaks)
+    nothing = readout([[-1, -1]] * 2, [[-math.inf] * 2] * 2, kind="titans")
+    vectors_only = Readout(values_QV=torch.ones(2, 4), relevance_Q=torch.ones(2), kind="titans")
+    for silent in (nothing, vectors_only):
+        torch.testing.assert_close(pair_mixer([0.0] * 9).logits(own, [speaks, silent]), alone)
+        assert pair_mixer([0.0] * 9).logits(own, [replace(nothing, kind="spalm"), silent]) is own
+
+
+def test_kinds_without_a_gate_are_refused_with_those_that_have_one():
+    with pytest.raises(InvalidInput, match=r"'titans'.*spalm"):
+        mixer([0.0] * 5).logits(logits(1), readout([[5]], [[-0.1]], kind="titans"))
+
+
+def test_every_kind_and_the_combined_bank_have_a_shipped_gate():
+    assert set(kinds()) <= set(shipped_gates())
+    assert len(combined_kinds()) > 1
+
+
 def test_another_number_of_queries_is_refused():
     with pytest.raises(InvalidInput, match="3 rows of logits and a readout of 1"):
         Mixer().logits(logits(3), readout([[5]], [[0.9]]))
@@ -176,7 +214,7 @@ def test_a_gate_is_its_json():
 
 @pytest.mark.parametrize("part", ["taus", "mean_F", "weight_GF"])
 def test_a_damaged_gate_is_refused(part):
-    data = shipped_gates()["rows"].to_json()
+    data = shipped_gates()["spalm"].to_json()
     with pytest.raises(Corrupt, match=r"raymem\.lm\.tune"):
         Gate.from_json({name: value for name, value in data.items() if name != part})
     with pytest.raises(Corrupt):

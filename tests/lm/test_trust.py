@@ -67,3 +67,9 @@ def test_where_memory_was_silent_the_models_own_bits_stay():
     mixed[3] = own[3]
     assert torch.equal(Trust().logits(own, mixed, tokens)[3], own[3])
     assert Trust().logits(own, own, tokens) is own
+
+
+def test_losses_are_those_of_the_logits():
+    own, mixed, tokens = rows()
+    expected = -chosen(Trust().logits(own, mixed, tokens), tokens)
+    torch.testing.assert_close(Trust().losses(-chosen(own, tokens), -chosen(mixed, tokens)), expected)
