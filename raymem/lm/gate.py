@@ -72,18 +72,20 @@ class Gate:
         }
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The gate as tensors named `gate.…`, as `Learned` keeps them."""
-        parts = vars(self) | {"taus": torch.tensor(self.taus, dtype=torch.float64)}
-        return {f"gate.{name}": tensor.detach() for name, tensor in parts.items()}
+        """The gate as tensors named `gate.…`, as `Learned` keeps them beside its kind."""
+        parts = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        parts["taus"] = torch.tensor(self.taus, dtype=torch.float64)
+        return {f"gate.{name}": tensor for name, tensor in parts.items()}
 
     @staticmethod
     def of_learned(learned: Learned) -> Gate:
-        """The gate among a bank's weights; `Mixer({"rows": gate})` reads with it.
+        """The gate among a bank's weights; `Mixer({learned.kind: gate})` reads with it.
 
         Raises:
             Corrupt: there is none, or its parts don't fit each other.
         """
-        return Gate.from_json({n.removeprefix("gate."): t.tolist() for n, t in learned.tensors.items()})
+        parts = {name.removeprefix("gate."): tensor.tolist() for name, tensor in learned.tensors.items()}
+        return Gate.from_json(parts | {"kinds": [learned.kind]})
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Gate:

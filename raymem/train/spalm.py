@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from raymem.cold.journal import Journal
 from raymem.encode.encoder import Encoder
 from raymem.errors import InvalidInput
-from raymem.lm.gate import TAUS, Gate, features, shares, shipped_gates
+from raymem.lm.gate import Gate, features, shares, shipped_gates, taus_of
 from raymem.lm.mixing import NEIGHBOURS
 from raymem.lm.models import Pass
 from raymem.memory.base import Memory
@@ -74,7 +74,7 @@ class SpalmTask(Task):
     metric = "perplexity of tokens read again without their context; lower is better"
 
     def __init__(self, bench: Bench, lessons: Lessons) -> None:
-        self._gate = shipped_gates()["rows"]
+        self._gate = shipped_gates()["spalm"]
         memory_rows = int(lessons.split * _MEMORY_SHARE)
         with torch.no_grad():
             state = bench.memory.absorb(bench.memory.empty(), part_of(lessons.rows, 0, memory_rows))
@@ -116,7 +116,7 @@ class SpalmTask(Task):
     @property
     def gate(self) -> Gate:
         """The gate as it stands."""
-        return Gate(self._gate.taus, self._gate.mean_F, self._gate.scale_F, self._weight_GF, self._bias_G)
+        return replace(self._gate, weight_GF=self._weight_GF, bias_G=self._bias_G)
 
 
 def _surprise(gate: Gate, seen: Predictions) -> Tensor:
@@ -155,6 +155,7 @@ def _window(bench: Bench, state: Any, tokens_T: Tensor) -> Predictions:
     )
     log_probs_WV = torch.log_softmax(bench.model.logits(done.final_Td[:-1]).float(), -1)
     hit_W1k = (found.tokens_Qk == targets_W[:, None])[:, None]
-    found_WE = (shares(found.scores_Qk.float(), TAUS["rows"]) * hit_W1k).sum(-1)
+    taus = taus_of(bench.memory.kind)
+    found_WE = (shares(found.scores_Qk.float(), taus) * hit_W1k).sum(-1)
     own_W = log_probs_WV.gather(1, targets_W[:, None])[:, 0]
-    return Predictions(features(log_probs_WV, readout, TAUS["rows"]), found_WE, own_W)
+    return Predictions(features(log_probs_WV, readout, taus), found_WE, own_W)

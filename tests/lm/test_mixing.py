@@ -11,6 +11,7 @@ from raymem.errors import Corrupt, InvalidInput
 from raymem.lm.gate import FEATURES, Gate, combined_kinds, features, shares, shipped_gates, taus_of, votes
 from raymem.lm.mixing import Mixer, mixture, select
 from raymem.memory import kinds
+from raymem.memory.learned import Learned
 
 VOCABULARY = 97
 
@@ -219,3 +220,10 @@ def test_a_damaged_gate_is_refused(part):
         Gate.from_json({name: value for name, value in data.items() if name != part})
     with pytest.raises(Corrupt):
         Gate.from_json(data | {part: data[part][:-1]})
+
+
+def test_a_learned_gate_is_the_same_gate_again():
+    gate = shipped_gates()["spalm"]
+    again = Gate.of_learned(Learned("spalm", gate.to_tensors()))
+    assert (again.kinds, again.taus) == (gate.kinds, gate.taus)
+    assert torch.equal(again.weight_GF, gate.weight_GF)
