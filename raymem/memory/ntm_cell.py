@@ -25,7 +25,7 @@ class NtmCell(nn.Module):
     The controller sees its input and the last reads; reading comes before writing, and the output joins what was read.
     The memory starts at one small constant, first reads and weightings are learned, keys and what is added go through
     tanh, head parameters and outputs are clipped to ±20: the settings that train most reliably. All heads start at
-    slot 0: a head that starts everywhere must first learn to be somewhere, which takes copying 20 times as long.
+    slot 0: a head that starts everywhere must first learn to be somewhere, which takes copying twice as long.
 
     Args:
         inputs: I, width of an input.
