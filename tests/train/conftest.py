@@ -98,5 +98,5 @@ def rows_of() -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
     return {
         "compressive": lambda: (smooth(2 * ROWS, 0), torch.randint(50, (2 * ROWS,), generator=generator)),
         "dct": lambda: facts(ROWS, 1),
-        "lemn": lambda: facts(ROWS // 2, 2, span=1),
+        "lemn": lambda: facts(ROWS, 2, span=1),
     }
