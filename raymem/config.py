@@ -26,7 +26,10 @@ class _Section(BaseModel):
 
 
 class ColdSettings(_Section):
-    """The durable store: when a commit is synced, and how many journal bytes may pass before a snapshot.
+    """The durable store: when a commit is synced, and what happens after so many journal bytes or seconds.
+
+    A bank's snapshot is due after `snapshot_bytes` or `snapshot_s`; its rows leave the log of its host for its own
+    table after `settle_bytes` or `settle_s`, or when the log holds `log_bytes` of all banks.
 
     Owners look for expired rows every `expire_s` seconds. A table that the catalog doesn't name is deleted when nothing
     was written to it for `sweep_age_s`: less than the longest import, and a table may go while it is being made.
@@ -36,6 +39,10 @@ class ColdSettings(_Section):
     snapshot_bytes: int = Field(default=64 * 2**20, ge=2**10)
     expire_s: float = Field(default=600.0, gt=0)
     sweep_age_s: float = Field(default=3600.0, ge=0)
+    snapshot_s: float = Field(default=600.0, gt=0)
+    settle_bytes: int = Field(default=4 * 2**20, ge=1)
+    settle_s: float = Field(default=60.0, gt=0)
+    log_bytes: int = Field(default=64 * 2**20, ge=0)
 
 
 class HostSettings(_Section):

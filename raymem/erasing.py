@@ -25,6 +25,7 @@ def erase(runtime: Runtime, what: Selection, *, rebuild: bool) -> EraseReceipt:
         InvalidInput: a selection that can't be meant.
         NotOwner, StorageError: nothing was erased, or the receipt of what was is in the store.
     """
+    runtime.journal.settle()
     entry = runtime.entry
     evidence = erasure.find(runtime.cold, entry, what.check())
     if not len(evidence.gone):
@@ -45,6 +46,9 @@ def erase(runtime: Runtime, what: Selection, *, rebuild: bool) -> EraseReceipt:
         # the error came after the switch: what can't be undone is finished
         switched = runtime.cold.catalog.get(entry.name)
     runtime.become(replica, switched)
+    if runtime.log is not None:
+        # it still has what settled of the rows that are gone
+        runtime.log.purge()
     return erasure.finish(runtime.cold, receipt, evidence)
 
 

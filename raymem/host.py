@@ -13,8 +13,11 @@ import structlog
 from torch import Tensor
 
 from raymem.backend import detached
+from raymem.cold.log import Log
 from raymem.cold.store import ColdStore, Entry
+from raymem.committer import Committer
 from raymem.config import Settings
+from raymem.crew import Crew
 from raymem.erasing import erase
 from raymem.errors import Moved, NotOwner, RaymemError
 from raymem.lease import Lease
@@ -29,6 +32,7 @@ T = TypeVar("T")
 log = structlog.get_logger("raymem.host")
 # no copy of a bank takes as long
 _ARRIVAL_S = 3600.0
+_TICK_S = 1.0
 
 
 class Host:
@@ -47,6 +51,10 @@ class Host:
         self.owner = owner
         self.device = device
         self._pool = ThreadPoolExecutor(settings.host.threads, thread_name_prefix="raymem")
+        self._crew = Crew(self._pool)
+        self._committer: Committer | None = None
+        self._opening = asyncio.Lock()
+        self._ticker: asyncio.TimerHandle | None = None
         self._limiter = Limiter(settings.host)
         self.past = Past(cold, settings.host.past_bytes, device)
         self._workers: dict[str, BankWorker] = {}
@@ -63,7 +71,7 @@ class Host:
         """Whether the bank is hot here."""
         self._check_lease()
         worker = self._workers.get(name)
-        return worker is not None and not worker.lost
+        return worker is not None and not worker.lost and not worker.leaving
 
     def names(self) -> list[str]:
         """The banks that are hot here."""
@@ -129,10 +137,12 @@ class Host:
         """Finish queued writes, snapshot, release the bank in the catalog as `state`, free its memory."""
         async with self._locks[name]:
             worker = self._writable(name)
-            await worker.call(worker.runtime.snapshot)
+            runtime = worker.runtime
+            away = Moved(f"bank {name!r} is leaving {self.owner}", to="") if state == "hot" else detached(name)
+            await worker.finish(runtime.rest, away)
             self._workers.pop(name)
-            await worker.close()
-            await self._thread(lambda: self.cold.catalog.release(name, worker.runtime.entry.epoch, state=state))
+            epoch, settled = runtime.entry.epoch, None if runtime.log is None else runtime.log.id
+            await self._thread(lambda: self.cold.catalog.release(name, epoch, state=state, log=settled))
 
     async def write(self, name: str, trace: Trace, *, durable: bool = True, caller: str = "") -> Ack:
         """Journal and apply a trace.
@@ -157,8 +167,7 @@ class Host:
         trace.validate(worker.runtime.spec.fingerprint)
         admitted = self._limiter.admit(caller, trace.nbytes)
         admitted.__enter__()
-        task = asyncio.get_running_loop().create_task(worker.write(trace))
-        task.add_done_callback(lambda done: self._finish_later(name, admitted, done))
+        worker.write(trace).add_done_callback(lambda done: self._finish_later(name, admitted, done))
         return Ack(rows=len(trace), duplicates=0, end=-1, gaps=0, durable=False)
 
     async def read(
@@ -217,7 +226,8 @@ class Host:
         """Counters of this process and of each hot bank."""
         banks = {name: await self._bank_stats(worker) for name, worker in sorted(self._workers.items())}
         about = {"owner": self.owner, "device": self.device, "refused_overload": self._limiter.refused}
-        return about | {"memory": await self.memory(), "banks": banks}
+        about |= {"memory": await self.memory(), "log": self._committer.stats() if self._committer else {}}
+        return about | {"banks": banks}
 
     async def close(self) -> None:
         """Snapshot and release every bank; they stay attached in the catalog and load on next use."""
@@ -230,8 +240,10 @@ class Host:
                 # every row is in the journal already; the next owner replays it
                 log.warning("bank not settled on close", bank=name, error=str(error))
                 self._workers.pop(name, None)
+        if self._ticker is not None:
+            self._ticker.cancel()
         try:
-            await asyncio.to_thread(self._lease.release)
+            await asyncio.to_thread(self._leave)
         except RaymemError as error:
             # it runs out by itself
             log.warning("lease not released", owner=self.owner, error=str(error))
@@ -245,7 +257,7 @@ class Host:
                 entry = await self._thread(lambda: self.cold.catalog.get(name))
                 # before anything moves
                 await self._make_room(name, await self._thread(lambda: self._size(entry)))
-                runtime = await self._thread(lambda: Runtime(self.cold, entry, self.device))
+                runtime = await self._thread(lambda: Runtime(self.cold, entry, device=self.device))
                 await self._thread(runtime.recover)
                 self._arriving[name] = runtime
                 # a source that dies half-way tells nobody: its copy must not stay for good
@@ -262,8 +274,12 @@ class Host:
         """
         worker, lease = self._writable(name), self._lease
         self._moved[name] = to
-        await worker.call(lambda: None)
-        self._confirm(name, lease)
+        try:
+            await worker.call(worker.runtime.let_go)
+            self._confirm(name, lease)
+        except Exception:
+            self._moved.pop(name, None)
+            raise
         return worker.runtime.entry.epoch
 
     async def adopt(self, name: str, epoch: int) -> int:
@@ -273,20 +289,23 @@ class Host:
             NotOwner: the source that yielded at `epoch` no longer owns the bank.
         """
         async with self._locks[name]:
-            entry = await self._thread(lambda: self._claim(name, epoch))
+            committer = await self._commits()
+            entry = await self._thread(lambda: self._claim(name, epoch, committer))
             runtime = self._arriving.pop(name, None)
             if runtime is None:
-                runtime = await self._thread(lambda: Runtime.open(self.cold, entry, device=self.device))
+                runtime = await self._thread(lambda: self._open(entry, committer.log))
             else:
+                runtime.log = committer.log
                 await self._thread(lambda: runtime.own(entry))
-            self._serve(name, runtime)
+            self._serve(name, runtime, committer)
             return runtime.pos
 
     async def resume(self, name: str) -> None:
         """Migration, at the source: the target failed, so take the bank back."""
         worker = self._worker(name)
         try:
-            entry = await self._thread(lambda: self._claim(name, self.cold.catalog.get(name).epoch))
+            committer = await self._commits()
+            entry = await self._thread(lambda: self._claim(name, self.cold.catalog.get(name).epoch, committer))
             await worker.call(lambda: worker.runtime.own(entry))
         except Exception:
             # whoever the catalog names now has the bank: a fresh start tells
@@ -299,7 +318,7 @@ class Host:
         """Migration, at the source: the target serves, so free the bank; the catalog tells stragglers where it is."""
         worker = self._workers.pop(name, None)
         if worker is not None:
-            await worker.close()
+            await worker.finish(lambda: None, Moved(f"bank {name!r} has moved", to=self._moved.get(name, "")))
         self._moved.pop(name, None)
 
     def abandon(self, name: str, runtime: Runtime | None = None) -> None:
@@ -330,9 +349,8 @@ class Host:
             worker = self._workers.get(name)
             if worker is None or worker.lost:
                 return
-            await worker.call(worker.runtime.snapshot)
+            await worker.finish(worker.runtime.rest, Moved(f"bank {name!r} makes room for others just now", to=""))
             self._workers.pop(name)
-            await worker.close()
             self._room.forget(name)
             self._room.evicted += 1
 
@@ -356,56 +374,106 @@ class Host:
     async def _load(self, entry: Entry) -> None:
         if self.memory_bytes is not None:
             await self._make_room(entry.name, await self._thread(lambda: self._size(entry)))
-        claimed = await self._thread(lambda: self._claim(entry.name, entry.epoch))
+        committer = await self._commits()
+        claimed = await self._thread(lambda: self._claim(entry.name, entry.epoch, committer))
         try:
-            runtime = await self._thread(lambda: Runtime.open(self.cold, claimed, device=self.device))
+            runtime = await self._thread(lambda: self._open(claimed, committer.log))
             await self._make_room(entry.name, runtime.nbytes)
         except Exception:
             # a bank that was hot stays so: whoever uses it next hears why it can't be loaded
             if entry.state == "cold":
-                await self._thread(lambda: self.cold.catalog.release(entry.name, claimed.epoch, state="cold"))
+                mine = committer.log.id
+                await self._thread(lambda: self.cold.catalog.release(entry.name, claimed.epoch, log=mine))
             raise
-        self._serve(entry.name, runtime)
+        self._serve(entry.name, runtime, committer)
 
     def _new_lease(self) -> Lease:
         return Lease(self.cold.incarnations, self.owner, self.settings.host.lease_s)
 
     def _check_lease(self) -> None:
         if self._workers and not self._lease.valid:
-            self._demote()
+            self._demote("its lease ran out")
 
     def _confirm(self, name: str, lease: Lease) -> None:
         """Refuse an outcome that another owner may know nothing of, or that one has made old."""
         if lease.valid:
             return
         if lease is self._lease:
-            self._demote()
+            self._demote("its lease ran out")
         raise NotOwner(
             f"{self.owner} was silent for longer than its lease of {lease.lease_s:g} s, so bank {name!r} may have "
             "another owner: ask again, repeating a write is safe"
         )
 
-    def _demote(self) -> None:
+    def _demote(self, why: str) -> None:
         """Give up every bank: a new incarnation claims those again that the catalog still says are here."""
-        log.error("lease ran out", owner=self.owner, banks=len(self._workers))
+        log.error("incarnation over", owner=self.owner, reason=why, banks=len(self._workers))
         for worker in self._workers.values():
             worker.give_up()
         self._workers.clear()
         self._moved.clear()
+        self._lease.give_up()
         self._lease = self._new_lease()
 
-    def _claim(self, name: str, epoch: int) -> Entry:
+    def _claim(self, name: str, epoch: int, committer: Committer) -> Entry:
         self._lease.hold()
-        return self.cold.catalog.claim(name, self.owner, epoch)
+        self._require_same(name, committer)
+        return self.cold.catalog.claim(name, self.owner, epoch, committer.log.id)
 
     def _watch_growth(self, name: str) -> None:
         if self._room.is_short(self.bytes()) and (self._growing is None or self._growing.done()):
             self._growing = asyncio.create_task(self._keep_room(name))
 
-    def _serve(self, name: str, runtime: Runtime) -> None:
+    def _require_same(self, name: str, committer: Committer) -> None:
+        if committer.log.id != self._lease.id:
+            raise Moved(f"bank {name!r} is being reopened: its owner began anew meanwhile", to="")
+
+    def _open(self, entry: Entry, log: Log) -> Runtime:
+        return Runtime.open(self.cold, entry, device=self.device, log=log)
+
+    def _serve(self, name: str, runtime: Runtime, committer: Committer) -> None:
+        self._require_same(name, committer)
         self._arriving.pop(name, None)
         self._moved.pop(name, None)
-        self._workers[name] = BankWorker(runtime, self._pool, self.settings)
+        self._workers[name] = BankWorker(runtime, self._crew, committer, self.settings)
+        if self._ticker is None:
+            self._tick()
+
+    async def _commits(self) -> Committer:
+        """The committer of this incarnation's log."""
+        async with self._opening:
+            lease = self._lease
+            if self._committer is None or self._committer.log.id != lease.id:
+                made = Log(self.cold.tables, lease.id, self.settings.cold.log_bytes)
+                # a log whose incarnation is unknown may be swept away
+                await self._thread(lease.hold)
+                await self._thread(made.create)
+                size = self.settings.host.group_bytes
+                self._committer = Committer(made, self._crew, size, lambda: self._fenced(lease))
+            return self._committer
+
+    def _fenced(self, lease: Lease) -> None:
+        """A bank was taken from this incarnation, and its log with it: no bank can be written through it any more."""
+        if lease is self._lease:
+            self._demote("its log was fenced off")
+
+    def _tick(self) -> None:
+        """See to banks that nobody writes to: what lies in the log for long settles, what lies unsaved is saved."""
+        self._ticker = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
+        for worker in self._workers.values():
+            worker.nudge()
+        if self._committer is not None:
+            held = self._committer.log
+            oldest = set(held.oldest(held.nbytes() - held.limit // 2))
+            for worker in self._workers.values():
+                if worker.runtime.entry.id in oldest:
+                    worker.nudge(settle=True)
+
+    def _leave(self) -> None:
+        last = self._committer.log if self._committer else None
+        if last is not None and not last.lost and not self.cold.catalog.logged(last.id):
+            last.drop()
+        self._lease.release()
 
     def _worker(self, name: str) -> BankWorker:
         self._check_lease()
@@ -424,7 +492,7 @@ class Host:
             raise Moved(f"bank {name!r} is moving to {self._moved[name]}", to=self._moved[name])
         return worker
 
-    def _finish_later(self, name: str, admitted: Any, done: asyncio.Task[Ack]) -> None:
+    def _finish_later(self, name: str, admitted: Any, done: asyncio.Future[Ack]) -> None:
         admitted.__exit__(None, None, None)
         if not done.cancelled() and (error := done.exception()) is not None:
             log.warning("a write that was not waited for failed", bank=name, error=str(error))

@@ -80,6 +80,10 @@ class Lease:
         elif self.valid:
             self._begun = begun
 
+    def give_up(self) -> None:
+        """End the lease here; others wait until it has run out."""
+        self._over.set()
+
     def release(self) -> None:
         """End the lease here and for everyone: nobody has to wait for it to run out."""
         held = self._begun is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from raymem.cold.history import materialise
+from raymem.cold.log import Log
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore, Entry
 from raymem.encode.calibration import Calibration
@@ -43,6 +45,15 @@ class Counters:
     reads: int = 0
     queries: int = 0
     refused: int = 0
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A group of traces on its way: each one's Ack or refusal, its new rows, and whether they go into the log."""
+
+    outcomes: list[Ack | RaymemError]
+    rows: JournalRows | None = None
+    logged: bool = False
 
 
 def assemble(spec: BankSpec, calibration: Calibration, learned: Learned | None = None) -> tuple[Encoder, Memory]:
@@ -85,6 +96,7 @@ class Replica:
         self.learned = learned_of(cold, self.spec)
         self.encoder, self.memory = assemble(self.spec, self.calibration, self.learned)
         self.memory.to(self.device).requires_grad_(False)
+        self.journal = cold.journal(entry)
         self.lock = threading.Lock()
         self.pos = 0
         self.snapshot_pos = 0
@@ -105,10 +117,9 @@ class Replica:
             progress: called with rows applied and rows in all.
             upto: the position to stop at; the journal's end by default.
         """
-        journal = self.cold.journal(self.entry)
-        before, end = self.pos, journal.end() if upto is None else upto
+        before, end = self.pos, self.journal.end() if upto is None else upto
         if end > before:
-            for rows in prefetch(journal.scan(before, upto)):
+            for rows in prefetch(self.journal.scan(before, upto)):
                 self.apply(rows)
                 if progress is not None:
                     progress(self.pos - before, end - before)
@@ -201,27 +212,37 @@ class Replica:
 class Runtime(Replica):
     """A bank and its owner: a replica that also writes the journal."""
 
-    def __init__(self, cold: ColdStore, entry: Entry, device: str = "cpu") -> None:
+    def __init__(self, cold: ColdStore, entry: Entry, device: str = "cpu", log: Log | None = None) -> None:
         super().__init__(cold, entry, device)
-        self.journal = cold.journal(entry)
         self.counters = Counters()
         self.unsaved_bytes = 0
+        self._unsaved_since: float | None = None
+        self.log = log
         self._unsure = False
 
     @classmethod
-    def open(cls, cold: ColdStore, entry: Entry, *, device: str = "cpu", progress: Progress | None = None) -> Runtime:
+    def open(
+        cls,
+        cold: ColdStore,
+        entry: Entry,
+        *,
+        device: str = "cpu",
+        log: Log | None = None,
+        progress: Progress | None = None,
+    ) -> Runtime:
         """A recovered runtime of a bank that this process owns."""
-        runtime = cls(cold, entry, device)
+        runtime = cls(cold, entry, device, log)
         runtime.recover(progress)
         runtime.own(entry)
         return runtime
 
     def own(self, entry: Entry) -> None:
         """Take the journal over under a newly claimed entry: fence off earlier owners, then apply what they added."""
-        self.entry = entry
-        self.journal = self.cold.journal(entry)
+        self.journal = self.cold.journal(entry, self.log)
         self.journal.fence()
+        self.entry = self.journal.entry
         self.catch_up()
+        self._unsure = False
 
     def become(self, replica: Replica, entry: Entry) -> None:
         """Go on with the state that `replica` made, under an entry whose journal was rewritten."""
@@ -232,34 +253,60 @@ class Runtime(Replica):
         self.own(entry)
 
     def write(self, traces: Sequence[Trace]) -> list[Ack | RaymemError]:
-        """Journal the new rows of all traces in one commit, then apply them.
+        """Journal the new rows of all traces in one commit, then apply them: `stage`, `commit` and `finish`.
 
         Returns:
             For each trace its Ack, or the error that refused it; a refused trace changes nothing and does not keep
             the others back. When the commit fails, no trace is acknowledged.
         """
+        staged = self.stage(traces)
+        if staged.rows is not None:
+            try:
+                self.commit(staged.rows, logged=staged.logged)
+            except RaymemError as error:
+                return self.fail(traces, error).outcomes
+        return self.finish(staged)
+
+    def stage(self, traces: Sequence[Trace]) -> Staged:
+        """Check a group of traces and decide which of their rows are new; nothing is changed yet."""
         try:
             if self._unsure:
                 self.own(self.entry)
-                self._unsure = False
-            return self._write(traces)
+            staging = Staging(self.entry, self.encoder.next_seq, self.journal.find, self.pos)
+            outcomes = [staging.add(trace) for trace in traces]
+            rows = staging.rows()
+            return Staged(outcomes, rows, rows is not None and self.journal.accept(rows))
         except RaymemError as error:
-            # some of a failed commit may be in the journal all the same: look before the next one
-            self._unsure = True
-            self.counters.refused += len(traces)
-            return [error] * len(traces)
+            return self.fail(traces, error)
 
-    def _write(self, traces: Sequence[Trace]) -> list[Ack | RaymemError]:
-        staging = Staging(self.entry, self.encoder.next_seq, self.journal.find, self.pos)
-        outcomes = [staging.add(trace) for trace in traces]
-        rows = staging.rows()
-        if rows is not None:
+    def commit(self, rows: JournalRows, *, logged: bool) -> None:
+        """Make staged rows durable. A host with many banks commits logged rows of all of them together instead."""
+        if logged and self.log is not None:
+            self.log.commit([(self.entry, rows)])
+        else:
             self.journal.append(rows)
+
+    def finish(self, staged: Staged) -> list[Ack | RaymemError]:
+        """Apply what was committed; return the outcomes."""
+        rows = staged.rows
+        if rows is not None:
             self.apply(rows)
             self.counters.commits += 1
-            self.unsaved_bytes += rows.hidden_TLD.nbytes
-        self._count(outcomes)
-        return outcomes
+            self.unsaved_bytes += rows.nbytes
+            self._unsaved_since = self._unsaved_since or time.monotonic()
+        self._count(staged.outcomes)
+        return staged.outcomes
+
+    def fail(self, traces: Sequence[Trace], error: RaymemError) -> Staged:
+        """Acknowledge nothing. Some of a failed commit may be in the journal all the same: look before the next one."""
+        self._unsure = True
+        self.counters.refused += len(traces)
+        return Staged([error] * len(traces))
+
+    def let_go(self) -> None:
+        """Before a hand-over: settle every row, and say so in the catalog. The next write takes the journal back."""
+        self._unsure = True
+        self.journal.let_go()
 
     def read(self, hidden_QLD: Tensor, k: int = 32, start: int = 1) -> Readout:
         """As `Replica.read`, counted."""
@@ -268,12 +315,23 @@ class Runtime(Replica):
         self.counters.queries += len(hidden_QLD)
         return readout
 
+    def rest(self) -> int:
+        """Settle every row and snapshot: what a bank does before it is cold; return the position it stands at."""
+        self.journal.settle()
+        return self.snapshot()
+
     def snapshot(self) -> int:
         """Write the whole state to the cold store; return the position it stands at."""
         if self.pos > self.snapshot_pos:
             self.save()
         self.unsaved_bytes = 0
+        self._unsaved_since = None
         return self.pos
+
+    @property
+    def unsaved_s(self) -> float:
+        """Seconds since the oldest row came that no snapshot has, or 0."""
+        return 0.0 if self._unsaved_since is None else time.monotonic() - self._unsaved_since
 
     def mark(self, tag: str) -> dict[str, int]:
         """Tag the present position; return all tags. A bounded state can't be wound back, so it is kept there."""
@@ -284,6 +342,7 @@ class Runtime(Replica):
 
     def materialise(self) -> None:
         """Copy the rows that a fork inherited into its own journal."""
+        self.journal.settle()
         self.own(materialise(self.cold, self.entry))
 
     def _count(self, outcomes: Sequence[Ack | RaymemError]) -> None:

@@ -88,19 +88,7 @@ def _from(rows: JournalRows, first: int, pos: int) -> JournalRows:
     """The rows from index `first` on, numbered from `pos`."""
     if first == 0:
         return rows
-    value_TV = None if rows.value_TV is None else rows.value_TV[first:]
-    return dataclasses.replace(
-        rows,
-        pos_T=torch.arange(pos, pos + len(rows) - first, dtype=torch.int64),
-        streams=rows.streams[first:],
-        runs=rows.runs[first:],
-        seq_T=rows.seq_T[first:],
-        token_T=rows.token_T[first:],
-        hidden_TLD=rows.hidden_TLD[first:],
-        value_TV=value_TV,
-        time_T=rows.time_T[first:],
-        crc_T=rows.crc_T[first:],
-    )
+    return dataclasses.replace(rows.part(first), pos_T=torch.arange(pos, pos + len(rows) - first, dtype=torch.int64))
 
 
 def _concat(parts: Sequence[JournalRows]) -> JournalRows:

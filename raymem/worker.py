@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import structlog
 from torch import Tensor
 
+from raymem.committer import Committer
 from raymem.config import Settings
+from raymem.crew import Crew
 from raymem.errors import Moved, NotOwner, RaymemError
 from raymem.runtime import Runtime
 from raymem.types import Ack, Readout, Trace
 
 T = TypeVar("T")
 log = structlog.get_logger("raymem.worker")
+# a write of so few bytes takes less time than the hop to a thread
+_SMALL_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,22 @@ class _Call:
 
 
 class BankWorker:
-    """Runs one bank's runtime on a thread pool.
+    """Runs one bank's runtime on its host's threads.
 
     Writes that arrive while a commit is under way go into the next commit together: the group grows with the load and
-    a lone writer waits for nobody.
+    a lone writer waits for nobody. Small groups are committed together with those of the host's other banks.
     """
 
-    def __init__(self, runtime: Runtime, pool: ThreadPoolExecutor, settings: Settings) -> None:
+    def __init__(self, runtime: Runtime, crew: Crew, committer: Committer, settings: Settings) -> None:
         self.runtime = runtime
         self.lost = False
         self.upkeep_errors = 0
-        self._pool = pool
+        self._crew = crew
+        self._committer = committer
         self._settings = settings
+        # banks that were filled together must not all settle in the same second
+        self._settle_s = settings.cold.settle_s * random.uniform(0.5, 1.0)
+        self._ending: RaymemError | None = None
         self._queue: deque[_Write | _Call] = deque()
         self._wake = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._loop(), name=f"bank {runtime.entry.name}")
@@ -55,19 +63,24 @@ class BankWorker:
         """Writes and calls waiting."""
         return len(self._queue)
 
-    async def write(self, trace: Trace) -> Ack:
-        """Queue a trace; return its Ack once the group it went into is committed and applied."""
+    @property
+    def leaving(self) -> bool:
+        """Whether it takes no more writes because somebody else is about to serve the bank, maybe this host again."""
+        return isinstance(self._ending, Moved)
+
+    def write(self, trace: Trace) -> asyncio.Future[Ack]:
+        """Queue a trace; its Ack comes once the group it went into is committed and applied."""
         done: asyncio.Future[Ack] = asyncio.get_running_loop().create_future()
         self._put(_Write(trace, done))
-        return await done
+        return done
 
     async def read(self, hidden_QLD: Tensor, k: int, start: int) -> Readout:
         """Read now, beside the writers."""
-        return await self._in_thread(lambda: self.runtime.read(hidden_QLD, k, start))
+        return await self._crew.run(lambda: self.runtime.read(hidden_QLD, k, start))
 
     async def beside(self, function: Callable[[], T]) -> T:
         """Run `function` now, beside the writers."""
-        return await self._in_thread(function)
+        return await self._crew.run(function)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` after the writes queued so far and before later ones."""
@@ -75,10 +88,23 @@ class BankWorker:
         self._put(_Call(function, done))
         return await done
 
-    async def close(self) -> None:
-        """Finish what is queued, then stop."""
-        await self.call(lambda: None)
+    async def finish(self, last: Callable[[], T], later: RaymemError) -> T:
+        """Finish what is queued, refuse what comes `later`, run `last` and stop; if `last` fails, go on instead."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._put(_Call(last, done))
+        self._ending = later
+        try:
+            result = await done
+        except BaseException:
+            self._ending = None
+            raise
         self._task.cancel()
+        return result
+
+    def nudge(self, *, settle: bool = False) -> None:
+        """Do what is due after a while, or settle now, behind what is queued."""
+        if (settle or self._due()) and not (self._queue or self.lost or self._ending):
+            self._put(_Call(lambda: self._maintain(settle=settle), asyncio.get_running_loop().create_future()))
 
     def give_up(self) -> None:
         """Stop at once: another owner may have the bank; what is queued hears so."""
@@ -86,8 +112,8 @@ class BankWorker:
         self._wake.set()
 
     def _put(self, item: _Write | _Call) -> None:
-        if self.lost:
-            _settle(item.done, self._reopening())
+        if self.lost or self._ending:
+            _settle(item.done, self._ending or self._reopening())
             return
         self._queue.append(item)
         self._wake.set()
@@ -120,10 +146,9 @@ class BankWorker:
         return group
 
     async def _commit(self, group: list[_Write]) -> None:
-        traces = [item.trace for item in group]
         outcomes: list[Ack | RaymemError]
         try:
-            outcomes = await self._in_thread(lambda: self.runtime.write(traces))
+            outcomes = await self._write([item.trace for item in group])
         except Exception as error:  # noqa: BLE001 - handed to every writer of the group, none is acknowledged
             # the journal may be ahead of the state now: only a fresh runtime, replayed from it, is sound
             self.lost = True
@@ -132,33 +157,71 @@ class BankWorker:
                 group
             )
         for item, outcome in zip(group, outcomes, strict=True):
-            self.lost |= isinstance(outcome, NotOwner)
             _settle(item.done, outcome)
-        await self._upkeep()
+        if self._due():
+            # after the acknowledgements: rows are durable already, so a failure here costs time and no data
+            await self._crew.run(self._maintain)
 
-    async def _upkeep(self) -> None:
-        # after the acknowledgements: rows are durable already, so a failure here costs time and no data
+    async def _write(self, traces: list[Trace]) -> list[Ack | RaymemError]:
+        runtime, run = self.runtime, self._crew.run
+        small = sum(trace.nbytes for trace in traces) <= _SMALL_BYTES
+        staged = await run(lambda: runtime.stage(traces), small=small)
+        rows = staged.rows
         try:
-            await self._in_thread(self._maintain)
+            if rows is not None and staged.logged:
+                await self._committer.commit((runtime.entry, rows))
+            elif rows is not None:
+                await run(lambda: runtime.commit(rows, logged=False))
+        except RaymemError as error:
+            staged = runtime.fail(traces, error)
+        outcomes = await run(lambda: runtime.finish(staged), small=small)
+        if any(isinstance(outcome, NotOwner) for outcome in outcomes):
+            self.lost = True
+            why = await run(self._why)
+            outcomes = [why if isinstance(outcome, NotOwner) else outcome for outcome in outcomes]
+        return outcomes
+
+    def _why(self) -> RaymemError:
+        """What to tell writers after a fence: another has the bank, or only the log that it shared with one that is."""
+        entry = self.runtime.entry
+        try:
+            self.runtime.cold.catalog.require(entry.name, entry.id, entry.epoch)
+        except RaymemError as error:
+            return error
+        return self._reopening()
+
+    def _due(self) -> bool:
+        runtime = self.runtime
+        return not self.lost and (runtime.journal.due or self._settle_due() or self._snapshot_due())
+
+    def _settle_due(self) -> bool:
+        rows, bank = self._committer.log, self.runtime.entry.id
+        return rows.nbytes(bank) >= self._settings.cold.settle_bytes or rows.age_s(bank) >= self._settle_s
+
+    def _snapshot_due(self) -> bool:
+        runtime, cold = self.runtime, self._settings.cold
+        # a snapshot each time the tail has grown as large as the state: in all, at most twice the bytes are written
+        unsaved = runtime.unsaved_bytes
+        return (unsaved >= cold.snapshot_bytes and unsaved >= runtime.nbytes) or runtime.unsaved_s >= cold.snapshot_s
+
+    def _maintain(self, *, settle: bool = False) -> None:
+        try:
+            if settle or self._settle_due():
+                self.runtime.journal.settle()
+            self.runtime.journal.maintain()
+            if self._snapshot_due():
+                self.runtime.snapshot()
         except RaymemError as error:
             self.upkeep_errors += 1
+            self.lost |= isinstance(error, NotOwner)
             log.warning("upkeep failed", bank=self.runtime.entry.name, error=str(error))
-
-    def _maintain(self) -> None:
-        self.runtime.journal.maintain()
-        # a snapshot each time the tail has grown as large as the state: in all, at most twice the bytes are written
-        if self.runtime.unsaved_bytes >= max(self._settings.cold.snapshot_bytes, self.runtime.nbytes):
-            self.runtime.snapshot()
 
     async def _run(self, item: _Write | _Call) -> None:
         assert isinstance(item, _Call)
         try:
-            _settle(item.done, await self._in_thread(item.function))
+            _settle(item.done, await self._crew.run(item.function))
         except Exception as error:  # noqa: BLE001 - handed to the caller
             _settle(item.done, error)
-
-    async def _in_thread(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
 
 def _settle(done: asyncio.Future[Any], outcome: Any) -> None:

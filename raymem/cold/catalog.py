@@ -175,6 +175,10 @@ class Catalog:
         rows = self._rows(f"parent = {quote(id)}")
         return sorted((_entry(row) for row in rows), key=lambda entry: entry.name)
 
+    def logged(self, log: str) -> builtins.list[Entry]:
+        """The banks that may have rows in an incarnation's log."""
+        return [_entry(row) for row in self._rows(f"log = {quote(log)}")]
+
     def list(self, prefix: str = "") -> builtins.list[Entry]:
         """All banks whose name starts with `prefix`, by name."""
         rows = self._rows(f"name != '' AND starts_with(name, {quote(prefix)})")
@@ -188,26 +192,36 @@ class Catalog:
             )
         return set(found["owner"].to_pylist())
 
-    def claim(self, name: str, owner: str, expect_epoch: int) -> Entry:
+    def claim(self, name: str, owner: str, expect_epoch: int, log: str | None = None) -> Entry:
         """Become the owner of a bank whose epoch is `expect_epoch`: the epoch grows by one, the bank is hot.
+
+        The bank's rows may be in `log` from now on, unless an earlier owner's log still holds some: the entry then
+        names that one.
 
         Raises:
             NotOwner: the epoch has moved on. BankNotFound: there is no such bank.
         """
-        values = {"epoch": expect_epoch + 1, "owner": owner, "state": "hot"}
+        values = {"epoch": str(expect_epoch + 1), "owner": quote(owner), "state": "'hot'"}
+        if log is not None:
+            values["log"] = f"coalesce(log, {quote(log)})"
         self._change(name, expect_epoch, values)
         entry = self.get(name)
         if (entry.epoch, entry.owner) != (expect_epoch + 1, owner):
             raise _not_owner(entry, expect_epoch + 1)
         return entry
 
-    def release(self, name: str, epoch: int, state: str = "cold") -> None:
+    def release(self, name: str, epoch: int, state: str = "cold", log: str | None = None) -> None:
         """Give a bank up: it has no owner, keeps its epoch and is `state` ("hot": waiting for its next owner).
+
+        The caller has settled the bank's rows in its own `log`.
 
         Raises:
             NotOwner: another epoch owns it. BankNotFound: there is no such bank.
         """
-        self._change(name, epoch, {"owner": None, "state": state})
+        values = {"owner": "NULL", "state": quote(state)}
+        if log is not None:
+            values["log"] = f"nullif(log, {quote(log)})"
+        self._change(name, epoch, values)
 
     def change(self, entry: Entry, **values: Any) -> Entry:
         """Change fields of a bank that is still at this epoch and generation; return what it is now.
@@ -220,11 +234,12 @@ class Catalog:
             raise _not_owner(self.get(entry.name), entry.epoch)
         return self.get(entry.name)
 
-    def require(self, name: str, id: str, epoch: int) -> None:
-        """Raise NotOwner unless the bank is still this one, at this epoch."""
+    def require(self, name: str, id: str, epoch: int) -> Entry:
+        """The bank as it is now; raise NotOwner unless it is still this one, at this epoch."""
         entry = self.get(name)
         if (entry.id, entry.epoch) != (id, epoch):
             raise _not_owner(entry, epoch)
+        return entry
 
     def pin(self, name: str, pinned: bool) -> None:
         """Keep a bank hot when room is needed, or no longer.
@@ -325,14 +340,14 @@ class Catalog:
         if refused is not None:
             raise refused
 
-    def _change(self, name: str, epoch: int, values: dict[str, Any]) -> None:
-        if not self._update(f"name = {quote(name)} AND epoch = {epoch}", values):
+    def _change(self, name: str, epoch: int, values_sql: dict[str, str]) -> None:
+        if not self._update(f"name = {quote(name)} AND epoch = {epoch}", values_sql=values_sql):
             raise _not_owner(self.get(name), epoch)
 
-    def _update(self, where: str, values: dict[str, Any]) -> int:
+    def _update(self, where: str, values: dict[str, Any] | None = None, **sql: dict[str, str]) -> int:
         """Change the row that matches, if it does: says how many did."""
         return self._table.change(
-            "update the catalog", lambda: int(self._table.open().update(where, values).rows_updated)
+            "update the catalog", lambda: int(self._table.open().update(where, values, **sql).rows_updated)
         )
 
     def _retag(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:

@@ -2,97 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import timedelta
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from raymem.cold.catalog import Catalog, Entry
-from raymem.cold.failures import reading, writing
-from raymem.cold.holes import HOLES, Holes
+from raymem.cold.fenced import FencedTable
+from raymem.cold.holes import Holes
+from raymem.cold.log import Log, OldLogs
+from raymem.cold.log_rows import read_log
 from raymem.cold.rows import JournalRows, bank_schema
-from raymem.cold.tables import Tables, journal_table, quote
-from raymem.errors import Conflict, Corrupt, NotOwner, StorageError
+from raymem.cold.settled import Settled
+from raymem.cold.tables import Tables, in_memory, journal_table, quote
+from raymem.errors import Corrupt, NotOwner, Overloaded, StorageError
 
+T = TypeVar("T")
 _COMPACT_EVERY = 128
 _FRAGMENT_BYTES = 64 * 2**20
-# readers that opened a version this long ago may still read it to the end without looking again
-_KEEP_VERSIONS = timedelta(seconds=10)
+# compaction has fallen behind: from here on a writer waits for it, and from there on it is refused
+_SLOW_FRAGMENTS = 1_000
+_MAX_FRAGMENTS = 1_400
+_RETRY_S = 1.0
+
+
+class _Span(NamedTuple):
+    """Rows of one run: seq in [seq_from, seq_to), before position `stop` if there is one."""
+
+    stream: str
+    run: str
+    seq_from: int
+    seq_to: int
+    stop: int | None
+
+    @property
+    def filter(self) -> str:
+        """The rows as an SQL condition."""
+        where = f"stream = {quote(self.stream)} AND run = {quote(self.run)}"
+        where = f"{where} AND seq >= {self.seq_from} AND seq < {self.seq_to}"
+        return where if self.stop is None else f"{where} AND pos < {self.stop}"
+
+    def of(self, rows: JournalRows, values_T: Tensor) -> Iterator[tuple[int, int]]:
+        """The seq and the value of each of these rows that belongs here."""
+        rows = rows.until(self.stop)
+        named = zip(rows.streams, rows.runs, rows.seq_T.tolist(), values_T[: len(rows)].tolist(), strict=True)
+        for stream, run, seq, value in named:
+            if (stream, run) == (self.stream, self.run) and self.seq_from <= seq < self.seq_to:
+                yield seq, value
 
 
 class Journal:
-    """One LanceDB table of rows in the order of `pos`, with one writer: the bank's present owner.
+    """A bank's rows in the order of `pos`: those in its own table, then those that its owner's log still holds.
 
-    Writing goes through one handle that is never refreshed, so that a later owner's fence stops it; reading opens the
-    latest version each time and works for anyone. This class is the seam for a log table that a shard's banks share:
-    `append` would put small groups there and `maintain` settle them here, `scan`, `find` and `end` would read both.
+    It has one writer, the bank's present owner, whose handle on the table is never refreshed so that a later owner's
+    fence stops it. Reading works for anyone: log first, table second, so that rows which settle meanwhile are seen.
+
+    Args:
+        tables, catalog, old_logs: the cold store's.
+        entry: the bank.
+        log: the owner's log for small groups of rows; without one every append goes to the bank's table.
+        log_bytes: rows of more bytes than this go straight to the table.
     """
 
-    def __init__(self, tables: Tables, catalog: Catalog, entry: Entry) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        catalog: Catalog,
+        entry: Entry,
+        old_logs: OldLogs,
+        log: Log | None = None,
+        log_bytes: int = 2**20,
+    ) -> None:
+        self.entry = entry
+        self.waits = 0
         self._tables = tables
         self._catalog = catalog
-        self._entry = entry
-        self._name = journal_table(entry.id, entry.generation)
-        # positions before this one are an ancestor's: see lineage.py
-        self._base = entry.base
-        self._schema = bank_schema(entry.spec)
-        self._sync = tables.folder_sync(self._name)
-        self._writer: Any = None
-        self._end = 0
-        self._commits = 0
+        self._old_logs = old_logs
+        self._log = log
+        self._log_bytes = log_bytes
+        self._owned = False
+        self._settled_end = 0
+        self._writer = FencedTable(
+            tables, journal_table(entry.id, entry.generation), f"bank {entry.name}", _fragment_rows(entry)
+        )
 
     def fence(self) -> None:
-        """Become the table's only writer: handles that were opened before can't append any more.
+        """Become the journal's only writer, and settle what an earlier owner's log still holds.
 
         Raises:
             NotOwner: the catalog has moved on from the epoch of the entry that this journal was opened with.
         """
-        self._writer = None
-        self._require_epoch()
-        writer = self._open()
-        self._take_over(writer)
-        end = self._end_of(writer)
-        self._make_durable()
+        self._writer.close()
+        self._owned = False
+        entry = self._require_epoch()
+        if entry.generation != self.entry.generation:
+            raise NotOwner(f"the journal of {entry.name} was rewritten meanwhile; load the bank again")
+        mine = None if self._log is None else self._log.id
+        left = self._old_logs.rows(entry.log, entry) if entry.log not in (None, mine) else []
+        self._writer.fence()
+        self._settled_end = Settled(self._tables, entry).end()
         # a newer owner may have fenced before us: then we have just stopped it and must leave the bank to the next
         self._require_epoch()
-        self._writer, self._end, self._commits = writer, end, 0
+        self._add([rows for part in left if (rows := part.since(self._settled_end))])
+        if entry.log != mine:
+            entry = self._catalog.change(entry, log=mine)
+        self.entry = entry
+        if self._log is not None:
+            self._log.settled(entry.id, self._settled_end)
+        self._owned = True
+
+    def accept(self, rows: JournalRows) -> bool:
+        """Make sure that these are the next rows; say whether they belong in the log, and not in the bank's table.
+
+        Raises:
+            NotOwner: a later owner has fenced. StorageError: the journal does not end where they start because an
+            earlier append was cut short: reopen the bank.
+        """
+        if not (self._owned and self._writer.ready):
+            self.fence()
+        self._require_end(int(rows.pos_T[0]))
+        return self._log is not None and rows.nbytes <= self._log_bytes and not self._log.full
 
     def append(self, *parts: JournalRows) -> None:
-        """Commit rows, all or none, and with sync="disk" make them durable before returning.
+        """Commit rows to the bank's table, with those the log holds before them, all or none; durable when it returns.
 
         The first append fences. After an error the handle is gone and the next append fences again.
 
         Raises:
-            NotOwner: a later owner has fenced. StorageError: the rows were not accepted, or the journal does not end
-            where they start because an earlier append was cut short: reopen the bank.
+            NotOwner: a later owner has fenced. StorageError: the rows were not accepted; see `accept`. Overloaded: not
+            before compaction has caught up.
         """
         parts = tuple(part for part in parts if len(part))
-        if not parts:
-            return
-        if self._writer is None:
+        if parts:
+            self.accept(parts[0])
+            self.settle(*parts)
+
+    def settle(self, *parts: JournalRows) -> None:
+        """Move the rows that the log holds into the bank's table, in one commit with `parts`, which follow them."""
+        if not (self._owned and self._writer.ready):
             self.fence()
-        self._require_end(int(parts[0].pos_T[0]))
-        writer, self._writer = self._writer, None
-        before = writer.version
-        try:
-            with writing(f"append to {self._entry.name}"):
-                writer.add(pa.concat_tables([part.to_arrow() for part in parts]))
-        except Conflict as error:
-            raise self._fenced() from error
-        if writer.version != before + 1:
-            raise self._fenced()
-        self._make_durable()
-        self._writer = writer
-        self._end += sum(map(len, parts))
-        self._commits += 1
+        held = [] if self._log is None else self._log.rows(self.entry.id)
+        if held or parts:
+            self._make_room()
+        self._add([*held, *parts])
+        if self._log is not None:
+            self._log.settled(self.entry.id, self._settled_end)
+
+    def let_go(self) -> None:
+        """Settle, and say in the catalog that the log holds nothing: the next owner need not look at it.
+
+        From here on the journal takes rows only after another `fence`.
+        """
+        self.settle()
+        self._owned = False
+        self._writer.close()
+        self.entry = self._catalog.change(self.entry, log=None)
 
     def end(self) -> int:
         """The position that the next row will get."""
-        return self._end_of(self._open())
+
+        def look() -> int:
+            settled, left = self._look()
+            end = settled.end()
+            return max([end, *(int(rows.pos_T[-1]) + 1 for rows in left)])
+
+        return _again(look)
 
     def rows(self) -> int:
         """How many rows there are; positions are more once rows were erased."""
@@ -107,7 +183,7 @@ class Journal:
         failed_at = -1
         while True:
             try:
-                for rows in self._scan_version(start, stop, batch_rows):
+                for rows in self._scan(start, stop, batch_rows):
                     yield rows
                     start = int(rows.pos_T[-1]) + 1
                 return
@@ -119,16 +195,34 @@ class Journal:
 
     def find(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> dict[int, int]:
         """Checksums by seq of a run's rows in [seq_from, seq_to) that are there already, before position `stop`."""
-        where = _run_filter(stream, run, seq_from, seq_to, stop)
-        with reading(f"search the journal of {self._entry.name}"):
-            found = self._open().search().where(where).select(["seq", "crc32c"]).to_arrow()
-        return dict(zip(found["seq"].to_pylist(), found["crc32c"].to_pylist(), strict=True))
+        return self._of_run(_Span(stream, run, seq_from, seq_to, stop), "crc32c", lambda rows: rows.crc_T)
+
+    def tokens(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> Tensor:
+        """Token ids [T] int64 of a run's rows in [seq_from, seq_to), in order; rows that are not there are left out."""
+        found = self._of_run(_Span(stream, run, seq_from, seq_to, stop), "token", lambda rows: rows.token_T)
+        return torch.tensor([token for _, token in sorted(found.items())], dtype=torch.int64)
+
+    def before(self, time: float) -> int | None:
+        """The position of the first row whose time is later than `time`, in seconds; None if no row's is."""
+
+        def look() -> int | None:
+            settled, left = self._look()
+            found = settled.select(f"time > {time!r}", ["pos"], limit=1)["pos"]
+            later = [int(rows.pos_T[rows.time_T > time][0]) for rows in left if bool((rows.time_T > time).any())]
+            return min([*found, *later], default=None)
+
+        return _again(look)
 
     def matches(self, where: str) -> Tensor:
         """Positions [T] int64 of the rows for which an SQL condition on their columns holds, ascending."""
-        with reading(f"search the journal of {self._entry.name}"):
-            found = self._open().search().where(where).select(["pos"]).to_arrow()
-        return torch.tensor(found["pos"].to_pylist(), dtype=torch.int64).sort().values
+
+        def look() -> list[int]:
+            settled, left = self._look()
+            unsettled = in_memory([rows.to_arrow() for rows in left])
+            found = [] if unsettled is None else unsettled.search().where(where).select(["pos"]).to_list()
+            return sorted({row["pos"] for row in found} | set(settled.select(where, ["pos"])["pos"]))
+
+        return torch.tensor(_again(look), dtype=torch.int64)
 
     def holes(self) -> Holes:
         """The positions whose rows were erased."""
@@ -136,20 +230,12 @@ class Journal:
 
     def noted(self) -> Holes:
         """The erased positions that its own table knows of: a fork's parent may have erased more since."""
-        return self._holes_of(self._open())
+        return Settled(self._tables, self._fresh()).holes()
 
-    def tokens(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> Tensor:
-        """Token ids [T] int64 of a run's rows in [seq_from, seq_to), in order; rows that are not there are left out."""
-        where = _run_filter(stream, run, seq_from, seq_to, stop)
-        with reading(f"search the journal of {self._entry.name}"):
-            found = self._open().search().where(where).select(["seq", "token"]).to_arrow()
-        return torch.tensor(found.sort_by("seq")["token"].to_pylist(), dtype=torch.int64)
-
-    def before(self, time: float) -> int | None:
-        """The position of the first row whose time is later than `time`, in seconds; None if no row's is."""
-        with reading(f"search the journal of {self._entry.name}"):
-            found = self._open().search().where(f"time > {time!r}").select(["pos"]).limit(1).to_arrow()["pos"]
-        return int(found[0].as_py()) if len(found) else None
+    @property
+    def due(self) -> bool:
+        """Whether there is something for `maintain` to do."""
+        return self._writer.ready and self._writer.loose >= _COMPACT_EVERY
 
     def maintain(self) -> bool:
         """Compact after every 128 commits, and drop what only old versions need; say whether it did.
@@ -157,170 +243,112 @@ class Journal:
         Raises:
             NotOwner: a later owner has fenced. StorageError: nothing is lost, the next append fences again.
         """
-        if self._writer is None or self._commits < _COMPACT_EVERY:
+        if not self.due:
             return False
-        writer, self._writer = self._writer, None
-        try:
-            self._compact(writer)
-        except Conflict as error:
-            raise self._fenced() from error
-        self._writer, self._commits = writer, 0
+        self._writer.compact(renew=True)
         return True
 
     def stats(self) -> dict[str, int]:
-        """Rows, bytes on disk of the latest version, fragments, and commits so far."""
-        table = self._open()
-        with reading(f"measure the journal of {self._entry.name}"):
-            found = table.stats()
-        fragments = found["fragment_stats"]["num_fragments"]
+        """Rows and bytes on disk of the table's latest version, fragments, commits so far, and what the log holds."""
+        table = self._writer.open()
+        found = table.stats()
         return {
             "rows": found["num_rows"],
             "bytes": found["total_bytes"],
-            "fragments": fragments,
+            "fragments": found["fragment_stats"]["num_fragments"],
             "commits": table.version,
+            "compactions": self._writer.compactions,
+            "waits": self.waits,
+            "log_bytes": 0 if self._log is None else self._log.nbytes(self.entry.id),
         }
 
-    def _open(self) -> Any:
-        return self._tables.open(self._name)
+    def _look(self) -> tuple[Settled, list[JournalRows]]:
+        """The table to read, and the log's rows, which must be read before it; some of them may be in both."""
+        entry = self._fresh()
+        if self._owned and self._log is not None:
+            return Settled(self._tables, entry), self._log.rows(entry.id)
+        left = [] if entry.log is None else read_log(self._tables, entry.log, entry)
+        return Settled(self._tables, entry), left
 
-    def _scan_version(self, start: int, stop: int | None, batch_rows: int) -> Iterator[JournalRows]:
-        name = self._entry.name
-        table = self._open()
-        holes = self._holes_of(table)
-        start = max(start, self._base)
-        limits = [f"pos >= {start}"] * (start > self._base) + [f"pos < {stop}"] * (stop is not None)
-        with reading(f"read the journal of {name} from position {start}"):
-            query = table.search()
-            if limits:
-                query = query.where(" AND ".join(limits))
-            batches = iter(query.to_batches(batch_rows))
-        expect = start
-        while True:
-            with reading(f"read the journal of {name} at position {expect}"):
-                pieces = self._pieces(_take(batches, batch_rows))
-            if not pieces:
-                return
-            for rows in pieces:
-                self._require_order(rows, expect, holes)
-                expect = int(rows.pos_T[-1]) + 1
+    def _fresh(self) -> Entry:
+        """The catalog's line as it is now: where the rows are changes with the owner."""
+        if self._owned:
+            return self.entry
+        found = self._catalog.by_id(self.entry.id)
+        # a journal that is being made or rewritten is not in the catalog yet
+        return self.entry if found is None or found.generation < self.entry.generation else found
+
+    def _scan(self, start: int, stop: int | None, batch_rows: int) -> Iterator[JournalRows]:
+        settled, left = self._look()
+        reached = max(start, settled.entry.base)
+        for rows in settled.scan(start, stop, batch_rows):
+            yield rows
+            reached = int(rows.pos_T[-1]) + 1
+        holes = settled.holes() if left else Holes()
+        for part in left:
+            rows = part.since(reached).until(stop)
+            if len(rows):
+                settled.require_order(rows, reached, holes)
                 yield rows.verify()
+                reached = int(rows.pos_T[-1]) + 1
 
-    def _pieces(self, batches: list[pa.RecordBatch]) -> list[JournalRows]:
-        if batches and not batches[0].schema.equals(self._schema):
-            raise Corrupt(
-                f"the journal of {self._entry.name} has another schema than its spec says: {batches[0].schema}; "
-                "restore the bank from an export or a copy of the store"
+    def _of_run(self, span: _Span, column: str, of: Callable[[JournalRows], Tensor]) -> dict[int, int]:
+        def look() -> dict[int, int]:
+            settled, left = self._look()
+            found = {seq: value for rows in left for seq, value in span.of(rows, of(rows))}
+            there = settled.select(span.filter, ["seq", column])
+            return found | dict(zip(there["seq"], there[column], strict=True))
+
+        return _again(look)
+
+    def _add(self, parts: list[JournalRows]) -> None:
+        if parts:
+            self._writer.add(pa.concat_tables([part.to_arrow() for part in parts]))
+            self._settled_end = int(parts[-1].pos_T[-1]) + 1
+
+    def _make_room(self) -> None:
+        """Wait for a compaction that is overdue, and refuse rows rather than pile fragments up."""
+        if self._writer.fragments < _SLOW_FRAGMENTS:
+            return
+        self.waits += 1
+        failure: StorageError | None = None
+        if self._writer.loose >= _COMPACT_EVERY:
+            try:
+                self._writer.compact(renew=True)
+            except StorageError as error:
+                failure = error
+                self.fence()
+        if self._writer.fragments >= _MAX_FRAGMENTS:
+            raise Overloaded(
+                f"the journal of {self.entry.name} is in {self._writer.fragments} pieces and takes no more before they "
+                f"are merged{f', which fails: {failure}' if failure else ''}; try again later",
+                retry_after_s=_RETRY_S,
             )
-        return JournalRows.from_arrow(pa.Table.from_batches(batches, schema=self._schema))
 
-    def _require_order(self, rows: JournalRows, expect: int, holes: Holes) -> None:
-        at = holes.wrong(rows.pos_T, expect)
-        if at is not None:
-            wanted = holes.next(int(rows.pos_T[at - 1]) + 1 if at else expect)
-            raise Corrupt(
-                f"the journal of {self._entry.name} has position {int(rows.pos_T[at])} where {wanted} belongs; "
-                "restore the bank from an export or a copy of the store",
-                pos=wanted,
-            )
-
-    def _end_of(self, table: Any) -> int:
-        holes = self._holes_of(table)
-        with reading(f"find the end of the journal of {self._entry.name}"):
-            rows = int(table.count_rows())
-            last = table.search().select(["pos"]).offset(rows - 1).limit(1).to_arrow()["pos"] if rows else []
-        # of a journal whose last rows were erased, the next row still gets a position of its own
-        end: int = max(holes.end, last[0].as_py() + 1 if rows else self._base)
-        if rows != int(np.diff(holes.rank(np.array([self._base, end])))[0]):
-            raise Corrupt(
-                f"the journal of {self._entry.name} holds {rows} rows but ends at position {end}, of which "
-                f"{len(holes)} were erased; restore the bank from an export or a copy of the store",
-                pos=end,
-            )
-        return end
-
-    def _holes_of(self, table: Any) -> Holes:
-        with reading(f"open the journal of {self._entry.name}"):
-            text = (table.schema.metadata or {}).get(HOLES)
-        return Holes() if text is None else Holes.decode(text)
-
-    def _take_over(self, writer: Any) -> None:
-        """Commit a restore: appends based on an older version conflict with it."""
-        latest = writer.version
-        self._restore(writer, latest - 1 if self._cut_short(latest) else latest)
-        while writer.version != latest + 1:
-            # something was committed between our look and our restore, which has just undone it: bring it back
-            latest = writer.version
-            self._restore(writer, latest - 1)
-
-    def _cut_short(self, version: int) -> bool:
-        """Whether the latest commit is a fence that undid an append and died before bringing it back."""
-        if version == 1:
-            return False
-        table = self._open()
-        with reading(f"open version {version} of the journal of {self._entry.name}"):
-            table.checkout(version)
-            rows = table.count_rows()
-        try:
-            with reading(f"open version {version - 1} of the journal of {self._entry.name}"):
-                table.checkout(version - 1)
-                return bool(table.count_rows() > rows)
-        except Corrupt:
-            # cleaned up, which only a finished fence allows
-            return False
-
-    def _restore(self, writer: Any, version: int) -> None:
-        with writing(f"fence the journal of {self._entry.name}"):
-            writer.restore(version)
-
-    def _compact(self, writer: Any) -> None:
-        with writing(f"compact the journal of {self._entry.name}"):
-            dataset = writer.to_lance()
-            dataset.optimize.compact_files(target_rows_per_fragment=self._fragment_rows())
-        # the new files must be on disk before the old ones go
-        self._make_durable()
-        # dropping the version that holds our fence would let an older owner append again (measured): renew it first
-        self._restore(writer, dataset.version)
-        if writer.version != dataset.version + 1:
-            self._restore(writer, writer.version - 1)
-            raise self._fenced()
-        with writing(f"clean up the journal of {self._entry.name}"):
-            writer.to_lance().cleanup_old_versions(older_than=_KEEP_VERSIONS)
-        self._make_durable()
-
-    def _fragment_rows(self) -> int:
-        hidden = self._schema.field("hidden").type
-        row_bytes: int = hidden.list_size * hidden.value_type.bit_width // 8
-        return max(1, _FRAGMENT_BYTES // row_bytes)
-
-    def _make_durable(self) -> None:
-        if self._sync:
-            with writing(f"sync the journal of {self._entry.name}"):
-                self._sync.sync()
-
-    def _require_epoch(self) -> None:
-        self._catalog.require(self._entry.name, self._entry.id, self._entry.epoch)
+    def _require_epoch(self) -> Entry:
+        return self._catalog.require(self.entry.name, self.entry.id, self.entry.epoch)
 
     def _require_end(self, pos: int) -> None:
-        if pos != self._end:
+        held = [] if self._log is None else self._log.rows(self.entry.id)
+        end = int(held[-1].pos_T[-1]) + 1 if held else self._settled_end
+        if pos != end:
             raise StorageError(
-                f"the journal of {self._entry.name} ends at position {self._end}, not {pos}: an earlier append was cut "
+                f"the journal of {self.entry.name} ends at position {end}, not {pos}: an earlier append was cut "
                 "short; reopen the bank and write again, rows that are there already are recognised"
             )
 
-    def _fenced(self) -> NotOwner:
-        return NotOwner(
-            f"a later owner has taken over bank {self._entry.name}; nothing was acknowledged, look up who owns it"
-        )
+
+def _again(look: Callable[[], T]) -> T:
+    """Look twice if what the first look had found was moved or compacted away before it could be read."""
+    try:
+        return look()
+    except Corrupt as error:
+        if not error.details.get("missing"):
+            raise
+        return look()
 
 
-def _run_filter(stream: str, run: str, seq_from: int, seq_to: int, stop: int | None) -> str:
-    where = f"stream = {quote(stream)} AND run = {quote(run)} AND seq >= {seq_from} AND seq < {seq_to}"
-    return where if stop is None else f"{where} AND pos < {stop}"
-
-
-def _take(batches: Iterator[pa.RecordBatch], rows: int) -> list[pa.RecordBatch]:
-    """Batches that together have at least `rows` rows: each commit's come as their own, however small."""
-    taken: list[pa.RecordBatch] = []
-    while sum(map(len, taken)) < rows and (batch := next(batches, None)) is not None:
-        taken.append(batch)
-    return taken
+def _fragment_rows(entry: Entry) -> int:
+    hidden = bank_schema(entry.spec).field("hidden").type
+    row_bytes: int = hidden.list_size * hidden.value_type.bit_width // 8
+    return max(1, _FRAGMENT_BYTES // row_bytes)

@@ -10,6 +10,7 @@ from torch import Tensor
 from raymem.cold.catalog import Catalog, Entry
 from raymem.cold.holes import Holes
 from raymem.cold.journal import Journal
+from raymem.cold.log import Log, OldLogs
 from raymem.cold.rows import JournalRows
 from raymem.cold.tables import Tables
 from raymem.errors import Corrupt
@@ -23,10 +24,10 @@ class Lineage(Journal):
 
     def scan(self, start: int = 0, stop: int | None = None, batch_rows: int = 4096) -> Iterator[JournalRows]:
         """As `Journal.scan`, from the first ancestor's rows on."""
-        if start < self._base:
+        if start < self.entry.base:
             yield from self._parent().scan(start, self._upto(stop), batch_rows)
-        if stop is None or stop > self._base:
-            yield from super().scan(max(start, self._base), stop, batch_rows)
+        if stop is None or stop > self.entry.base:
+            yield from super().scan(max(start, self.entry.base), stop, batch_rows)
 
     def find(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> dict[int, int]:
         """As `Journal.find`; what the fork inherited is there already."""
@@ -36,12 +37,12 @@ class Lineage(Journal):
     def matches(self, where: str) -> Tensor:
         """As `Journal.matches`, of the rows that it inherited too."""
         inherited_T = self._parent().matches(where)
-        return torch.cat([inherited_T[inherited_T < self._base], super().matches(where)])
+        return torch.cat([inherited_T[inherited_T < self.entry.base], super().matches(where)])
 
     def holes(self) -> Holes:
         """As `Journal.holes`."""
         inherited = self._parent().holes().positions()
-        return Holes.of(inherited[inherited < self._base].tolist(), self._base) | super().holes()
+        return Holes.of(inherited[inherited < self.entry.base].tolist(), self.entry.base) | super().holes()
 
     def tokens(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> Tensor:
         """As `Journal.tokens`; a run may go on in the fork."""
@@ -51,24 +52,24 @@ class Lineage(Journal):
     def before(self, time: float) -> int | None:
         """As `Journal.before`."""
         inherited = self._parent().before(time)
-        return inherited if inherited is not None and inherited < self._base else super().before(time)
+        return inherited if inherited is not None and inherited < self.entry.base else super().before(time)
 
     def _upto(self, stop: int | None) -> int:
-        return self._base if stop is None else min(stop, self._base)
+        return self.entry.base if stop is None else min(stop, self.entry.base)
 
     def _parent(self) -> Journal:
-        parent = self._catalog.by_id(str(self._entry.parent))
+        parent = self._catalog.by_id(str(self.entry.parent))
         if parent is None:
             raise Corrupt(
-                f"the bank that {self._entry.name} was forked from at position {self._base} is not in the catalog; "
+                f"the bank that {self.entry.name} was forked from at position {self.entry.base} is not in the catalog; "
                 "restore the store from a copy"
             )
-        return open_journal(self._tables, self._catalog, parent)
+        return open_journal(self._tables, self._catalog, parent, self._old_logs)
 
 
-def open_journal(tables: Tables, catalog: Catalog, entry: Entry) -> Journal:
+def open_journal(tables: Tables, catalog: Catalog, entry: Entry, old_logs: OldLogs, log: Log | None = None) -> Journal:
     """A bank's journal, whether it is a fork or not; nothing is read or written before it is used."""
-    return (Journal if entry.parent is None else Lineage)(tables, catalog, entry)
+    return (Journal if entry.parent is None else Lineage)(tables, catalog, entry, old_logs, log)
 
 
 def ancestors(catalog: Catalog, entry: Entry) -> Iterator[tuple[Entry, int]]:

@@ -53,6 +53,11 @@ class JournalRows:
     def __len__(self) -> int:
         return int(self.pos_T.shape[0])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that make a row large."""
+        return int(self.hidden_TLD.nbytes + (0 if self.value_TV is None else self.value_TV.nbytes))
+
     @classmethod
     def of(cls, trace: Trace, pos: int, epoch: int) -> JournalRows:
         """Number a trace's rows from `pos` and checksum each."""
@@ -75,9 +80,20 @@ class JournalRows:
             crc_T=checksums(streams, runs, seq_T, token_T, hidden_TLD, value_TV),
         )
 
-    def part(self, start: int, stop: int) -> JournalRows:
+    def part(self, start: int, stop: int | None = None) -> JournalRows:
         """Rows by index, from `start` to `stop` (exclusive); nothing is copied."""
-        return self._picked(slice(start, stop), self.streams[start:stop], self.runs[start:stop])
+        if start <= 0 and (stop is None or stop >= len(self)):
+            return self
+        piece = slice(start, stop)
+        return self._picked(piece, self.streams[piece], self.runs[piece])
+
+    def since(self, pos: int) -> JournalRows:
+        """The rows from position `pos` on."""
+        return self.part(int((self.pos_T < pos).sum()))
+
+    def until(self, pos: int | None) -> JournalRows:
+        """The rows before position `pos`, or all."""
+        return self if pos is None else self.part(0, int((self.pos_T < pos).sum()))
 
     def pick(self, index: Sequence[int]) -> JournalRows:
         """The rows of these indices."""

@@ -174,7 +174,8 @@ class Snapshots:
 
     def _make_durable(self) -> None:
         if self._sync:
-            self._sync.sync()
+            with writing(f"sync the snapshots of {self._bank}"):
+                self._sync.sync()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

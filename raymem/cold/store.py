@@ -10,6 +10,7 @@ from raymem.cold.draining import Draining
 from raymem.cold.incarnations import Incarnations
 from raymem.cold.journal import Journal
 from raymem.cold.lineage import ancestors, open_journal
+from raymem.cold.log import Log, OldLogs
 from raymem.cold.params import Params
 from raymem.cold.receipts import Receipts
 from raymem.cold.snapshots import Snapshot, Snapshots
@@ -29,6 +30,7 @@ class ColdStore:
         self.draining = Draining(tables)
         self.params = Params(tables)
         self.receipts = Receipts(tables)
+        self._old_logs = OldLogs(tables)
 
     @classmethod
     def open(cls, uri: str, sync: Literal["disk", "none"] | None = None) -> ColdStore:
@@ -54,9 +56,9 @@ class ColdStore:
         """Whether commits are synced to disk."""
         return self.tables.sync
 
-    def journal(self, entry: Entry) -> Journal:
-        """A bank's journal; nothing is read or written before it is used."""
-        return open_journal(self.tables, self.catalog, entry)
+    def journal(self, entry: Entry, log: Log | None = None) -> Journal:
+        """A bank's journal; nothing is read or written before it is used. Its owner may have a log."""
+        return open_journal(self.tables, self.catalog, entry, self._old_logs, log)
 
     def snapshots(self, entry: Entry) -> Snapshots:
         """A bank's snapshots; nothing is read or written before they are used."""

@@ -14,11 +14,11 @@ from raymem.cold.store import ColdStore
 from raymem.cold.tables import journal_table, snapshot_table
 from raymem.types import EraseReceipt, SweepReport
 
-_BANK_TABLE = re.compile(r"(?:journal|snapshots)-(?P<id>[0-9a-f]{32})(?:-\d+)?")
+_TABLE = re.compile(r"(?P<kind>journal|snapshots|log)-(?P<id>[0-9a-f]{32})(?:-\d+)?")
 
 
 def sweep(cold: ColdStore, age_s: float, *, dry_run: bool = False) -> SweepReport:
-    """Delete bank tables that the catalog doesn't name, then go on with erasures that are not finished.
+    """Delete tables that the catalog doesn't name, of banks and logs, then go on with erasures that are not finished.
 
     A table that is being made now is not named yet: it is left alone until nothing was written to it for `age_s`
     seconds. The catalog is asked again just before each deletion.
@@ -31,15 +31,15 @@ def sweep(cold: ColdStore, age_s: float, *, dry_run: bool = False) -> SweepRepor
     files = Files(cold.tables)
     deleted, young, size = [], [], 0
     for name in files.tables():
-        match = _BANK_TABLE.fullmatch(name)
-        if match is None or _is_named(cold, name, match["id"]):
+        match = _TABLE.fullmatch(name)
+        if match is None or _is_named(cold, name, match):
             continue
         there = files.of(name)
         if time.time() - max((file.written for file in there), default=0.0) < age_s:
             young.append(name)
             continue
         if not dry_run:
-            if _is_named(cold, name, match["id"]):
+            if _is_named(cold, name, match):
                 continue
             cold.tables.drop(name)
         deleted.append(name)
@@ -48,8 +48,12 @@ def sweep(cold: ColdStore, age_s: float, *, dry_run: bool = False) -> SweepRepor
     return SweepReport(tuple(deleted), tuple(young), size, receipts)
 
 
-def _is_named(cold: ColdStore, table: str, bank_id: str) -> bool:
-    entry = cold.catalog.by_id(bank_id)
+def _is_named(cold: ColdStore, table: str, match: re.Match[str]) -> bool:
+    if match["kind"] == "log":
+        # an incarnation makes its log before it claims a bank
+        living = {incarnation.id for incarnation in cold.incarnations.list()}
+        return match["id"] in living or bool(cold.catalog.logged(match["id"]))
+    entry = cold.catalog.by_id(match["id"])
     return entry is not None and table in _tables(entry)
 
 

@@ -90,9 +90,20 @@ class _Source:
             raise
 
 
+def in_memory(parts: Iterable[pa.Table]) -> Any:
+    """A table that is nowhere on disk, for conditions on rows that are in no table of their own; None without parts."""
+    tables = list(parts)
+    return lancedb.connect("memory://").create_table("rows", pa.concat_tables(tables)) if tables else None
+
+
 def journal_table(bank_id: str, generation: int = 0) -> str:
     """The name of the table that holds a bank's journal; a rewritten journal is a table of its own."""
     return f"journal-{bank_id}-{generation}" if generation else f"journal-{bank_id}"
+
+
+def log_table(incarnation: str) -> str:
+    """The name of the table in which a host incarnation commits small groups of rows of all its banks."""
+    return f"log-{incarnation}"
 
 
 def snapshot_table(bank_id: str, generation: int = 0) -> str:

@@ -93,7 +93,7 @@ def test_a_calibration_is_kept_once_and_checked(store: ColdStore):
 
 def test_a_file_too_large_is_refused_and_the_bank_goes_on(tmp_path: Path, worker):
     said = worker("small_files", tmp_path / "store", "lab/a").communicate(timeout=60)[0].splitlines()
-    assert said[0].startswith("storage_error append to lab/a: File too large; nothing was acknowledged")
+    assert said[0].startswith("storage_error append to bank lab/a: File too large; nothing was acknowledged")
     assert said[1] == "7"
 
 

@@ -1,12 +1,14 @@
 """What other processes do to a cold store: started as a script, so that nothing is forked."""
 
 import json
+import os
 import resource
 import signal
 import sys
 
 import torch
 
+from raymem.cold.log import Log
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore
 from raymem.errors import BankExists, NotOwner, RaymemError
@@ -65,6 +67,32 @@ def append(uri: str, name: str) -> None:
         journal.maintain()
 
 
+def log_rows(uri: str, name: str, where: str) -> None:
+    """Rows in a log of this process's own, which stops at one step of settling them and waits to be killed."""
+    store = ColdStore.open(uri)
+    log = Log(store.tables, f"of-{os.getpid()}")
+    log.create()
+    entry = store.catalog.claim(name, "writer", store.catalog.get(name).epoch, log.id)
+    journal = store.journal(entry, log)
+    pos = 0
+    for count in (3, 1, 5):
+        journal.accept(rows(count, pos, entry.epoch))
+        log.commit([(entry, rows(count, pos, entry.epoch))])
+        pos += count
+
+    def stop(*args: object, **values: object) -> None:
+        say(pos)
+        sys.stdin.readline()
+
+    if where == "between":
+        # the table has them, and nobody has noted that the log is done with them
+        log.settled = stop  # type: ignore[method-assign]
+    if where != "logged":
+        journal.settle()
+        log.purge()
+    stop()
+
+
 def small_files(uri: str, name: str) -> None:
     store = ColdStore.open(uri)
     journal = store.journal(store.catalog.create(name, SPEC))
@@ -93,4 +121,6 @@ def read(uri: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    {"race": race, "append": append, "small_files": small_files, "read": read}[sys.argv[1]](*sys.argv[2:])
+    {"race": race, "append": append, "small_files": small_files, "log_rows": log_rows, "read": read}[sys.argv[1]](
+        *sys.argv[2:]
+    )

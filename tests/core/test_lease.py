@@ -49,15 +49,15 @@ async def host(cold: ColdStore, now) -> AsyncIterator[Host]:
 async def test_rows_committed_under_a_lease_that_ran_out_are_not_acknowledged(host, cold, now, tiny, monkeypatch):
     from raymem.runtime import Runtime
 
-    write = Runtime.write
+    finish = Runtime.finish
 
-    def stopped_after_the_commit(self, traces):
-        outcomes = write(self, traces)
+    def stopped_after_the_commit(self, staged):
+        outcomes = finish(self, staged)
         now[0] += 1.1
         return outcomes
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runtime, "write", stopped_after_the_commit)
+        patch.setattr(Runtime, "finish", stopped_after_the_commit)
         with pytest.raises(NotOwner, match=r"one was silent .* lease of 1 s.*repeating a write is safe"):
             await host.write("a/b", tiny.trace(10))
 

@@ -19,10 +19,10 @@ def acknowledge_before_the_commit() -> None:
 
 
 def skip_the_fence() -> None:
-    """Take a journal over without stopping its old owner."""
-    from raymem.cold.journal import Journal
+    """Take a journal and a log over without stopping their old owner."""
+    from raymem.cold.fenced import FencedTable
 
-    Journal._take_over = lambda self, writer: None
+    FencedTable._take_over = lambda self, writer: None
 
 
 MUTATIONS = {"": lambda: None, "early": acknowledge_before_the_commit, "unfenced": skip_the_fence}

@@ -16,12 +16,12 @@ from typing import Any
 from faultkit import made, mutations, sabotage
 
 from raymem import AsyncStore, Settings, local
-from raymem.cold import journal
+from raymem.cold import journal, log
 from raymem.config import ColdSettings, HostSettings
 from raymem.errors import RaymemError
 
 # soon enough that a short schedule meets it
-journal._COMPACT_EVERY = int(os.environ.get("FAULTS_COMPACT_EVERY", "12"))
+journal._COMPACT_EVERY = log._COMPACT_EVERY = int(os.environ.get("FAULTS_COMPACT_EVERY", "12"))
 
 # logs go to stdout by default, and answers must come alone
 ANSWERS, sys.stdout = sys.stdout, sys.stderr

@@ -1,0 +1,266 @@
+"""The log: one table in which a host commits small groups of rows of all its banks together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raymem.cold.catalog import Entry
+from raymem.cold.failures import reading
+from raymem.cold.fenced import FencedTable
+from raymem.cold.log_rows import LOG_SCHEMA, Part, from_log, read_log, to_log
+from raymem.cold.rows import JournalRows
+from raymem.cold.tables import Tables, log_table
+from raymem.errors import NotOwner
+
+_COMPACT_EVERY = 128
+# past this many the log is left alone, and rows go to their banks' own tables
+_FRAGMENTS = 1_400
+# everything that is left after compaction fits one fragment
+_FRAGMENT_ROWS = 2**20
+_CACHE_BYTES = 128 * 2**20
+
+
+@dataclass
+class _Held:
+    """One bank's rows that are in the log and not in its own table: by the log's commit, oldest first."""
+
+    parts: list[tuple[int, JournalRows]] = field(default_factory=list)
+    nbytes: int = 0
+    since: float = 0.0
+
+
+class Log:
+    """A host incarnation's log, and in memory the rows in it that have not settled in their banks' own tables.
+
+    It has one writer in all its life: whoever takes a bank over from this incarnation fences the whole log first, and
+    from then on every commit of this one fails.
+
+    Args:
+        tables: the cold store's.
+        id: the incarnation.
+        limit: bytes that may be held; over it `full` is true and rows must go elsewhere.
+    """
+
+    def __init__(self, tables: Tables, id: str, limit: int = 256 * 2**20) -> None:
+        self.id = id
+        self.lost = False
+        self.limit = limit
+        self.settles = 0
+        self._tables = tables
+        self._table = FencedTable(tables, log_table(id), f"log {id}", _FRAGMENT_ROWS)
+        # one commits at a time; the index is read by others meanwhile
+        self._writing = threading.RLock()
+        self._lock = threading.Lock()
+        self._held: dict[str, _Held] = {}
+        self._nbytes = 0
+        self._lsn = 0
+        self._pending: Sequence[Part] = ()
+        self._rows = 0
+
+    def create(self) -> None:
+        """Make the table; no catalog entry may name this log before that."""
+        self._table.create(LOG_SCHEMA)
+
+    def commit(self, parts: Sequence[Part]) -> None:
+        """Commit rows of many banks, all or none, durable when it returns.
+
+        Raises:
+            NotOwner: a bank was taken over from this incarnation; the log is lost for good.
+            StorageError: some of it may be there all the same: `rows` says so once storage answers again.
+        """
+        with self._writing:
+            self._ensure()
+            table = to_log(self._lsn + 1, parts)
+            self._lsn += 1
+            self._pending = parts
+            try:
+                self._table.add(table)
+            except NotOwner:
+                self.lost = True
+                raise
+            self._hold()
+
+    def rows(self, bank: str) -> list[JournalRows]:
+        """A bank's rows that have not settled, in order.
+
+        Raises:
+            StorageError, NotOwner: a commit failed, and what became of it can't be told now, or ever.
+        """
+        if self._pending or not self._table.ready:
+            with self._writing:
+                self._ensure()
+        with self._lock:
+            held = self._held.get(bank)
+            return [rows for _, rows in held.parts] if held else []
+
+    def nbytes(self, bank: str | None = None) -> int:
+        """Bytes that are held, of one bank or in all."""
+        with self._lock:
+            if bank is None:
+                return self._nbytes
+            held = self._held.get(bank)
+            return held.nbytes if held else 0
+
+    @property
+    def full(self) -> bool:
+        """Whether rows had better go to their banks' own tables."""
+        return self._nbytes >= self.limit or self._table.fragments >= _FRAGMENTS
+
+    def age_s(self, bank: str) -> float:
+        """Seconds since the oldest row held of a bank came, or 0."""
+        with self._lock:
+            held = self._held.get(bank)
+            return time.monotonic() - held.since if held else 0.0
+
+    def oldest(self, nbytes: int) -> list[str]:
+        """The banks with the oldest rows that together hold `nbytes`, or all."""
+        chosen: list[str] = []
+        with self._lock:
+            for bank, held in sorted(self._held.items(), key=lambda item: item[1].since):
+                if nbytes <= 0:
+                    break
+                chosen.append(bank)
+                nbytes -= held.nbytes
+        return chosen
+
+    def settled(self, bank: str, end: int) -> None:
+        """A bank's own table now holds its rows up to position `end`."""
+        with self._lock:
+            held = self._held.get(bank)
+            if held is None:
+                return
+            kept = [(lsn, rows) for lsn, rows in held.parts if int(rows.pos_T[-1]) >= end]
+            self._nbytes -= held.nbytes
+            del self._held[bank]
+            self.settles += 1
+            if kept:
+                nbytes = sum(rows.nbytes for _, rows in kept)
+                self._held[bank] = _Held(kept, nbytes, held.since)
+                self._nbytes += nbytes
+
+    @property
+    def due(self) -> bool:
+        """Whether there is something for `maintain` to do."""
+        return self._table.loose >= _COMPACT_EVERY
+
+    def maintain(self) -> bool:
+        """After 128 commits, drop the rows that have settled and merge what is left; say whether it did.
+
+        Raises:
+            NotOwner: the log is lost for good. StorageError: nothing is lost.
+        """
+        return self.due and self._shrink(None)
+
+    def purge(self) -> None:
+        """Drop the rows that have settled from every file now: some of them were erased.
+
+        Raises:
+            As `maintain`.
+        """
+        self._shrink(timedelta(0))
+
+    def _shrink(self, keep: timedelta | None) -> bool:
+        with self._writing:
+            self._ensure()
+            try:
+                self._table.delete(f"lsn < {self._first()}")
+                self._table.compact(renew=False, keep=keep)
+            except NotOwner:
+                self.lost = True
+                raise
+            return True
+
+    def drop(self) -> None:
+        """Delete the table; no catalog entry may name this log any more."""
+        with self._writing:
+            self._table.close()
+            self.lost = True
+            self._tables.drop(log_table(self.id))
+
+    def stats(self) -> dict[str, Any]:
+        """What it holds, and what its commits took."""
+        table = self._table
+        with self._lock:
+            banks, nbytes = len(self._held), self._nbytes
+        return {
+            "id": self.id,
+            "held_banks": banks,
+            "held_bytes": nbytes,
+            "fragments": table.fragments,
+            "commits": table.commits,
+            "compactions": table.compactions,
+            "settles": self.settles,
+            "rows": self._rows,
+            "sync_ms": 1e3 * table.sync_s / max(1, table.syncs),
+        }
+
+    def _ensure(self) -> None:
+        """Have a handle, and know what became of the last commit."""
+        if self.lost:
+            raise NotOwner(f"log {self.id} was fenced off: this incarnation of its host can write no more")
+        if self._table.ready:
+            return
+        try:
+            landed = self._table.reopen()
+        except NotOwner:
+            self.lost = True
+            raise
+        if landed and self._pending:
+            self._hold()
+        self._pending = ()
+
+    def _hold(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            for entry, rows in self._pending:
+                held = self._held.setdefault(entry.id, _Held(since=now))
+                held.parts.append((self._lsn, rows))
+                held.nbytes += rows.nbytes
+                self._nbytes += rows.nbytes
+                self._rows += len(rows)
+        self._pending = ()
+
+    def _first(self) -> int:
+        with self._lock:
+            return min((held.parts[0][0] for held in self._held.values()), default=self._lsn + 1)
+
+
+class OldLogs:
+    """Logs of incarnations that banks are taken over from: each fenced once by this process, and read whole once."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._lock = threading.Lock()
+        self._fenced: set[str] = set()
+        self._cached: tuple[str, pa.Table] | None = None
+
+    def rows(self, incarnation: str, entry: Entry) -> list[JournalRows]:
+        """A bank's rows in a log that from now on nobody can add to.
+
+        Raises:
+            Corrupt: the log is gone, or does not fit the bank's spec.
+        """
+        with self._lock:
+            if incarnation not in self._fenced:
+                FencedTable(self._tables, log_table(incarnation), f"log {incarnation}", _FRAGMENT_ROWS).fence()
+                self._fenced.add(incarnation)
+                self._cached = self._load(incarnation)
+            cached = self._cached
+        if cached is None or cached[0] != incarnation:
+            return read_log(self._tables, incarnation, entry)
+        mine = (pc.field("bank") == entry.id) & (pc.field("generation") == entry.generation)
+        return from_log(cached[1].filter(mine), entry)
+
+    def _load(self, incarnation: str) -> tuple[str, pa.Table] | None:
+        table = self._tables.open(log_table(incarnation))
+        with reading(f"read the log {incarnation}"):
+            small = table.stats()["total_bytes"] <= _CACHE_BYTES
+            return (incarnation, table.to_arrow()) if small else None

@@ -1,0 +1,97 @@
+"""Group commit: rows that writers of many banks bring while a commit is under way go into the next one together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from raymem.cold.log import Log
+from raymem.cold.log_rows import Part
+from raymem.crew import Crew
+from raymem.errors import NotOwner, RaymemError
+
+_log = structlog.get_logger("raymem.committer")
+
+
+class Committer:
+    """The one who commits to a host's log: at once when idle, in groups under load; nobody waits for a timer.
+
+    Args:
+        log: the log.
+        crew: the host's threads.
+        group_bytes: what one commit may hold.
+        lost: called once the log is fenced off for good.
+    """
+
+    def __init__(self, log: Log, crew: Crew, group_bytes: int, lost: Callable[[], None]) -> None:
+        self.log = log
+        self.parts = 0
+        self.groups = 0
+        self.largest = 0
+        self.upkeep_errors = 0
+        self._crew = crew
+        self._group_bytes = group_bytes
+        self._lost = lost
+        self._waiting: deque[tuple[Part, asyncio.Future[None]]] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    async def commit(self, part: Part) -> None:
+        """Return once a bank's rows are durable.
+
+        Raises:
+            NotOwner: the log is lost for good. StorageError: nothing is acknowledged, some of it may be there.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((part, done))
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._drain(), name=f"log {self.log.id}")
+        await done
+
+    def stats(self) -> dict[str, Any]:
+        """What the log holds and what its commits took; `group` is how many banks' writes a commit had on average."""
+        mine = {"group": self.parts / max(1, self.groups), "largest_group": self.largest}
+        return self.log.stats() | mine | {"upkeep_errors": self.upkeep_errors}
+
+    async def _drain(self) -> None:
+        try:
+            while self._waiting:
+                await self._commit_group()
+                if self.log.due:
+                    await self._crew.run(self._upkeep)
+        finally:
+            self._task = None
+
+    async def _commit_group(self) -> None:
+        group: list[tuple[Part, asyncio.Future[None]]] = []
+        size = 0
+        while self._waiting and size < self._group_bytes:
+            group.append(self._waiting.popleft())
+            size += group[-1][0][1].nbytes
+        parts = [part for part, _ in group]
+        try:
+            await self._crew.run(lambda: self.log.commit(parts))
+        except Exception as error:  # noqa: BLE001 - handed to every writer of the group, none is acknowledged
+            for _, done in group:
+                if not done.done():
+                    done.set_exception(error)
+            if isinstance(error, NotOwner):
+                self._lost()
+            return
+        self.groups += 1
+        self.parts += len(parts)
+        self.largest = max(self.largest, len(parts))
+        for _, done in group:
+            if not done.done():
+                done.set_result(None)
+
+    def _upkeep(self) -> None:
+        # the group is durable already: what fails here costs time and no data
+        try:
+            self.log.maintain()
+        except RaymemError as error:
+            self.upkeep_errors += 1
+            _log.warning("the log's upkeep failed", log=self.log.id, error=str(error))

@@ -1,0 +1,213 @@
+"""Many banks of one host: their small writes are committed together, and settle in time."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import raymem
+from raymem import BankSpec, Calibration, Settings, Trace
+from raymem.cold.store import ColdStore
+from raymem.cold.tables import journal_table
+from raymem.config import ColdSettings
+from raymem.errors import BankDetached, Moved, NotOwner, StorageError
+from raymem.host import Host
+from raymem.runtime import Replica
+
+Make = Callable[..., Trace]
+
+
+@pytest.fixture
+def cold(tmp_path: Path, calibration: Calibration) -> ColdStore:
+    store = ColdStore.open(str(tmp_path / "cold"))
+    store.calibrations.put(calibration.hash, calibration.model, calibration.layers, calibration.to_bytes())
+    return store
+
+
+@pytest.fixture
+def bank_spec(spec: BankSpec, calibration: Calibration) -> BankSpec:
+    return spec.model_copy(
+        update={"fingerprint": spec.fingerprint.model_copy(update={"calibration": calibration.hash})}
+    )
+
+
+@pytest.fixture(autouse=True)
+def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymem.host._TICK_S", 0.05)
+
+
+async def attached(host: Host, spec: BankSpec, *names: str) -> None:
+    for name in names:
+        host.cold.catalog.create(name, spec)
+        await host.attach(name)
+
+
+def settled_rows(cold: ColdStore, name: str) -> int:
+    return int(cold.tables.open(journal_table(cold.catalog.get(name).id)).count_rows())
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not what():
+            await asyncio.sleep(0.02)
+
+
+async def test_writers_of_200_banks_share_few_commits(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
+    host = Host(cold, Settings(), "me")
+    names = [f"lab/{number}" for number in range(200)]
+    await attached(host, bank_spec, *names)
+    acks = await asyncio.gather(*(host.write(name, make_trace(2, run=name)) for name in names))
+    assert {(ack.rows, ack.end) for ack in acks} == {(2, 2)}
+    log = (await host.stats())["log"]
+    assert log["commits"] <= 20
+    assert log["group"] >= 10
+    assert (log["held_banks"], log["rows"]) == (200, 400)
+    await host.close()
+    # closing settles all, and the log is gone
+    assert all(settled_rows(cold, name) == 2 for name in names[::50])
+    assert not list(Path(cold.uri).glob("log-*"))
+
+
+async def test_a_lone_writer_does_not_wait_for_company(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
+    host = Host(cold, Settings(), "me")
+    await attached(host, bank_spec, "lab/a")
+    for seq in range(5):
+        await host.write("lab/a", make_trace(1, seq=seq))
+    assert (await host.stats())["log"]["commits"] == 5
+
+
+async def test_a_follower_sees_rows_that_have_not_settled(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
+    host = Host(cold, Settings(), "me")
+    await attached(host, bank_spec, "lab/a")
+    elsewhere = ColdStore.open(cold.uri)
+    follower = Replica(elsewhere, elsewhere.catalog.get("lab/a"))
+    follower.recover()
+    await host.write("lab/a", make_trace(20))
+    assert settled_rows(cold, "lab/a") == 0
+    assert follower.catch_up() == 20
+    assert follower.digest() == await host.digest("lab/a")
+    await host.detach("lab/a")
+    assert settled_rows(cold, "lab/a") == 20
+    assert follower.catch_up() == 0
+
+
+@pytest.mark.parametrize("what", ["settle_bytes", "settle_s", "log_bytes"])
+async def test_rows_settle_by_size_and_by_age(cold: ColdStore, bank_spec: BankSpec, make_trace: Make, what: str):
+    value = {"settle_bytes": 500, "settle_s": 0.1, "log_bytes": 2000}[what]
+    host = Host(cold, Settings(cold=ColdSettings(**{what: value})), "me")
+    await attached(host, bank_spec, "lab/a")
+    await host.write("lab/a", make_trace(15))
+    await until(lambda: settled_rows(cold, "lab/a") == 15)
+    await until(lambda: host._committer.log.stats()["held_bytes"] == 0)
+    assert (await host.stats())["log"]["settles"] == 1
+
+
+async def test_a_bank_is_saved_by_bytes_and_by_age(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
+    host = Host(cold, Settings(cold=ColdSettings(snapshot_s=0.2)), "me")
+    await attached(host, bank_spec, "lab/a")
+    await host.write("lab/a", make_trace(3))
+    found = cold.snapshots(cold.catalog.get("lab/a")).latest
+    assert found() is None
+    await until(lambda: found() is not None)
+    assert found()[0] == 3
+
+
+async def test_taking_one_bank_away_costs_the_others_no_row(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
+    host, other = Host(cold, Settings(), "me"), Host(ColdStore.open(cold.uri), Settings(), "you")
+    await attached(host, bank_spec, "lab/a", "lab/b")
+    for name in ("lab/a", "lab/b"):
+        await host.write(name, make_trace(5))
+    await other.attach("lab/a")
+    assert (await other.write("lab/a", make_trace(7))).duplicates == 5
+    # the log that both shared is shut: the one that was not taken has to be opened anew
+    with pytest.raises(Moved, match="being reopened"):
+        await host.write("lab/b", make_trace(7))
+    assert not host.has("lab/b")
+    await host.reopen("lab/b")
+    ack = await host.write("lab/b", make_trace(7))
+    assert (ack.rows, ack.duplicates, ack.end) == (2, 5, 7)
+    with pytest.raises(Moved) as moved:
+        await host.reopen("lab/a")
+    assert moved.value.to == "you"
+
+
+async def test_an_owner_that_was_replaced_hears_so(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
+    host, other = Host(cold, Settings(), "me"), Host(ColdStore.open(cold.uri), Settings(), "you")
+    await attached(host, bank_spec, "lab/a")
+    await host.write("lab/a", make_trace(5))
+    await other.attach("lab/a")
+    with pytest.raises(NotOwner):
+        await host.write("lab/a", make_trace(7))
+
+
+async def test_a_failed_group_acknowledges_nobody_and_everybody_can_go_on(
+    cold: ColdStore, bank_spec: BankSpec, make_trace: Make, monkeypatch: pytest.MonkeyPatch
+):
+    host = Host(cold, Settings(), "me")
+    names = [f"lab/{number}" for number in range(5)]
+    await attached(host, bank_spec, *names)
+
+    def fail(handle: int) -> None:
+        raise OSError(5, "Input/output error", "disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        writes = (host.write(name, make_trace(3)) for name in names)
+        outcomes = await asyncio.gather(*writes, return_exceptions=True)
+    assert all(isinstance(outcome, StorageError) for outcome in outcomes)
+    # some of the groups had landed; whoever repeats is told so, and nothing is there twice
+    for name in names:
+        ack = await host.write(name, make_trace(4))
+        assert (ack.rows + ack.duplicates, ack.end) == (4, 4)
+        assert [pos for rows in cold.journal(cold.catalog.get(name)).scan() for pos in rows.pos_T.tolist()] == [
+            *range(4)
+        ]
+
+
+async def test_what_is_queued_before_a_detach_is_written_and_what_comes_later_refused(
+    cold: ColdStore, bank_spec: BankSpec, make_trace: Make
+):
+    host = Host(cold, Settings(), "me")
+    await attached(host, bank_spec, "lab/a")
+    writes = [asyncio.ensure_future(host.write("lab/a", make_trace(1, seq=seq))) for seq in range(20)]
+    await asyncio.sleep(0)
+    await host.write("lab/a", make_trace(1, run="later"), durable=False)
+    detach = asyncio.ensure_future(host.detach("lab/a"))
+    await asyncio.sleep(0)
+    with pytest.raises((BankDetached, Moved)):
+        await host.write("lab/a", make_trace(1, run="too late"))
+    acks = await asyncio.gather(*writes)
+    await detach
+    assert [ack.end for ack in acks] == list(range(1, 21))
+    entry = cold.catalog.get("lab/a")
+    assert (entry.log, entry.state, settled_rows(cold, "lab/a")) == (None, "cold", 21)
+
+
+def test_a_store_opened_again_by_another_process_has_what_the_log_held(
+    tmp_path: Path, spec: BankSpec, calibration: Calibration, make_trace: Make, root: Path
+):
+    import subprocess
+    import sys
+
+    with raymem.connect(tmp_path / "memory") as store:
+        store.put_calibration(calibration)
+        for number in range(3):
+            store.create(f"lab/{number}", spec)
+    # a process that writes and dies without a word
+    program = (
+        "import os, sys, torch, raymem\n"
+        "store = raymem.connect(sys.argv[1])\n"
+        "for name in [info.name for info in store.banks()]:\n"
+        f"    trace = raymem.Trace(torch.ones(4, 2, {spec.fingerprint.width}).bfloat16(), torch.arange(4), 's', 'r')\n"
+        "    assert store.bank(name).write(trace).rows == 4\n"
+        "os._exit(9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "memory"], env={"PYTHONPATH": str(root)}, check=False
+    )
+    assert done.returncode == 9
+    with raymem.connect(tmp_path / "memory") as store:
+        assert [info.rows for info in store.banks()] == [4, 4, 4]
+        for info in store.banks():
+            assert store.bank(info.name).write(make_trace(2, run="other")).end == 6
