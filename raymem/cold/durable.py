@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+
+import structlog
+
+_VERSIONS = "_versions"
+# a manifest's last bytes
+_END = b"LANC"
+_MANIFEST, _MARK = ".manifest", ".synced"
+log = structlog.get_logger("raymem.durable")
 
 
 class FolderSync:
     """Syncs what appeared in one table's folder since the last call; the first call syncs everything.
 
-    The first call can't leave anything out: another process may have died between its commit and its sync.
+    The first call can't leave anything out: another process may have died between its commit and its sync. The newest
+    version on disk has a mark beside it: a torn one without it was never acknowledged, see `set_aside_torn`.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._seen: dict[Path, set[str]] = {}
+        self._marked: str | None = None
 
     def sync(self) -> None:
         """Sync new files, then the folders that name them.
@@ -29,10 +40,22 @@ class FolderSync:
         if first:
             fsync(self._folder.parent)
         self._seen = {folder: self._seen[folder] for folder in folders}
+        self._mark()
+
+    def _mark(self) -> None:
+        newest = _newest(self._seen.get(self._folder / _VERSIONS, set()))
+        if newest is None or newest == self._marked:
+            return
+        (self._folder / f"{newest}{_MARK}").touch()
+        fsync(self._folder)
+        for older in _marks(self._folder):
+            if older > newest:
+                (self._folder / f"{older}{_MARK}").unlink(missing_ok=True)
+        self._marked = newest
 
     def _sync_folder(self, folder: Path) -> None:
         with os.scandir(folder) as entries:
-            present = {entry.name: entry.is_file() for entry in entries}
+            present = {entry.name: entry.is_file() for entry in entries if not entry.name.endswith(_MARK)}
         new = present.keys() - self._seen.get(folder, set())
         for name in new:
             if present[name]:
@@ -54,3 +77,41 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def set_aside_torn(folder: Path) -> bool:
+    """Make a table readable again whose newest commit a power loss cut short before its sync; say whether it did.
+
+    LanceDB makes a version visible before anything of it is on disk, and can't open a table whose newest version is cut
+    short. Without its mark that version was never acknowledged: the one before holds all that was. With a mark it was,
+    and losing it silently is worse than an error.
+    """
+    versions = folder / _VERSIONS
+    if not versions.is_dir():
+        return False
+    # while one process looks and renames, no other may put a sound version in the torn one's place
+    handle = os.open(versions, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        newest = _newest(set(os.listdir(versions)))
+        if newest is None or any(mark <= newest for mark in _marks(folder)) or _is_whole(versions / newest):
+            return False
+        os.rename(versions / newest, folder / f"{newest}.torn")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    log.error("a commit that a power loss cut short was set aside; it was never acknowledged", table=folder.name)
+    return True
+
+
+def _newest(names: set[str]) -> str | None:
+    # names count down, so that the newest comes first in a listing
+    return min((name for name in names if name.endswith(_MANIFEST)), default=None)
+
+
+def _marks(folder: Path) -> list[str]:
+    return [name.removesuffix(_MARK) for name in os.listdir(folder) if name.endswith(_MARK)]
+
+
+def _is_whole(path: Path) -> bool:
+    return path.read_bytes().endswith(_END)

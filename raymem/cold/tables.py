@@ -10,9 +10,9 @@ from typing import Any, Literal
 import lancedb
 import pyarrow as pa
 
-from raymem.cold.durable import FolderSync
+from raymem.cold.durable import FolderSync, set_aside_torn
 from raymem.cold.failures import reading, writing
-from raymem.errors import ConfigError, RaymemError
+from raymem.errors import ConfigError, Corrupt, RaymemError
 
 Sync = Literal["disk", "none"]
 
@@ -41,11 +41,17 @@ class Tables:
         Raises:
             Corrupt: the table is gone or its metadata can't be read.
         """
-        with reading(f"open {name} in {self.uri}"):
-            return self._connection.open_table(name)
+        try:
+            return self._open(name)
+        except Corrupt:
+            if self.sync != "disk" or not set_aside_torn(self._folder(name)):
+                raise
+            return self._open(name)
 
     def create(self, name: str, rows: pa.Table) -> Any:
         """Create a table holding `rows`, in one commit; if another process was first, open what it made."""
+        if self.sync == "disk":
+            set_aside_torn(self._folder(name))
         with writing(f"create {name} in {self.uri}"):
             return self._connection.create_table(name, rows, exist_ok=True)
 
@@ -72,7 +78,14 @@ class Tables:
 
     def folder_sync(self, name: str) -> FolderSync | None:
         """What makes this table's commits durable, or None where the store does that itself or nobody asked."""
-        return FolderSync(Path(self.uri) / f"{name}.lance") if self.sync == "disk" else None
+        return FolderSync(self._folder(name)) if self.sync == "disk" else None
+
+    def _open(self, name: str) -> Any:
+        with reading(f"open {name} in {self.uri}"):
+            return self._connection.open_table(name)
+
+    def _folder(self, name: str) -> Path:
+        return Path(self.uri) / f"{name}.lance"
 
 
 class _Source:

@@ -13,7 +13,6 @@ from raymem.cold import journal
 from raymem.errors import BankDetached, BankExists, RaymemError
 from raymem.store import AsyncBank
 
-SURVIVED = [mode for mode in MODES if mode != "torn"]
 BANK, RUN = "lab/a", ("agent", "run")
 STEPS = ("create", "write", "write", "snapshot", "write", "detach", "attach", "tag", "write")
 _TRIES = 6
@@ -98,7 +97,7 @@ def _compact_soon_and_take_banks_of_this_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(journal, "_COMPACT_EVERY", 3)
 
 
-@pytest.mark.parametrize("mode", SURVIVED)
+@pytest.mark.parametrize("mode", MODES)
 async def test_no_write_that_fails_tears_or_is_the_last_loses_what_was_acknowledged(tmp_path: Path, mode: str):
     plain = await lives(tmp_path / "plain", -1, "")
     some = range(MODES.index(mode), plain.writes, 1 + plain.writes // 2)
@@ -109,7 +108,7 @@ async def test_no_write_that_fails_tears_or_is_the_last_loses_what_was_acknowled
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("mode", SURVIVED)
+@pytest.mark.parametrize("mode", MODES)
 async def test_every_write_meets_every_fault(tmp_path: Path, mode: str):
     plain = await lives(tmp_path / "plain", -1, "")
     for at in range(plain.writes):
