@@ -57,6 +57,7 @@ class Figure:
 
 
 REGISTRY = (
+    Figure("fork", "raymem.bench.history"),
     Figure("migration", "raymem.bench.migration"),
     Figure("recovery", "raymem.bench.recovery"),
 )
