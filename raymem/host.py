@@ -208,7 +208,10 @@ class Host:
     async def erase(self, name: str, what: Selection, *, rebuild: bool = False) -> EraseReceipt:
         """Erase rows after the writes queued so far; later ones wait; see `raymem.erasing`."""
         worker = self._writable(name)
-        return await worker.call(lambda: erase(worker.runtime, what, rebuild=rebuild))
+        receipt = await worker.call(lambda: erase(worker.runtime, what, rebuild=rebuild))
+        # what banks were may hold the rows still, this one's and its forks'
+        self.past.forget()
+        return receipt
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's whole state, after the writes queued so far."""

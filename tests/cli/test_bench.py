@@ -37,7 +37,7 @@ def test_the_document_has_every_key_and_null_for_what_was_not_measured(raymem, t
 def test_what_can_not_be_measured_is_said(raymem):
     ran = raymem("bench", "durability", "--only", "speed")
     assert ran.code == 1
-    assert "no figure named speed; there is migration, recovery" in " ".join(ran.err.split())
+    assert "no figure named speed; there is fork, " in " ".join(ran.err.split())
     assert raymem("bench", "durability", "--sync", "perhaps").code == 2
 
 

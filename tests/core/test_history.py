@@ -96,6 +96,18 @@ def test_past_states_are_bounded(tmp_path: Path, calibration, spec: BankSpec, ma
         assert 0 < past.nbytes <= 150_000
 
 
+def test_what_was_erased_is_not_in_the_past_either(store: Store, spec: BankSpec, make_trace):
+    bank = store.create("lab/alice", spec)
+    bank.write(make_trace(10, stream="mine"))
+    bank.write(make_trace(10, stream="yours", seed=2))
+    bank.tag("both")
+    query = make_trace(8, seed=2).hidden[6:7]
+    assert bank.read(query, 1, start=6, as_of="both").rows(0)[0].stream == "yours"
+    bank.erase(stream="yours")
+    assert store._store.backend.host.past.nbytes == 0
+    assert {row.stream for row in bank.read(query, 9, start=6, as_of="both").rows(0)} == {"mine"}
+
+
 def test_the_state_at_a_tag_is_kept_until_the_tag_goes(tmp_path: Path, calibration, spec: BankSpec, make_trace):
     with raymem.connect(tmp_path / "memory") as store:
         store.put_calibration(calibration)
