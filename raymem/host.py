@@ -26,6 +26,7 @@ from raymem.past import Past
 from raymem.room import Room
 from raymem.runtime import Runtime
 from raymem.types import Ack, EraseReceipt, Readout, Selection, Trace
+from raymem.upkeep import Upkeep
 from raymem.worker import BankWorker
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Host:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._moved: dict[str, str] = {}
         self._arriving: dict[str, Runtime] = {}
+        self._upkeep = Upkeep(cold, settings.cold, self.names, lambda name, what: self.erase(name, what, rebuild=True))
         self._lease = self._new_lease()
         setting = "host.memory_bytes" if device == "cpu" else "host.gpu_memory_bytes"
         self._room = Room(owner, self.memory_bytes, setting)
@@ -234,6 +236,7 @@ class Host:
 
     async def close(self) -> None:
         """Snapshot and release every bank; they stay attached in the catalog and load on next use."""
+        self._upkeep.stop()
         if self._growing is not None:
             await self._growing
         for name in self.names():
@@ -439,6 +442,7 @@ class Host:
         self._arriving.pop(name, None)
         self._moved.pop(name, None)
         self._workers[name] = BankWorker(runtime, self._crew, committer, self.settings)
+        self._upkeep.start()
         if self._ticker is None:
             self._tick()
 

@@ -48,6 +48,12 @@ def find(cold: ColdStore, entry: Entry, what: Selection) -> Evidence:
     return Evidence(entry.id, what, entry.next_generation, gone, frozenset(digests))
 
 
+def is_due(cold: ColdStore, entry: Entry, what: Selection) -> bool:
+    """Whether a bank has rows that a selection is about, or, being a fork, states with rows that its parent erased."""
+    journal = cold.journal(entry)
+    return len(journal.matches(condition(what))) > 0 or len(journal.holes()) > len(journal.noted())
+
+
 def begin(cold: ColdStore, entry: Entry, evidence: Evidence) -> EraseReceipt:
     """Run the check, which must find the rows now, and put down what is about to happen."""
     check = inspect(Files(cold.tables), evidence)
@@ -165,7 +171,8 @@ def is_older(table: str, entry: Entry) -> bool:
 
 
 def _left(cold: ColdStore, receipt: EraseReceipt, after: FileCheck) -> str:
-    open_forks = [name for name, id in receipt.forks.items() if not _is_complete(cold, id)]
+    left = {fork.name for fork in cold.catalog.forks(receipt.bank_id) if is_due(cold, fork, receipt.what)}
+    open_forks = [name for name, id in receipt.forks.items() if name in left and not _is_complete(cold, id)]
     parts = [f"{after.found} finds in files that are left"] if after.found else []
     parts += [f"{after.unreadable} files can't be decoded"] if after.unreadable else []
     parts += [f"forks still have the rows: {', '.join(open_forks)}"] if open_forks else []

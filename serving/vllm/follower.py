@@ -11,7 +11,7 @@ import structlog
 from torch import Tensor
 
 from raymem.backend import detached
-from raymem.cold.store import ColdStore
+from raymem.cold.store import ColdStore, Entry
 from raymem.errors import BankNotFound, RaymemError
 from raymem.runtime import Replica
 from raymem.types import Fingerprint, Readout
@@ -45,6 +45,7 @@ class Follower:
         if entry.state == "cold":
             raise detached(name)
         expect(entry.spec.fingerprint)
+        self._device = device
         self._replica = Replica(self._cold, entry, device)
         self._busy = threading.Lock()
         self._stop = threading.Event()
@@ -73,10 +74,21 @@ class Follower:
         """
         with self._busy:
             try:
-                self.live = self._cold.catalog.get(self.name).state != "cold"
+                entry = self._cold.catalog.get(self.name)
             except BankNotFound:
                 self.live = False
+                return 0
+            self.live = entry.state != "cold"
+            if self.live and entry.generation != self._replica.entry.generation:
+                # rows were erased: the state that has them mixed in is let go
+                return self._start_over(entry)
             return self._replica.catch_up() if self.live else 0
+
+    def _start_over(self, entry: Entry) -> int:
+        replica = Replica(self._cold, entry, self._device)
+        replica.recover()
+        self._replica = replica
+        return replica.pos
 
     def stats(self) -> dict[str, Any]:
         """Where it stands."""

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -459,3 +460,57 @@ def test_a_process_killed_while_it_erases_leaves_all_or_nothing(store, tiny, tmp
         assert folders(again._store.backend.cold) <= named
         assert bank.write(talk(tiny, "dora", 5)).end == 132 + 5
         assert bank.erase(stream="alice").rows == (0 if erased else 66)
+
+
+def test_rows_expire_in_batches_and_with_a_receipt(tiny, tmp_path):
+    quick = Settings(cold=ColdSettings(sync="none", expire_s=0.2))
+    with raymem.connect(tmp_path, settings=quick) as store:
+        store.put_calibration(tiny.calibration)
+        banks = [bank_of(store, tiny, name, kind, "alice") for name, kind in (("a", "spalm"), ("b", "titans"))]
+        for bank in banks:
+            bank.write(talk(tiny, "late", 7, time=time.time()))
+            bank.set_ttl(3600)
+        kept = bank_of(store, tiny, "kept", "spalm", "alice")
+        until = time.monotonic() + 30
+        while any(bank.info().rows > 7 for bank in banks) and time.monotonic() < until:
+            time.sleep(0.05)
+
+        assert [bank.info().rows for bank in (*banks, kept)] == [7, 7, 66]
+        assert [[receipt.rows for receipt in bank.receipts()] for bank in (*banks, kept)] == [[66], [66], []]
+
+
+def test_a_follower_forgets_what_its_bank_was_made_to_forget(store, tiny, tmp_path):
+    from raymem.serving.vllm.follower import Follower
+
+    bank = bank_of(store, tiny, "a", "spalm", "alice", "bob")
+    follower = Follower(str(tmp_path), "lab/a", "cpu", lambda fingerprint: None, poll_s=60)
+    try:
+        bank.erase(stream="alice")
+        follower.catch_up()
+        readout = follower.read(talk(tiny, "alice", 33, run="r1").hidden, 8, 1)
+    finally:
+        follower._stop.set()
+
+    assert {row.stream for query in range(33) for row in readout.rows(query)} == {"bob"}
+
+
+def test_a_sweep_takes_ghosts_and_leaves_what_is_young_or_not_a_banks(tiny, tmp_path):
+    careful = Settings(cold=ColdSettings(sync="none", sweep_age_s=60))
+    with raymem.connect(tmp_path, settings=careful) as store:
+        store.put_calibration(tiny.calibration)
+        bank_of(store, tiny, "a", "spalm", "alice")
+        for name, age in (("journal-" + "a" * 32, 120), ("snapshots-" + "b" * 32 + "-7", 5), ("mine", 120)):
+            late = tmp_path / f"{name}.lance" / "data"
+            late.mkdir(parents=True)
+            (late / "late.lance").write_bytes(b"a late row")
+            os.utime(late / "late.lance", (time.time() - age,) * 2)
+        tables = Files(store._store.backend.cold.tables)
+        there = tables.tables()
+
+        planned = store.sweep(dry_run=True)
+        assert tables.tables() == there
+        swept = store.sweep()
+
+        assert (swept.deleted, swept.young) == (planned.deleted, planned.young)
+        assert (swept.deleted, swept.young) == (("journal-" + "a" * 32,), ("snapshots-" + "b" * 32 + "-7",))
+        assert set(there) - set(tables.tables()) == set(swept.deleted)
