@@ -58,6 +58,9 @@ class Figure:
 
 REGISTRY = (
     Figure("fork", "raymem.bench.history"),
+    Figure("journal", "raymem.bench.journal", "journal"),
+    Figure("many_banks", "raymem.bench.journal", "many_banks"),
+    Figure("attach", "raymem.bench.journal", "attach"),
     Figure("migration", "raymem.bench.migration"),
     Figure("recovery", "raymem.bench.recovery"),
 )

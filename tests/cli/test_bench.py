@@ -41,6 +41,17 @@ def test_what_can_not_be_measured_is_said(raymem):
     assert raymem("bench", "durability", "--sync", "perhaps").code == 2
 
 
+def test_the_figures_of_the_journal_can_be_measured(raymem, tmp_path):
+    file, names = tmp_path / "figures.json", ("journal", "many_banks", "attach")
+    asked = [part for name in names for part in ("--only", name)]
+    ran = raymem("bench", "durability", "--small", "--repeats", "1", *asked, "--sync", "none", "--json", file)
+    assert ran.code == 0, ran.err
+    figures = json.loads(file.read_text())
+    assert min(figures[f"{name}_ratio"] for name in names) > 0
+    # ten banks' rows in one or two commits, whichever thread was first
+    assert figures["details"]["many_banks"]["commits"] <= 2
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(180)
 def test_the_figures_of_ray_can_be_measured(raymem, tmp_path):

@@ -1,0 +1,169 @@
+"""How fast rows become durable and a bank comes back, beside LanceDB alone doing the same in the same sync mode."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lancedb
+import pyarrow as pa
+
+from raymem.bench.bed import ROW_BYTES, Bed
+from raymem.bench.durability import Measured
+from raymem.cold.durable import FolderSync
+from raymem.cold.rows import JournalRows
+from raymem.cold.store import ColdStore
+from raymem.config import HostSettings, Settings
+from raymem.errors import StorageError
+from raymem.host import Host
+from raymem.types import Trace
+
+_WRITERS, _BATCH_ROWS = 64, 1000
+_ROOM = Settings(host=HostSettings(caller_requests=4096, caller_bytes=2**31))
+
+
+class Plain:
+    """LanceDB alone: tables that a commit is added to and, with sync="disk", synced."""
+
+    def __init__(self, bed: Bed, name: str, tables: int, rows: pa.Table) -> None:
+        folder = bed.folder / name
+        connection = lancedb.connect(str(folder))
+        self._tables = [connection.create_table(f"t{number}", rows.slice(0, 0)) for number in range(tables)]
+        self._syncs: list[FolderSync | None] = [
+            FolderSync(Path(folder) / f"t{number}.lance") if bed.sync == "disk" else None for number in range(tables)
+        ]
+        for sync in self._syncs:
+            if sync:
+                sync.sync()
+
+    def add(self, table: int, rows: pa.Table) -> None:
+        """One durable commit."""
+        self._tables[table].add(rows)
+        if sync := self._syncs[table]:
+            sync.sync()
+
+    def add_all(self, rows: Sequence[pa.Table]) -> None:
+        """Durable commits to the first table."""
+        for each in rows:
+            self.add(0, each)
+
+    def add_everywhere(self, rows: pa.Table) -> None:
+        """One durable commit to every table."""
+        for table in range(len(self._tables)):
+            self.add(table, rows)
+
+    def scan_s(self) -> float:
+        """Seconds to read the first table whole, batch by batch."""
+        began = perf_counter()
+        for batch in self._tables[0].search().to_batches(4096):
+            batch.num_rows  # noqa: B018 - the batch has been read
+        return perf_counter() - began
+
+
+def journal(bed: Bed) -> Measured:
+    """Rows a second of 64 concurrent writers of 1,000-row batches to one bank, over those of LanceDB alone."""
+    writers, batches = bed.size(_WRITERS, 4), bed.size(4, 2)
+    rows = writers * batches * _BATCH_ROWS
+    traces = [
+        [bed.trace(_BATCH_ROWS, run=f"{writer}", seq=batch * _BATCH_ROWS) for batch in range(batches)]
+        for writer in range(writers)
+    ]
+    tables = [JournalRows.of(trace, 0, 0).to_arrow() for run in traces for trace in run]
+    cold, ours, alone = bed.cold(), [], []
+    for turn in range(bed.repeats):
+        plain = Plain(bed, f"plain-{turn}", 1, tables[0])
+        alone.append(_seconds(lambda plain=plain: plain.add_all(tables)))  # type: ignore[misc]
+        ours.append(asyncio.run(_write_all(bed, cold, f"bench/bank-{turn}", traces)))
+    ours_s, alone_s = statistics.median(ours), statistics.median(alone)
+    details = {"rows_per_s": rows / ours_s, "lancedb_rows_per_s": rows / alone_s, "writers": writers, "banks": 1}
+    return Measured({"journal_ratio": alone_s / ours_s}, details)
+
+
+def many_banks(bed: Bed) -> Measured:
+    """How much faster one row goes to each of 1,000 banks than with LanceDB's table for each."""
+    banks = bed.size(1000, 10)
+    row = JournalRows.of(bed.trace(1), 0, 0).to_arrow()
+    plain = Plain(bed, "plain", banks, row)
+    ours, commits = asyncio.run(_one_row_each(bed, banks))
+    alone = [_seconds(lambda: plain.add_everywhere(row)) for _ in range(bed.repeats)]
+    ours_s, alone_s = statistics.median(ours), statistics.median(alone)
+    details = {"seconds": ours_s, "lancedb_seconds": alone_s, "banks": banks, "commits": commits / bed.repeats}
+    return Measured({"many_banks_ratio": alone_s / ours_s}, details)
+
+
+def attach(bed: Bed) -> Measured:
+    """Bytes a second of a bank that is attached, over those of LanceDB reading the same rows."""
+    rows = bed.size(100_000, 2_000)
+    cold = bed.cold()
+    traces = [[bed.trace(2 * _BATCH_ROWS, seq=seq) for seq in range(0, rows, 2 * _BATCH_ROWS)]]
+    plain = Plain(bed, "plain", 1, JournalRows.of(traces[0][0], 0, 0).to_arrow())
+    for trace in traces[0]:
+        plain.add(0, JournalRows.of(trace, 0, 0).to_arrow())
+    asyncio.run(_write_all(bed, cold, "bench/bank", traces))
+    ours, alone = [], []
+    for _ in range(bed.repeats):
+        alone.append(plain.scan_s())
+        ours.append(asyncio.run(_attach_s(cold, "bench/bank")))
+    ours_s, alone_s = statistics.median(ours), statistics.median(alone)
+    size = rows * ROW_BYTES / 2**20
+    details = {"mb_per_s": size / ours_s, "lancedb_mb_per_s": size / alone_s, "rows": rows}
+    return Measured({"attach_ratio": alone_s / ours_s}, details)
+
+
+async def _write_all(bed: Bed, cold: ColdStore, name: str, traces: list[list[Trace]]) -> float:
+    """Seconds in which concurrent writers, each with its own run, have all their batches acknowledged."""
+
+    async def writer(run: list[Trace]) -> None:
+        for trace in run:
+            await host.write(name, trace)
+
+    host = Host(cold, _ROOM, "bench")
+    cold.catalog.create(name, bed.spec())
+    await host.attach(name)
+    taken = await _timed(lambda: asyncio.gather(*map(writer, traces)))
+    await host.detach(name)
+    await host.close()
+    if cold.journal(cold.catalog.get(name)).end() != sum(len(trace) for run in traces for trace in run):
+        raise StorageError(f"{name} does not have the rows that were acknowledged")
+    return taken
+
+
+async def _one_row_each(bed: Bed, banks: int) -> tuple[list[float], int]:
+    cold = bed.cold()
+    host = Host(cold, _ROOM, "bench")
+    names = [f"bench/bank-{number}" for number in range(banks)]
+    for name in names:
+        cold.catalog.create(name, bed.spec("spalm"))
+    await asyncio.gather(*map(host.attach, names))
+    taken = []
+    for seq in range(bed.repeats):
+        trace = bed.trace(1, seq=seq)
+        taken.append(await _timed(lambda: asyncio.gather(*(host.write(name, trace) for name in names))))  # noqa: B023
+    commits = (await host.stats())["log"]["commits"]
+    if cold.journal(cold.catalog.get(names[-1])).end() != bed.repeats:
+        raise StorageError(f"{names[-1]} does not have the rows that were acknowledged")
+    return taken, int(commits)
+
+
+async def _attach_s(cold: ColdStore, name: str) -> float:
+    host = Host(cold, _ROOM, "bench")
+    taken = await _timed(lambda: host.attach(name))
+    await host.detach(name)
+    await host.close()
+    return taken
+
+
+async def _timed(work: Callable[[], Awaitable[Any]]) -> float:
+    began = perf_counter()
+    await work()
+    return perf_counter() - began
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = perf_counter()
+    work()
+    return perf_counter() - began
