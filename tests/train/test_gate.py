@@ -87,7 +87,7 @@ def test_the_gate_is_found_again_among_the_weights_and_reads(task, tmp_path):
     gate = Gate.of_learned(Learned.from_bytes(blob, name_of(blob)))
     assert gate.taus == task.gate.taus
     assert torch.equal(gate.weight_GF, task.gate.weight_GF)
-    Mixer({"rows": gate})
+    Mixer({"spalm": gate})
     with pytest.raises(Corrupt, match="not a gate"):
         Gate.of_learned(Learned("lemn", {}))
 
