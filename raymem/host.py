@@ -31,9 +31,9 @@ from raymem.worker import BankWorker
 
 T = TypeVar("T")
 log = structlog.get_logger("raymem.host")
-# no copy of a bank takes as long
-_ARRIVAL_S = 3600.0
 _TICK_S = 1.0
+# a source that moves a bank comes back for its copy at once
+_ARRIVAL_S = 60.0
 
 
 class Host:
@@ -63,6 +63,7 @@ class Host:
         self._moved: dict[str, str] = {}
         self._arriving: dict[str, Runtime] = {}
         self._upkeep = Upkeep(cold, settings.cold, self.names, lambda name, what: self.erase(name, what, rebuild=True))
+        self._expiring: dict[str, asyncio.TimerHandle] = {}
         self._lease = self._new_lease()
         setting = "host.memory_bytes" if device == "cpu" else "host.gpu_memory_bytes"
         self._room = Room(owner, self.memory_bytes, setting)
@@ -98,6 +99,7 @@ class Host:
             "bytes": sum(loaded.values()),
             "pinned_bytes": sum(size for name, size in loaded.items() if name in pinned),
             "evicted": self._room.evicted,
+            "arriving": len(self._arriving),
         }
 
     async def attach(self, name: str, *, take_from: str | None = None) -> None:
@@ -266,10 +268,11 @@ class Host:
                 runtime = await self._thread(lambda: Runtime(self.cold, entry, device=self.device))
                 await self._thread(runtime.recover)
                 self._arriving[name] = runtime
-                # a source that dies half-way tells nobody: its copy must not stay for good
-                asyncio.get_running_loop().call_later(_ARRIVAL_S, self.abandon, name, runtime)
             else:
+                self._expiring[name].cancel()
                 await self._thread(runtime.catch_up)
+            # a source that dies half-way tells nobody: its copy must not stay for good
+            self._expiring[name] = asyncio.get_running_loop().call_later(_ARRIVAL_S, self.abandon, name, runtime)
             return runtime.pos
 
     async def yield_writes(self, name: str, to: str) -> int:
