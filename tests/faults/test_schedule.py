@@ -33,4 +33,6 @@ def test_the_checker_finds_rows_that_were_acknowledged_before_the_commit(tmp_pat
 
 def test_the_checker_finds_what_an_owner_wrote_whom_nobody_stopped(tmp_path: Path):
     outcome = run(tmp_path, seed=4, faults=2, mutation="unfenced", kinds=["stop"], places=BEFORE_THE_COMMIT)
-    assert any("can't be read: the journal" in text for text in outcome.verdict.wrong), outcome
+    verdict = outcome.verdict
+    unreadable = [text for text in verdict.wrong if "can't be read" in text]
+    assert verdict.lost or verdict.doubled or unreadable, outcome

@@ -9,8 +9,11 @@ import torch
 from faultkit import made
 
 from raymem.cold.catalog import Entry
+from raymem.cold.files import Files
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore
+from raymem.cold.sweeper import sweep
+from raymem.cold.tables import journal_table, snapshot_table
 from raymem.errors import RaymemError
 from raymem.runtime import Replica, Runtime
 
@@ -27,7 +30,12 @@ class Ledger:
     kinds: dict[str, str] = field(default_factory=dict)
     sent: defaultdict[str, Counter[Run]] = field(default_factory=lambda: defaultdict(Counter))
     acknowledged: defaultdict[str, Counter[Run]] = field(default_factory=lambda: defaultdict(Counter))
+    secrets: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+
+    def secret(self, bank: str, stream: str, rows: int, state: str = "sent") -> None:
+        """A stream of one run that is to be erased: it is `sent`, `kept`, being erased (`going`) or `gone`."""
+        self.secrets[bank, stream] = (rows, state)
 
     def send(self, bank: str, run: Run, end: int) -> None:
         """Rows before `end` are on their way."""
@@ -43,6 +51,15 @@ class Ledger:
         return sum(sum(runs.values()) for runs in self.acknowledged.values())
 
 
+# how many of a stream's n rows may be there
+_ALLOWED = {
+    "sent": lambda n: {0, n},
+    "kept": lambda n: {n},
+    "going": lambda n: {0, n},
+    "gone": lambda n: {0},
+}
+
+
 @dataclass
 class Verdict:
     """What a store has of what was acknowledged."""
@@ -51,6 +68,7 @@ class Verdict:
     lost: int = 0
     doubled: int = 0
     fragments: int = 0
+    details: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     def require(self) -> None:
@@ -80,9 +98,31 @@ def check(uri: str, ledger: Ledger, scratch: Path, digests: dict[str, str | None
         except RaymemError as error:
             verdict.lost += sum(ledger.acknowledged[bank].values())
             verdict.wrong.append(f"{bank} can't be read: {error}")
+    _check_others(cold, ledger, verdict)
     names = [entry.name for entry in cold.catalog.list()]
     verdict.wrong += [f"the catalog has {name} twice" for name, times in Counter(names).items() if times > 1]
     return verdict
+
+
+def _check_others(cold: ColdStore, ledger: Ledger, verdict: Verdict) -> None:
+    """Forks and merged banks are whole, erased rows are gone, and no folder is left that no bank names."""
+    for entry in cold.catalog.list():
+        try:
+            streams = Counter(stream for part in cold.journal(entry).scan() for stream in part.streams)
+        except RaymemError as error:
+            verdict.wrong.append(f"{entry.name} can't be read: {error}")
+            continue
+        for (bank, stream), (rows, state) in ledger.secrets.items():
+            if bank == entry.name and streams[stream] not in _ALLOWED[state](rows):
+                verdict.wrong.append(f"{bank} has {streams[stream]} of {rows} rows of {stream}, which is {state}")
+    sweep(cold, 0.0)
+    named = {
+        table
+        for entry in cold.catalog.list()
+        for table in (journal_table(entry.id, entry.generation), snapshot_table(entry.id, entry.generation))
+    }
+    left = {name for name in Files(cold.tables).tables() if name.startswith(("journal-", "snapshots-"))} - named
+    verdict.wrong += [f"the folder {name} is of no bank" for name in sorted(left)]
 
 
 def _check_rows(bank: str, parts: list[JournalRows], ledger: Ledger, verdict: Verdict) -> None:
@@ -94,7 +134,9 @@ def _check_rows(bank: str, parts: list[JournalRows], ledger: Ledger, verdict: Ve
     for run in {*there, *ledger.acknowledged[bank]}:
         seqs, acknowledged = there[run], ledger.acknowledged[bank][run]
         verdict.doubled += len(seqs) - len(set(seqs))
-        verdict.lost += len(set(range(acknowledged)) - set(seqs))
+        if missing := sorted(set(range(acknowledged)) - set(seqs)):
+            verdict.lost += len(missing)
+            verdict.details.append(f"{bank} {run}: rows {missing[0]} to {missing[-1]} of {acknowledged} are lost")
         if sorted(seqs) != seqs:
             verdict.wrong.append(f"{bank} {run} is out of order")
         if seqs and max(seqs) >= ledger.sent[bank][run]:

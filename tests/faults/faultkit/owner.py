@@ -46,6 +46,12 @@ class Owner:
                 return await self._store.backend.host.snapshot(bank)
             case "delete":
                 await self._store.delete(bank)
+            case "fork":
+                await self._store.fork(bank, *args)
+            case "merge":
+                await self._store.merge(bank, *args, rebuild=True)
+            case "erase":
+                return (await handle.erase(stream=args[0], rebuild=True)).rows
             case _:
                 answer = await getattr(handle, method)(*args)
                 return answer if isinstance(answer, str | int) else None

@@ -14,6 +14,8 @@ from faultkit import made
 from faultkit.fleet import Dead, Fleet, Process, Refused, lay_out
 from faultkit.ledger import Ledger, Verdict, check
 
+# written and erased by the operator alone: its journal gets holes
+PRIVATE = "lab/private"
 BANKS = {"lab/rows": "spalm", "lab/deltas": "titans", "lab/more": "spalm"}
 # rows of one run before the next one begins
 _RUN_ROWS = 600
@@ -74,6 +76,7 @@ class Schedule:
             for bank, kind in BANKS.items():
                 await fleet.current.ask("create", bank, kind)
                 self.ledger.kinds[bank] = kind
+            await fleet.current.ask("create", PRIVATE, "spalm")
             work = [asyncio.create_task(self._write(fleet, bank, number)) for bank in BANKS for number in range(2)]
             work.append(asyncio.create_task(self._operate(fleet)))
             await self._recovered(fleet)
@@ -138,15 +141,46 @@ class Schedule:
         return answer
 
     async def _operate(self, fleet: Fleet) -> None:
-        """Someone who snapshots, detaches and attaches banks all the while."""
-        while not self._stop.is_set():
-            bank = self.random.choice(sorted(BANKS))
-            verbs = self.random.choice([["snapshot"], ["detach", "attach"], ["tag"]])
-            for verb in verbs:
-                await self._try(fleet.current, verb, bank, *(["here"] if verb == "tag" else []))
+        """Someone who snapshots, detaches, forks, merges and erases all the while."""
+        verbs = [self._snapshot, self._sleep, self._tag, self._fork, self._merge, self._erase]
+        for number in range(100_000):
+            if self._stop.is_set():
+                break
+            await self.random.choice(verbs)(fleet, self.random.choice(sorted(BANKS)), number)
             await asyncio.sleep(0.1)
         for bank in BANKS:
             await self._try(fleet.current, "attach", bank)
+
+    async def _snapshot(self, fleet: Fleet, bank: str, number: int) -> None:
+        await self._try(fleet.current, "snapshot", bank)
+
+    async def _sleep(self, fleet: Fleet, bank: str, number: int) -> None:
+        await self._try(fleet.current, "detach", bank)
+        await self._try(fleet.current, "attach", bank)
+
+    async def _tag(self, fleet: Fleet, bank: str, number: int) -> None:
+        await self._try(fleet.current, "tag", bank, "here")
+
+    async def _fork(self, fleet: Fleet, bank: str, number: int) -> None:
+        await self._try(fleet.current, "fork", bank, f"forks/{number}")
+        if number % 2:
+            await self._try(fleet.current, "delete", f"forks/{number}")
+
+    async def _merge(self, fleet: Fleet, bank: str, number: int) -> None:
+        await self._try(fleet.current, "merge", f"merged/{number}", ["lab/rows", "lab/more"])
+        if number % 2:
+            await self._try(fleet.current, "delete", f"merged/{number}")
+
+    async def _erase(self, fleet: Fleet, bank: str, number: int) -> None:
+        stream = f"secret-{number}"
+        self.ledger.secret(PRIVATE, stream, 9)
+        if await self._try(fleet.current, "write", PRIVATE, stream, "r", 0, 9) is None:
+            return
+        self.ledger.secret(PRIVATE, stream, 9, "kept")
+        await self._try(fleet.current, "write", PRIVATE, "kept", f"run-{number}", 0, 3)
+        self.ledger.secret(PRIVATE, stream, 9, "going")
+        if await self._try(fleet.current, "erase", PRIVATE, stream) is not None:
+            self.ledger.secret(PRIVATE, stream, 9, "gone")
 
     async def _try(self, owner: Process, *command: Any) -> Any:
         answer = owner.ask(*command)
