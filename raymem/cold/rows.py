@@ -242,13 +242,20 @@ def _array(table: pa.Table, name: str) -> pa.Array:
 
 
 def _tensor(table: pa.Table, name: str) -> Tensor:
-    return from_dlpack(_array(table, name))
+    return from_dlpack(_whole(name, _array(table, name)))
+
+
+def _whole(name: str, array: pa.Array) -> pa.Array:
+    # torch would try another way, and warn
+    if array.null_count:
+        raise Corrupt(f"{array.null_count} rows have no {name}; restore the bank from an export or a copy of the store")
+    return array
 
 
 def _hidden(table: pa.Table) -> Tensor:
     array = _array(table, "hidden")
     layers = int(table.schema.metadata[_LAYERS])
-    flat = from_dlpack(array.flatten())
+    flat = from_dlpack(_whole("hidden", array.flatten()))
     return flat.view(_HIDDEN_DTYPES[array.type.value_type]).reshape(len(table), layers, -1)
 
 
