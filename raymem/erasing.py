@@ -48,7 +48,7 @@ def erase(runtime: Runtime, what: Selection, *, rebuild: bool) -> EraseReceipt:
     runtime.become(replica, switched)
     if runtime.log is not None:
         # it still has what settled of the rows that are gone
-        runtime.log.purge()
+        runtime.log.purge(entry.id)
     return erasure.finish(runtime.cold, receipt, evidence)
 
 

@@ -17,7 +17,7 @@ from raymem.cold.failures import reading
 from raymem.cold.fenced import FencedTable
 from raymem.cold.log_rows import LOG_SCHEMA, Part, from_log, read_log, to_log
 from raymem.cold.rows import JournalRows
-from raymem.cold.tables import Tables, log_table
+from raymem.cold.tables import Tables, log_table, quote
 from raymem.errors import NotOwner
 
 _COMPACT_EVERY = 128
@@ -157,21 +157,21 @@ class Log:
         Raises:
             NotOwner: the log is lost for good. StorageError: nothing is lost.
         """
-        return self.due and self._shrink(None)
+        return self.due and self._shrink("", None)
 
-    def purge(self) -> None:
-        """Drop the rows that have settled from every file now: some of them were erased.
+    def purge(self, bank: str) -> None:
+        """Drop a bank's rows that have settled from every file now, whoever's rows came before: some were erased.
 
         Raises:
             As `maintain`.
         """
-        self._shrink(timedelta(0))
+        self._shrink(f" OR (bank = {quote(bank)} AND lsn < {self._first(bank)})", timedelta(0))
 
-    def _shrink(self, keep: timedelta | None) -> bool:
+    def _shrink(self, and_also: str, keep: timedelta | None) -> bool:
         with self._writing:
             self._ensure()
             try:
-                self._table.delete(f"lsn < {self._first()}")
+                self._table.delete(f"lsn < {self._first()}{and_also}")
                 self._table.compact(renew=False, keep=keep)
             except NotOwner:
                 self.lost = True
@@ -228,9 +228,11 @@ class Log:
                 self._rows += len(rows)
         self._pending = ()
 
-    def _first(self) -> int:
+    def _first(self, bank: str | None = None) -> int:
+        """The commit with the oldest row held, of one bank or of all."""
         with self._lock:
-            return min((held.parts[0][0] for held in self._held.values()), default=self._lsn + 1)
+            of = [held.parts[0][0] for name, held in self._held.items() if bank in (None, name)]
+            return min(of, default=self._lsn + 1)
 
 
 class OldLogs:

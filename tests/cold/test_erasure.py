@@ -514,3 +514,13 @@ def test_a_sweep_takes_ghosts_and_leaves_what_is_young_or_not_a_banks(tiny, tmp_
         assert (swept.deleted, swept.young) == (planned.deleted, planned.young)
         assert (swept.deleted, swept.young) == (("journal-" + "a" * 32,), ("snapshots-" + "b" * 32 + "-7",))
         assert set(there) - set(tables.tables()) == set(swept.deleted)
+
+
+def test_rows_that_settled_leave_the_log_though_another_banks_older_ones_wait_in_it(store, tiny):
+    fill(store.create("a/other", tiny.spec("spalm")), tiny, "kept")
+    bank = store.create("a/one", tiny.spec("spalm"))
+    fill(bank, tiny, "kept", "gone")
+
+    receipt = bank.erase(stream="gone")
+
+    assert (receipt.status, receipt.proves) == ("complete", True)
