@@ -159,8 +159,8 @@ class Log:
         """
         return self.due and self._shrink("", None)
 
-    def purge(self, bank: str) -> None:
-        """Drop a bank's rows that have settled from every file now, whoever's rows came before: some were erased.
+    def purge(self, bank: str = "") -> None:
+        """Drop rows that have settled from every file now: those of `bank` even where others' older rows have not.
 
         Raises:
             As `maintain`.
