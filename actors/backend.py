@@ -20,7 +20,7 @@ from raymem.backend import ColdBackend, shard_info
 from raymem.cold.store import ColdStore
 from raymem.config import Settings
 from raymem.errors import BankDetached, BankNotFound, ConfigError, Conflict, NotShared, RaymemError
-from raymem.limits import Limiter
+from raymem.limits import Limiter, caller
 from raymem.types import Ack, BankInfo, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
 
 
@@ -36,7 +36,7 @@ class RayBackend(ColdBackend):
         super().__init__(cold, settings)
         self._router = Router(cold, directory, settings.actors)
         self._limiter = Limiter(settings.host)
-        self._caller = uuid.uuid4().hex
+        self._self = uuid.uuid4().hex
 
     @classmethod
     async def connect(cls, address: str, cold: str | None, settings: Settings) -> RayBackend:
@@ -107,17 +107,19 @@ class RayBackend(ColdBackend):
 
     async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
         """Journal and apply a trace."""
-        with self._limiter.admit(self._caller, trace.nbytes):
+        asks = self._caller()
+        with self._limiter.admit(asks, trace.nbytes):
             packed = pack_fields(trace)
-            ack: Ack = await self._router.call_in_time(name, "write", packed, durable, self._caller)
+            ack: Ack = await self._router.call_in_time(name, "write", packed, durable, asks)
         return ack
 
     async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
         """Read a bank, or what it was."""
         # what a bank was may have to be made first, which takes as long as loading it
         call = self._router.call_in_time if as_of is None else self._router.call
-        with self._limiter.admit(self._caller, hidden_QLD.nbytes):
-            found = await call(name, "read", pack(hidden_QLD), k, start, self._caller, as_of)
+        asks = self._caller()
+        with self._limiter.admit(asks, hidden_QLD.nbytes):
+            found = await call(name, "read", pack(hidden_QLD), k, start, asks, as_of)
         return unpack_fields(Readout, found)
 
     async def mark(self, name: str, tag: str) -> dict[str, int]:
@@ -236,6 +238,10 @@ class RayBackend(ColdBackend):
     def node_of(self, owner: str) -> str | None:
         """The node that a shard is on, if the shard is known."""
         return self._router.topology.node_of(owner)
+
+    def _caller(self) -> str:
+        # the holder of a key is the same through every gateway
+        return caller.get() or self._self
 
 
 def _plain(shard: str, answer: Any) -> dict[str, Any]:

@@ -64,12 +64,16 @@ class HostSettings(_Section):
 
 
 class GatewaySettings(_Section):
-    """Memory over HTTP. Loopback unless told otherwise; an empty `api_keys` leaves the door to loopback callers."""
+    """Memory over HTTP. Loopback unless told otherwise; an empty `api_keys` leaves the door to loopback callers.
+
+    A client waits `retry_s` at most for a gateway that says that it has too much to do.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(default=8765, ge=0, le=65535)
     max_body_bytes: int = Field(default=512 * 2**20, ge=1024)
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
+    retry_s: float = Field(default=30.0, ge=0)
     model: str = "smollm2-135m"
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from raymem.config import HostSettings
 from raymem.errors import Overloaded, TooLarge
+
+# who asks, where one process asks for many: a gateway sets it to the holder of a request's key
+caller: ContextVar[str] = ContextVar("caller", default="")
 
 
 class Limiter:

@@ -18,6 +18,7 @@ from raymem.config import Settings
 from raymem.errors import Conflict, InvalidInput, Moved, NotOwner
 from raymem.host import Host
 from raymem.lease import Watch
+from raymem.limits import caller
 from raymem.types import Ack, BankInfo, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
 
 T = TypeVar("T")
@@ -52,11 +53,12 @@ class LocalBackend(ColdBackend):
 
     async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
         """Journal and apply a trace."""
-        return await self._owned(name, lambda: self.host.write(name, trace, durable=durable))
+        return await self._owned(name, lambda: self.host.write(name, trace, durable=durable, caller=caller.get()))
 
     async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
         """Read a bank, or what it was."""
-        return await self._owned(name, lambda: self.host.read(name, hidden_QLD, k, start, as_of=as_of))
+        asks = caller.get()
+        return await self._owned(name, lambda: self.host.read(name, hidden_QLD, k, start, as_of=as_of, caller=asks))
 
     async def migrate(self, name: str, to: str) -> MigrationReport:
         """There is one node here: a move to it moves nothing."""

@@ -8,17 +8,18 @@ import os
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 from pydantic import TypeAdapter
 from torch import Tensor
 
 from raymem import routes, wire
-from raymem.config import Settings
+from raymem.config import GatewaySettings, Settings
 from raymem.encode.calibration import Calibration
-from raymem.errors import BackendUnavailable, InvalidInput, RaymemError, StorageError
+from raymem.errors import BackendUnavailable, InvalidInput, Overloaded, RaymemError, StorageError
 from raymem.memory.learned import Learned
+from raymem.patience import patiently
 from raymem.routes import Route
 from raymem.types import (
     Ack,
@@ -53,11 +54,12 @@ _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 
 class HttpBackend:
-    """Banks behind a gateway."""
+    """Banks behind a gateway; a request that it refuses for now (429) is sent again for `gateway.retry_s` at most."""
 
-    def __init__(self, client: httpx.AsyncClient, max_body_bytes: int) -> None:
+    def __init__(self, client: httpx.AsyncClient, settings: GatewaySettings) -> None:
         self._client = client
-        self._max_bytes = max_body_bytes
+        self._max_bytes = settings.max_body_bytes
+        self._retry_s = settings.retry_s
 
     @classmethod
     async def connect(cls, address: str, api_key: str | None, settings: Settings) -> HttpBackend:
@@ -66,14 +68,14 @@ class HttpBackend:
         Args:
             address: http://host:port or https://….
             api_key: sent with each request.
-            settings: `gateway.max_body_bytes` bounds answers.
+            settings: `gateway.max_body_bytes` bounds answers, `gateway.retry_s` how long a refusal is waited for.
 
         Raises:
             BackendUnavailable: nothing answers there, or no raymem gateway.
         """
         headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
         client = httpx.AsyncClient(base_url=address, headers=headers, timeout=_TIMEOUT)
-        backend = cls(client, settings.gateway.max_body_bytes)
+        backend = cls(client, settings.gateway)
         try:
             await backend._check()
         except BaseException:
@@ -183,7 +185,7 @@ class HttpBackend:
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as out:
                 part = Path(out.name)
                 try:
-                    await self._download(routes.EXPORT.url(name), out)
+                    await patiently(self._retry_s, self._download, routes.EXPORT.url(name), out)
                     out.flush()
                     os.replace(part, path)
                 finally:
@@ -198,7 +200,7 @@ class HttpBackend:
             size = path.stat().st_size
             with path.open("rb") as file:
                 headers = {"Content-Type": routes.BYTES, "Content-Length": str(size)}
-                answer = await self._call(routes.IMPORT, name, content=_pieces(file), headers=headers)
+                answer = await self._call(routes.IMPORT, name, content=_Pieces(file), headers=headers)
         except OSError as error:
             raise InvalidInput(f"can't read {path}: {error}") from error
         return _INFO.validate_json(answer)
@@ -285,6 +287,9 @@ class HttpBackend:
         return found
 
     async def _call(self, route: Route, name: str = "", **request: Any) -> bytes:
+        return await patiently(self._retry_s, self._once, route, name, request)
+
+    async def _once(self, route: Route, name: str, request: dict[str, Any]) -> bytes:
         try:
             answer = await self._client.request(route.method, route.url(name), **request)
         except httpx.HTTPError as error:
@@ -315,9 +320,25 @@ def _error(answer: httpx.Response) -> RaymemError:
     try:
         return RaymemError.from_wire(answer.json()["error"])
     except (ValueError, KeyError, TypeError):
-        return BackendUnavailable(f"{answer.url} answered {answer.status_code}: {answer.text[:200]!r}")
+        what = f"{answer.url} answered {answer.status_code}: {answer.text[:200]!r}"
+    # a proxy in front of the gateway can be too busy as well
+    if answer.status_code == Overloaded.http_status:
+        return Overloaded(what, retry_after_s=_retry_after_s(answer.headers.get("Retry-After", "")))
+    return BackendUnavailable(what)
 
 
-async def _pieces(file: Any) -> AsyncIterator[bytes]:
-    while piece := await asyncio.to_thread(file.read, _CHUNK_BYTES):
-        yield piece
+def _retry_after_s(said: str) -> float:
+    # the other form, a date, needs two clocks that agree
+    return float(said) if said.isdecimal() else 1.0
+
+
+class _Pieces:
+    """A file's bytes, from its beginning each time that they are sent."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self._file.seek(0)
+        while piece := await asyncio.to_thread(self._file.read, _CHUNK_BYTES):
+            yield piece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raymem import routes
 from raymem.config import GatewaySettings
 from raymem.errors import ConfigError, RaymemError, TooLarge, Unauthorized
+from raymem.limits import caller
 from raymem.serving.errors import respond
 
 # probes know no key, and learn nothing but that the gateway lives
@@ -44,7 +46,7 @@ class Door:
         headers = Headers(scope=scope)
         try:
             if scope["path"] not in _OPEN:
-                self._check_caller(scope, headers)
+                caller.set(self._check_caller(scope, headers))
             self._check_size(int(headers.get("content-length", "0")))
         except RaymemError as error:
             await _drain(receive)
@@ -52,10 +54,11 @@ class Door:
             return
         await self._app(scope, self._counted(receive), send)
 
-    def _check_caller(self, scope: Scope, headers: Headers) -> None:
+    def _check_caller(self, scope: Scope, headers: Headers) -> str:
+        """Who asks, by a name that doesn't give the key away; callers of this machine that need none are one."""
         if not self._keys:
             _check_local(scope, headers)
-            return
+            return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # headers are read as latin-1, whatever they hold; every key is compared, so that the time taken says nothing
         matches = [hmac.compare_digest(key, given.strip().encode("latin-1")) for key in self._keys]
@@ -64,6 +67,7 @@ class Door:
                 "no API key, or one that is not known here; send `Authorization: Bearer KEY`, "
                 "or connect with raymem.connect(url, api_key=…)"
             )
+        return f"key {hashlib.sha256(given.strip().encode('latin-1')).hexdigest()[:16]}"
 
     def _check_size(self, size: int) -> None:
         if size > self._limit:

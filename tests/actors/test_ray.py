@@ -16,7 +16,7 @@ import ray
 import torch
 
 import raymem
-from raymem import Settings, Store
+from raymem import AsyncStore, Settings, Store
 from raymem.actors import backend as backend_module
 from raymem.actors import cluster
 from raymem.actors.calls import NAMESPACE, Remote, ask_all
@@ -35,6 +35,7 @@ from raymem.errors import (
     Overloaded,
     SequenceConflict,
 )
+from raymem.limits import caller
 from raymem.memory import kinds
 from raymem.runtime import Runtime
 
@@ -182,6 +183,27 @@ def test_a_caller_with_too_much_in_flight_is_refused(store, folder, bank, tiny):
     assert 0 < len(refused) < 60
     assert {type(error) for error in refused} == {Overloaded}
     assert bank.info().rows == 50 + 20 * (60 - len(refused))
+
+
+def test_callers_behind_one_gateway_are_counted_each_for_itself(store, folder, bank, tiny):
+    few = SETTINGS.model_copy(update={"host": HostSettings(caller_requests=2)})
+
+    async def write(bank, key, run):
+        caller.set(key)
+        return await bank.write(tiny.trace(20, run=run))
+
+    async def flood():
+        gateway = await AsyncStore.connect("ray", settings=few)
+        theirs = gateway.bank(bank.name)
+        many = asyncio.gather(*(write(theirs, "a", f"a-{n}") for n in range(60)), return_exceptions=True)
+        acks = [await asyncio.create_task(write(theirs, "b", f"b-{n}")) for n in range(5)]
+        refused = [outcome for outcome in await many if isinstance(outcome, Overloaded)]
+        await gateway.close()
+        return acks, refused
+
+    acks, refused = asyncio.run(flood())
+    assert [ack.rows for ack in acks] == [20] * 5
+    assert refused
 
 
 def test_who_connects_later_needs_not_name_the_store_but_may_not_name_another(store, folder, bank, tmp_path):

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,12 +52,12 @@ def make_rows():
 
 
 @contextmanager
-def _running(folder: Path, settings: Settings) -> Iterator[str]:
+def _running(folder: Path, settings: Settings, wrap: Callable[[Any], Any] = lambda app: app) -> Iterator[str]:
     async def opener() -> AsyncStore:
         return await AsyncStore.connect(folder, settings=settings)
 
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(opener, settings), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(wrap(create_app(opener, settings)), log_level="warning"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     try:
@@ -70,7 +71,7 @@ def _running(folder: Path, settings: Settings) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def run_gateway() -> Callable[[Path, Settings], object]:
+def run_gateway() -> Callable[..., object]:
     """A context manager: a real gateway over a real local store on a loopback port; gives its address."""
     return _running
 
