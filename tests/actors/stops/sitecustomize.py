@@ -1,0 +1,83 @@
+"""Loaded by every Python process of a test's cluster: lets a migration be stopped between two of its steps.
+
+A step waits while the folder that RAYMEM_TEST_STOPS names has a file of its name; `<step>.reached` says who waits.
+"""
+
+import asyncio
+import functools
+import importlib.abc
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def _reached(step):
+    stop = Path(os.environ["RAYMEM_TEST_STOPS"]) / step
+    if stop.exists():
+        stop.with_suffix(".reached").write_text(str(os.getpid()))
+    return stop
+
+
+async def _wait(step):
+    stop = _reached(step)
+    while stop.exists():
+        await asyncio.sleep(0.02)
+
+
+def _block(step):
+    stop = _reached(step)
+    while stop.exists():
+        time.sleep(0.02)
+
+
+def _stopped(method, before="", after="", blocking=False):
+    @functools.wraps(method)
+    def blocked(*args, **kwargs):
+        _block(before)
+        found = method(*args, **kwargs)
+        _block(after)
+        return found
+
+    @functools.wraps(method)
+    async def waits(*args, **kwargs):
+        await _wait(before)
+        found = await method(*args, **kwargs)
+        await _wait(after)
+        return found
+
+    return blocked if blocking else waits
+
+
+def _install(host):
+    from raymem.cold.catalog import Catalog
+    from raymem.runtime import Runtime
+
+    # what nobody comes back for is to go while the test looks
+    host._ARRIVAL_S = 3.0
+    host.Host.prepare = _stopped(host.Host.prepare, after="prepare")
+    host.Host.yield_writes = _stopped(host.Host.yield_writes, after="yield")
+    host.Host.forget_moved = _stopped(host.Host.forget_moved, before="forget")
+    Catalog.claim = _stopped(Catalog.claim, after="claim", blocking=True)
+    Runtime.own = _stopped(Runtime.own, after="own", blocking=True)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "raymem.host":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            _install(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if "RAYMEM_TEST_STOPS" in os.environ:
+    sys.meta_path.insert(0, _Finder())
