@@ -13,22 +13,21 @@ import time
 from pathlib import Path
 
 
-def _reached(step):
-    stop = Path(os.environ["RAYMEM_TEST_STOPS"]) / step
-    if stop.exists():
-        stop.with_suffix(".reached").write_text(str(os.getpid()))
-    return stop
+def _waits_at(step):
+    stop = Path(os.environ["RAYMEM_TEST_STOPS"]) / (step or "no step")
+    if not stop.exists():
+        return False
+    stop.with_suffix(".reached").touch()
+    return True
 
 
 async def _wait(step):
-    stop = _reached(step)
-    while stop.exists():
+    while _waits_at(step):
         await asyncio.sleep(0.02)
 
 
 def _block(step):
-    stop = _reached(step)
-    while stop.exists():
+    while _waits_at(step):
         time.sleep(0.02)
 
 
