@@ -1,11 +1,15 @@
 """What every test shares: a quiet, offline, seeded environment, uninitialised memory that shows, a table of figures."""
 
+import asyncio
 import json
 import os
 import random
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +67,16 @@ class Tiny:
         mean_LD = self._torch.full((len(self.layers), self.width), 0.5)
         return Calibration(model="content", layers=self.layers, mean_LD=mean_LD, ranges=ranges)
 
-    def spec(self, kind: str = "spalm", **options: Any) -> Any:
-        from raymem import BankSpec, Fingerprint, KeySpec
+    @property
+    def fingerprint(self) -> Any:
+        from raymem import Fingerprint
 
-        named = {"model": "tiny", "content": "content", "tokenizer": "tokens"}
-        fingerprint = Fingerprint(layers=self.layers, width=self.width, calibration=self.calibration.hash, **named)
+        return Fingerprint(model="tiny", content="content", layers=self.layers, width=self.width, tokenizer="tokens")
+
+    def spec(self, kind: str = "spalm", **options: Any) -> Any:
+        from raymem import BankSpec, KeySpec
+
+        fingerprint = self.fingerprint.model_copy(update={"calibration": self.calibration.hash})
         return BankSpec(kind=kind, fingerprint=fingerprint, key=KeySpec(layers=(5,)), options=options)
 
     def trace(self, rows: int = 20, *, stream: str = "s", run: str = "r", seq: int = 0, seed: int = 0) -> Any:
@@ -98,6 +107,50 @@ class Tiny:
 def tiny() -> Tiny:
     """Return what a test needs to fill banks without a model."""
     return Tiny()
+
+
+@contextmanager
+def _gateway(folder: Path, settings: Any, wrap: Callable[[Any], Any] = lambda app: app) -> Iterator[str]:
+    import uvicorn
+
+    from raymem import AsyncStore
+    from raymem.serving.app import create_app
+    from raymem.serving.server import address, bind
+
+    async def opener() -> AsyncStore:
+        return await AsyncStore.connect(folder, settings=settings)
+
+    listener = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(wrap(create_app(opener, settings)), log_level="warning"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the gateway did not start"
+            time.sleep(0.01)
+        yield address(listener)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def run_gateway() -> Callable[..., Any]:
+    """A context manager: a real gateway over a real local store on a loopback port; gives its address."""
+    return _gateway
+
+
+@pytest.fixture
+def run_example(root: Path, tmp_path: Path) -> Callable[[str], str]:
+    """Run an example as it stands in the repository, in an empty folder; give what it printed."""
+
+    def run(name: str) -> str:
+        command = [sys.executable, str(root / "examples" / name)]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return ran.stdout
+
+    return run
 
 
 def _poisoned(make: Any, torch: Any) -> Any:

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 LINES = 80
@@ -16,15 +14,8 @@ def test_every_example_is_run_by_a_test(root: Path):
     assert [file.name for file in (root / "examples").glob("*.py") if file.name not in tests] == []
 
 
-def test_the_quickstart_finds_what_it_wrote_and_the_same_bytes_after_unplugging(root: Path, tmp_path: Path):
-    ran = subprocess.run(
-        [sys.executable, str(root / "examples" / "quickstart.py")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "it remembers ' Mo'" in ran.stdout
-    assert "the same bytes: True" in ran.stdout
+def test_the_quickstart_finds_what_it_wrote_and_the_same_bytes_after_unplugging(run_example):
+    printed = run_example("quickstart.py")
+
+    assert "it remembers ' Mo'" in printed
+    assert "the same bytes: True" in printed

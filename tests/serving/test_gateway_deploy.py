@@ -19,22 +19,21 @@ def test_arguments_of_serve_run_are_checked():
 
 
 @pytest.mark.ray
-def test_the_deployment_answers_with_the_clusters_banks(
-    tmp_path, free_port, gateway_calibration, gateway_spec, make_rows
-):
+def test_the_deployment_answers_with_the_clusters_banks(tmp_path, free_port, tiny, gateway_spec, make_rows):
     import ray
     from ray import serve
 
     from raymem.serving.deploy import deployment
 
     settings = Settings(gateway=GatewaySettings(api_keys=(KEY,)))
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    # a cluster of its own, whatever else runs on this machine
+    ray.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": free_port})
         serve.run(deployment(settings, cold=str(tmp_path / "memory")), name="raymem", route_prefix="/")
         url = f"http://127.0.0.1:{free_port}"
         with connect(url, api_key=KEY) as store:
-            store.put_calibration(gateway_calibration)
+            store.put_calibration(tiny.calibration)
             bank = store.create("lab/alice", gateway_spec)
             trace = make_rows(20)
             assert bank.write(trace).durable

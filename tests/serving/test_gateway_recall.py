@@ -95,10 +95,10 @@ def test_a_text_that_is_no_question_is_refused(model):
         reader.states("hello", fingerprint(model, (1,)).model_copy(update={"content": "another"}))
 
 
-def test_without_transformers_the_extra_is_named(monkeypatch, gateway_fingerprint):
+def test_without_transformers_the_extra_is_named(monkeypatch, tiny):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtra, match=r"raymem\[lm\]") as caught:
-        Reader("smollm2-135m").states("hello", gateway_fingerprint)
+        Reader("smollm2-135m").states("hello", tiny.fingerprint)
     assert caught.value.http_status == 503
 
 
