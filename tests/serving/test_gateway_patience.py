@@ -16,11 +16,11 @@ BUSY = Settings(host=HostSettings(caller_requests=1), gateway=GatewaySettings(ap
 
 
 @pytest.fixture(scope="module")
-def busy(tmp_path_factory, run_gateway, gateway_calibration, gateway_spec) -> Iterator[str]:
+def busy(tmp_path_factory, run_gateway, tiny, gateway_spec) -> Iterator[str]:
     """A gateway that lets each caller have one request in flight."""
     with run_gateway(tmp_path_factory.mktemp("busy") / "memory", BUSY) as url:
         with connect(url, api_key="alice") as store:
-            store.put_calibration(gateway_calibration)
+            store.put_calibration(tiny.calibration)
             store.create(BANK, gateway_spec)
         yield url
 
@@ -89,7 +89,7 @@ class Proxy:
 
 
 @pytest.fixture
-def behind(tmp_path, run_gateway, gateway_calibration, gateway_spec, make_rows):
+def behind(tmp_path, run_gateway, tiny, gateway_spec, make_rows):
     """A proxy that will be busy, the gateway behind it, and a bank there that was exported."""
     proxies = []
 
@@ -99,7 +99,7 @@ def behind(tmp_path, run_gateway, gateway_calibration, gateway_spec, make_rows):
 
     with run_gateway(tmp_path / "memory", Settings(), wrap=wrap) as url:
         with connect(url) as store:
-            store.put_calibration(gateway_calibration)
+            store.put_calibration(tiny.calibration)
             store.create("lab/a", gateway_spec).write(make_rows(30))
             store.bank("lab/a").export(tmp_path / "a.raymem")
         yield proxies[0], url
