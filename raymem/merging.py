@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from raymem.cold.interleave import Tally, merged
+from raymem.cold.lineage import steady
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore, Entry
 from raymem.cold.tables import snapshot_table
@@ -35,16 +36,18 @@ def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild
     Raises:
         InvalidInput: no source, or one twice. FingerprintMismatch, InvalidSpec: naming what differs.
         Unsupported: banks of this kind don't merge, and `rebuild` is False.
+        Conflict: rows of a source were erased meanwhile.
     """
     entries = [cold.catalog.get(source) for source in sources]
     spec = _common_spec(entries)
     rule = merge_rule(spec.kind)
-    ends = [cold.journal(entry).end() for entry in entries]
-    state = _merged_state(cold, entries, ends) if rule != "exact" and not rebuild else None
+    with steady(cold.catalog, *entries):
+        ends = [cold.journal(entry).end() for entry in entries]
+        state = _merged_state(cold, entries, ends) if rule != "exact" and not rebuild else None
     prefixes = _prefixes(sources) if rename else [""] * len(sources)
     made, tally = Entry(id=uuid.uuid4().hex, name=target, spec=spec, state="hot", created=time.time()), Tally()
     scans = [cold.journal(entry).scan(stop=end) for entry, end in zip(entries, ends, strict=True)]
-    tables = merged(scans, sources, prefixes, tally)
+    tables = _steadily(cold, entries, merged(scans, sources, prefixes, tally))
     try:
         if state is None:
             cold.catalog.add(made, (batch for table in tables for batch in table.to_batches()))
@@ -66,6 +69,12 @@ def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild
         conflicts=tally.conflicts,
         conflict_rows=tuple(tally.named),
     )
+
+
+def _steadily(cold: ColdStore, entries: Sequence[Entry], tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    # an error after the last table still keeps the new bank from becoming visible
+    with steady(cold.catalog, *entries):
+        yield from tables
 
 
 def _common_spec(entries: Sequence[Entry]) -> BankSpec:

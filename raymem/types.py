@@ -368,11 +368,15 @@ class EraseReceipt:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What a sweep deleted, or would: tables that the catalog doesn't name; `young` ones wait. And what it finished."""
+    """What a sweep deleted, or would: tables that the catalog doesn't name; `young` ones wait. And what it finished.
+
+    `unfinished` counts snapshots that were cut short and whose parts went.
+    """
 
     deleted: tuple[str, ...]
     young: tuple[str, ...]
     bytes: int
+    unfinished: int = 0
     receipts: tuple[EraseReceipt, ...] = ()
 
 

@@ -149,6 +149,7 @@ def _swept(report: SweepReport, dry_run: bool) -> str:
     did = "would delete" if dry_run else "deleted"
     finished = sum(receipt.status != "pending" for receipt in report.receipts)
     return (
-        f"{did} {len(report.deleted)} tables, {output.size(report.bytes)}; {len(report.young)} are too young; "
+        f"{did} {len(report.deleted)} tables, {output.size(report.bytes)}, and {report.unfinished} snapshots that were "
+        f"cut short; {len(report.young)} are too young; "
         f"{finished} of {len(report.receipts)} open erasures finished"
     )

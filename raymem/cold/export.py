@@ -35,6 +35,7 @@ from raymem.cold.catalog import Entry
 from raymem.cold.durable import fsync
 from raymem.cold.failures import reading, writing
 from raymem.cold.holes import HOLES, Holes
+from raymem.cold.lineage import steady
 from raymem.cold.rows import JournalRows, bank_schema
 from raymem.cold.store import ColdStore
 from raymem.cold.tables import snapshot_table
@@ -110,11 +111,15 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
         progress: called with rows written and rows in all.
 
     Raises:
-        BankNotFound, Corrupt, StorageError: no file is left behind.
+        BankNotFound, Corrupt, StorageError, Conflict (rows were erased meanwhile): no file is left behind.
     """
     entry = store.catalog.get(name)
     path = Path(path)
-    with _appearing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        _appearing(path) as file,
+        steady(store.catalog, entry),
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
         # first the snapshot: the journal then reaches at least as far
         found = store.state(entry)
         end, holes = store.journal(entry).end(), store.journal(entry).holes()

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from raymem.cold.catalog import Catalog, Entry
-from raymem.cold.lineage import ancestors
+from raymem.cold.lineage import ancestors, steady
 from raymem.cold.rows import bank_schema
 from raymem.cold.store import ColdStore
 from raymem.cold.tables import journal_table, snapshot_table
@@ -75,11 +75,13 @@ def fork_at(cold: ColdStore, source: str, target: str, at: str | int | None) -> 
     """Create `target` as a fork of `source` at a tag or a position, by default the present one; no row is copied.
 
     Raises:
-        TagNotFound, InvalidInput: there is no such tag or position. BankExists, BankNotFound.
+        TagNotFound, InvalidInput: there is no such tag or position. BankExists, BankNotFound. Conflict: rows were
+            erased meanwhile.
     """
     parent = cold.catalog.get(source)
-    entry = _fork(cold.catalog, parent, target, fork_position(cold, parent, at))
-    return cold.catalog.add(entry, [])
+    with steady(cold.catalog, parent):
+        pos = fork_position(cold, parent, at)
+    return cold.catalog.add(_fork(cold.catalog, parent, target, pos), [])
 
 
 def restore_to(cold: ColdStore, name: str, at: str | int) -> RestoreReport:

@@ -180,7 +180,7 @@ class Journal:
         Raises:
             Corrupt: naming the position at which a checksum, the order or the file itself did not hold.
         """
-        failed_at = -1
+        failed_at = (-1, -1)
         while True:
             try:
                 for rows in self._scan(start, stop, batch_rows):
@@ -188,10 +188,12 @@ class Journal:
                     start = int(rows.pos_T[-1]) + 1
                 return
             except Corrupt as error:
-                # the owner may have compacted the version that we were reading: the latest one has the same rows
-                if not error.details.get("missing") or failed_at == start:
+                # the owner may have compacted the version that we were reading: the latest one has the same rows; or
+                # have erased rows, and the table is another one
+                place = (start, self._fresh().generation)
+                if not error.details.get("missing") or failed_at == place:
                     raise
-                failed_at = start
+                failed_at = place
 
     def find(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> dict[int, int]:
         """Checksums by seq of a run's rows in [seq_from, seq_to) that are there already, before position `stop`."""

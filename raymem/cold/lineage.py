@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from raymem.cold.journal import Journal
 from raymem.cold.log import Log, OldLogs
 from raymem.cold.rows import JournalRows
 from raymem.cold.tables import Tables
-from raymem.errors import Corrupt
+from raymem.errors import BankNotFound, Conflict, Corrupt
 
 
 class Lineage(Journal):
@@ -78,3 +79,29 @@ def ancestors(catalog: Catalog, entry: Entry) -> Iterator[tuple[Entry, int]]:
     while entry.parent is not None and (parent := catalog.by_id(entry.parent)) is not None:
         yield parent, upto
         entry, upto = parent, min(upto, parent.base)
+
+
+@contextmanager
+def steady(catalog: Catalog, *entries: Entry) -> Iterator[None]:
+    """Inside, banks are read more than once, and each time as they are: what was read must be of one journal each.
+
+    Raises:
+        Conflict: rows of one were erased meanwhile, so what was read doesn't fit together or was gone.
+        BankNotFound: one was removed meanwhile.
+    """
+    before = [*entries, *(parent for entry in entries for parent, _ in ancestors(catalog, entry))]
+    try:
+        yield
+    except Corrupt as error:
+        _require_unchanged(catalog, before, error)
+        raise
+    _require_unchanged(catalog, before, None)
+
+
+def _require_unchanged(catalog: Catalog, before: list[Entry], error: Corrupt | None) -> None:
+    for entry in before:
+        now = catalog.by_id(entry.id)
+        if now is None:
+            raise BankNotFound(f"bank {entry.name!r} was removed while it was read", bank=entry.name) from error
+        if now.generation != entry.generation:
+            raise Conflict(f"rows of bank {entry.name!r} were erased while it was read: do it again") from error

@@ -51,7 +51,7 @@ class _Manifest:
 class Snapshots:
     """The newest snapshots of one bank, and those at its tags.
 
-    One without a manifest row was cut short and does not exist.
+    One without a manifest row was cut short and does not exist; the next `save`, or `clear`, deletes its parts.
 
     `fallbacks` counts how often `latest` had to pass over a corrupt one. `tagged` gives the positions to keep.
     """
@@ -114,8 +114,22 @@ class Snapshots:
         rows = self._manifests()[:1]
         return sum(header["bytes"] for row in rows for header in self._parse(row).tensors.values())
 
+    def unfinished(self) -> set[str]:
+        """Snapshots that were cut short, or are being saved: they have parts and no manifest."""
+        rows = self._select("true", ["snapshot", "part"])
+        return {row["snapshot"] for row in rows} - {row["snapshot"] for row in rows if row["part"] == _MANIFEST}
+
+    def clear(self) -> int:
+        """Delete the parts of unfinished snapshots, when nobody is saving one; return how many snapshots that were."""
+        return self._delete(self.unfinished())
+
     def _manifests(self) -> list[dict[str, Any]]:
         """Manifest rows, newest first."""
+        rows = self._select(f"part = {_MANIFEST}", _SCHEMA.names)
+        # a stable sort: of two at one position, the one that was written later comes first
+        return sorted(reversed(rows), key=lambda row: -row["pos"])
+
+    def _select(self, where: str, columns: list[str]) -> list[dict[str, Any]]:
         try:
             table = self._tables.open(self._name)
         except Corrupt as error:
@@ -124,9 +138,8 @@ class Snapshots:
             # none was ever saved
             return []
         with reading(f"list the snapshots of {self._bank}"):
-            rows: list[dict[str, Any]] = table.search().where(f"part = {_MANIFEST}").to_arrow().to_pylist()
-        # a stable sort: of two at one position, the one that was written later comes first
-        return sorted(reversed(rows), key=lambda row: -row["pos"])
+            found: list[dict[str, Any]] = table.search().where(where).select(columns).limit(None).to_list()
+        return found
 
     def _parse(self, row: dict[str, Any]) -> _Manifest:
         if crc32c(row["data"]) != row["crc32c"]:
@@ -163,14 +176,16 @@ class Snapshots:
             # a tag's is the newest at its position
             at_tag = {row["pos"]: row["snapshot"] for row in reversed(manifests)}
             kept |= {at_tag[pos] for pos in self._tagged() if pos in at_tag}
-        old = [quote(row["snapshot"]) for row in manifests if row["snapshot"] not in kept]
-        if not old:
-            return
-        with writing(f"drop old snapshots of {self._bank}"):
-            table = self._tables.open(self._name)
-            table.delete(f"snapshot IN ({', '.join(old)})")
-            self._make_durable()
-            table.to_lance().cleanup_old_versions(older_than=timedelta(0))
+        self._delete({row["snapshot"] for row in manifests} - kept | self.unfinished())
+
+    def _delete(self, snapshots: set[str]) -> int:
+        if snapshots:
+            with writing(f"drop old snapshots of {self._bank}"):
+                table = self._tables.open(self._name)
+                table.delete(f"snapshot IN ({', '.join(map(quote, sorted(snapshots)))})")
+                self._make_durable()
+                table.to_lance().cleanup_old_versions(older_than=timedelta(0))
+        return len(snapshots)
 
     def _make_durable(self) -> None:
         if self._sync:

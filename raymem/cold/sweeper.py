@@ -18,10 +18,11 @@ _TABLE = re.compile(r"(?P<kind>journal|snapshots|log)-(?P<id>[0-9a-f]{32})(?:-\d
 
 
 def sweep(cold: ColdStore, age_s: float, *, dry_run: bool = False) -> SweepReport:
-    """Delete tables that the catalog doesn't name, of banks and logs, then go on with erasures that are not finished.
+    """Delete tables that the catalog doesn't name, of banks and logs, and parts of snapshots that were cut short.
 
-    A table that is being made now is not named yet: it is left alone until nothing was written to it for `age_s`
-    seconds. The catalog is asked again just before each deletion.
+    Then go on with erasures that are not finished. A table that is being made now is not named yet, and a snapshot is
+    saved part by part: a table is left alone until nothing was written to it for `age_s` seconds. The catalog is asked
+    again just before each deletion.
 
     Args:
         cold: the store.
@@ -29,13 +30,17 @@ def sweep(cold: ColdStore, age_s: float, *, dry_run: bool = False) -> SweepRepor
         dry_run: only say what would be deleted.
     """
     files = Files(cold.tables)
-    deleted, young, size = [], [], 0
+    deleted, young, size, unfinished = [], [], 0, 0
     for name in files.tables():
         match = _TABLE.fullmatch(name)
-        if match is None or _is_named(cold, name, match):
+        if match is None:
             continue
-        there = files.of(name)
-        if time.time() - max((file.written for file in there), default=0.0) < age_s:
+        there, named = files.of(name), _is_named(cold, name, match)
+        is_young = time.time() - max((file.written for file in there), default=0.0) < age_s
+        if named:
+            unfinished += 0 if is_young else _cut_short(cold, match, dry_run)
+            continue
+        if is_young:
             young.append(name)
             continue
         if not dry_run:
@@ -45,7 +50,16 @@ def sweep(cold: ColdStore, age_s: float, *, dry_run: bool = False) -> SweepRepor
         deleted.append(name)
         size += sum(file.bytes for file in there)
     receipts = () if dry_run else tuple(_go_on(cold, *found, age_s) for found in cold.receipts.pending())
-    return SweepReport(tuple(deleted), tuple(young), size, receipts)
+    return SweepReport(tuple(deleted), tuple(young), size, unfinished, receipts)
+
+
+def _cut_short(cold: ColdStore, match: re.Match[str], dry_run: bool) -> int:
+    """How many snapshots of a bank were cut short; their parts go."""
+    entry = cold.catalog.by_id(match["id"]) if match["kind"] == "snapshots" else None
+    if entry is None:
+        return 0
+    snapshots = cold.snapshots(entry)
+    return len(snapshots.unfinished()) if dry_run else snapshots.clear()
 
 
 def _is_named(cold: ColdStore, table: str, match: re.Match[str]) -> bool:

@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
 import raymem
-from raymem import Bank, Settings, Store, Trace
+from raymem import Bank, Settings, Store, Trace, merging
 from raymem.cold import erasure
 from raymem.cold.evidence import inspect
+from raymem.cold.export import export_bank
 from raymem.cold.files import Files
 from raymem.cold.store import ColdStore
 from raymem.config import ColdSettings
-from raymem.errors import InvalidInput, Unsupported
+from raymem.errors import BankNotFound, Conflict, InvalidInput, Unsupported
 from raymem.memory import kinds
 
 # a commit that waits for the disk is another file's to test
@@ -318,6 +320,49 @@ def test_reads_are_answered_while_rows_are_erased(store, tiny, monkeypatch):
     bank.erase(stream="alice")
 
     assert answered == [3]
+
+
+@pytest.mark.parametrize("name", ["lab/a", "lab/fork"])
+def test_a_bank_is_not_exported_half_before_an_erasure_and_half_after(store, tiny, cold, tmp_path, name):
+    bank = bank_of(store, tiny, "a", "spalm", "alice", "bob")
+    store.fork("lab/a", "lab/fork")
+    file = tmp_path / "a.raymem"
+
+    with pytest.raises(Conflict, match=f"rows of bank '{name}' were erased while it was read: do it"):
+        export_bank(cold, name, file, lambda done, rows: bank.erase(stream="alice"))
+    assert not file.exists()
+    assert export_bank(cold, name, file).rows == 66
+
+    with pytest.raises(BankNotFound, match="removed while it was read"):
+        export_bank(cold, "lab/fork", file, lambda done, rows: store.delete("lab/fork"))
+
+
+@pytest.mark.parametrize("rebuild", [True, False])
+def test_banks_are_not_merged_half_before_an_erasure_and_half_after(store, tiny, cold, monkeypatch, rebuild):
+    bank = bank_of(store, tiny, "a", "larimar", "alice", "bob")
+    merged = merging.merged
+
+    def erased_meanwhile(*args: Any) -> Iterator[pa.Table]:
+        yield from merged(*args)
+        bank.erase(stream="alice")
+
+    monkeypatch.setattr(merging, "merged", erased_meanwhile)
+    with pytest.raises(Conflict, match="erased while it was read"):
+        merging.merge_banks(cold, "lab/all", ["lab/a"], rebuild=rebuild, rename=True)
+    assert [info.name for info in store.banks()] == ["lab/a"]
+    assert all(cold.catalog.get("lab/a").id in folder for folder in folders(cold))
+
+
+def test_a_scan_goes_on_in_the_journal_that_an_erasure_left(store, tiny, cold):
+    bank = bank_of(store, tiny, "a", "spalm", "alice", "bob")
+    scan = cold.journal(cold.catalog.get("lab/a")).scan(batch_rows=11)
+    first = next(scan)
+    bank.erase(stream="alice")
+    left = [first, *scan]
+
+    positions = [pos for rows in left for pos in rows.pos_T.tolist()]
+    assert positions == sorted(set(positions))
+    assert sum(rows.streams.count("bob") for rows in left) == 66
 
 
 @pytest.mark.parametrize("kind", ["spalm", "titans"])

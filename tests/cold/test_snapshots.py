@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from raymem.cold import snapshots as snapshots_module
+from raymem.cold.files import Files
 from raymem.cold.snapshots import Snapshots
 from raymem.cold.store import ColdStore
+from raymem.cold.sweeper import sweep
 from raymem.errors import Corrupt, StorageError
 from raymem.types import BankSpec
 
@@ -114,18 +116,46 @@ def test_a_checksum_names_the_tensor(store: ColdStore, snapshots: Snapshots):
     assert snapshots.latest() is None
 
 
-def test_a_snapshot_cut_short_does_not_exist(snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch):
-    snapshots.save(5, state(), {})
+def cut_short(snapshots: Snapshots, pos: int) -> None:
+    """Begin to save: the parts are written and synced, the manifest row is not."""
 
-    def fail(*args: object) -> None:
+    def fail() -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    # the parts are written, the manifest row is not
     batch = snapshots_module._batch
-    monkeypatch.setattr(snapshots_module, "_batch", lambda *args: fail() if args[2] == -1 else batch(*args))
-    with pytest.raises(StorageError, match="No space left on device"):
-        snapshots.save(9, state(), {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshots_module, "_batch", lambda *args: fail() if args[2] == -1 else batch(*args))
+        with pytest.raises(StorageError, match="No space left on device"):
+            snapshots.save(pos, state(), {})
+    assert len(snapshots.unfinished()) == 1
+
+
+def test_a_snapshot_cut_short_does_not_exist(snapshots: Snapshots):
+    snapshots.save(5, state(), {})
+    cut_short(snapshots, 9)
     assert snapshots.latest(strict=True)[0] == 5
+
+
+def test_parts_of_a_snapshot_cut_short_go_with_the_next_save_or_a_sweep(store: ColdStore, snapshots: Snapshots):
+    def size() -> int:
+        files = Files(store.tables)
+        (table,) = [name for name in files.tables() if name.startswith("snapshots")]
+        return sum(file.bytes for file in files.of(table) if file.holds_rows)
+
+    snapshots.save(5, state(), {})
+    cut_short(snapshots, 9)
+    snapshots.save(10, state(), {})
+    assert not snapshots.unfinished()
+    whole = size()
+
+    cut_short(snapshots, 12)
+    assert size() > whole
+    assert sweep(store, age_s=3600.0).unfinished == 0
+    assert sweep(store, age_s=0.0, dry_run=True).unfinished == 1
+    assert sweep(store, age_s=0.0).unfinished == 1
+    assert not snapshots.unfinished()
+    assert size() == whole
+    assert snapshots.latest(strict=True)[0] == 10
 
 
 def test_meta_must_be_plain(snapshots: Snapshots):
