@@ -140,6 +140,15 @@ class RayBackend(ColdBackend):
         receipt: EraseReceipt = await self._router.call(name, "erase", what, rebuild)
         return receipt
 
+    async def release(self, name: str, stream: str | None) -> None:
+        """Finish writes, and look up where streams live before later ones."""
+        await self._router.call(name, "release", stream)
+
+    async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
+        """Copy a stream from another bank's journal."""
+        copied, end = await self._router.call(name, "pull", source, stream, start)
+        return copied, end
+
     async def migrate(self, name: str, to: str) -> MigrationReport:
         """Move a bank to another node while it is read and written.
 

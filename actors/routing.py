@@ -218,7 +218,7 @@ class Router:
         owner = await self._last_seen(bank)
         if owner is not None:
             return owner
-        entry = await asyncio.to_thread(self._cold.catalog.get, bank)
+        entry = (await asyncio.to_thread(self._cold.catalog.get, bank)).whole()
         if entry.state == "cold":
             raise detached(bank)
         return entry.owner or await self._place(entry, (await self.refresh()).taking(), "")

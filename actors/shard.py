@@ -110,6 +110,14 @@ class Shard:
         host = await self._hot(name)
         return await host.erase(name, what, rebuild=rebuild)
 
+    async def release(self, name: str, stream: str | None) -> None:
+        """As `Host.release`."""
+        await (await self._hot(name)).release(name, stream)
+
+    async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
+        """As `Host.pull`."""
+        return await (await self._hot(name)).pull(name, source, stream, start)
+
     async def locate(self, name: str) -> str:
         """This shard's name, for a bank that is hot here."""
         await self._hot(name)

@@ -30,6 +30,7 @@ from raymem.types import (
     MergeReport,
     MigrationReport,
     Readout,
+    RebalanceReport,
     RestoreReport,
     Selection,
     ShardInfo,
@@ -46,15 +47,19 @@ log = structlog.get_logger("raymem.backend")
 class Backend(Protocol):
     """Every verb of a store. Names are checked before they come here."""
 
-    async def create(self, name: str, spec: BankSpec) -> BankInfo: ...
+    async def create(self, name: str, spec: BankSpec, partitions: int) -> BankInfo: ...
     async def info(self, name: str) -> BankInfo: ...
     async def banks(self, prefix: str) -> list[BankInfo]: ...
     async def delete(self, name: str, materialise: bool) -> None: ...
     async def write(self, name: str, trace: Trace, durable: bool) -> Ack: ...
-    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout: ...
+    async def read(
+        self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None, allow_partial: bool
+    ) -> Readout: ...
     async def attach(self, name: str, node: str | None) -> BankInfo: ...
     async def detach(self, name: str) -> BankInfo: ...
-    async def migrate(self, name: str, to: str) -> MigrationReport: ...
+    async def migrate(self, name: str, to: str, partition: int | None) -> MigrationReport: ...
+    async def grow(self, name: str, partitions: int) -> BankInfo: ...
+    async def rebalance(self, name: str) -> RebalanceReport: ...
     async def pin(self, name: str, pinned: bool) -> BankInfo: ...
     async def tag(self, name: str, tag: str) -> dict[str, int]: ...
     async def untag(self, name: str, tag: str) -> dict[str, int]: ...
@@ -82,7 +87,10 @@ class Backend(Protocol):
 
 
 class ColdBackend(ABC):
-    """The verbs that need the catalog and the cold store alone; placing banks is left to the backends."""
+    """Banks one by one: the verbs that need the catalog and the cold store alone; placing is left to the backends.
+
+    A partitioned bank is no bank here, its partitions are: `raymem.partitioned` makes one of them.
+    """
 
     def __init__(self, cold: ColdStore, settings: Settings) -> None:
         self.cold = cold
@@ -95,6 +103,30 @@ class ColdBackend(ABC):
     @abstractmethod
     async def detach(self, name: str) -> BankInfo:
         """Settle, snapshot and free a hot bank."""
+
+    @abstractmethod
+    async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
+        """Journal and apply a trace."""
+
+    @abstractmethod
+    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
+        """Read a bank, or what it was."""
+
+    @abstractmethod
+    async def digest(self, name: str) -> str:
+        """sha256 of the bank's state."""
+
+    @abstractmethod
+    async def migrate(self, name: str, to: str) -> MigrationReport:
+        """Move a bank to another node while it is read and written."""
+
+    @abstractmethod
+    async def release(self, name: str, stream: str | None) -> None:
+        """Finish writes to a partition; its owner then looks up where a stream, or any, lives before later ones."""
+
+    @abstractmethod
+    async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
+        """Have a bank's owner copy a stream from another bank's journal; see `Host.pull`."""
 
     @abstractmethod
     async def mark(self, name: str, tag: str) -> dict[str, int]:
@@ -123,7 +155,7 @@ class ColdBackend(ABC):
             CalibrationNotFound: the store has none for the fingerprint's model and layers.
             InvalidSpec, BankExists: nothing was created.
         """
-        checked = await asyncio.to_thread(self._complete, spec)
+        checked = await asyncio.to_thread(self.complete, spec)
         await asyncio.to_thread(self.cold.catalog.create, name, checked)
         return await self.attach(name, None)
 
@@ -134,10 +166,10 @@ class ColdBackend(ABC):
         return await asyncio.to_thread(self._info, entry, hot)
 
     async def banks(self, prefix: str) -> list[BankInfo]:
-        """The catalog's lines whose names begin with `prefix`, by name."""
+        """The lines of all banks, partitions too, whose names begin with `prefix`, by name."""
         entries = await asyncio.to_thread(self.cold.catalog.list, prefix)
         hot = await self.hot_bytes()
-        return [await asyncio.to_thread(self._info, entry, hot) for entry in entries]
+        return [await asyncio.to_thread(self._info, entry, hot) for entry in entries if entry.state != "split"]
 
     async def delete(self, name: str, materialise: bool) -> None:
         """Remove a bank with all its rows, snapshots and tags.
@@ -316,7 +348,8 @@ class ColdBackend(ABC):
         """Weights by their name."""
         return Learned.from_bytes(await asyncio.to_thread(self.cold.params.get, params), params)
 
-    def _complete(self, spec: BankSpec) -> BankSpec:
+    def complete(self, spec: BankSpec) -> BankSpec:
+        """A spec that was checked, with the store's calibration if it names none."""
         from raymem.runtime import assemble, learned_of
 
         fingerprint = spec.fingerprint
@@ -329,14 +362,15 @@ class ColdBackend(ABC):
         return spec
 
     def _info(self, entry: Entry, hot: dict[str, int]) -> BankInfo:
+        journal = self.cold.journal(entry)
         return BankInfo(
             name=entry.name,
             spec=entry.spec,
-            state=entry.state,
+            state="cold" if entry.state == "cold" else "hot",
             epoch=entry.epoch,
             owner=entry.owner,
             node=self.node_of(entry.owner) if entry.owner else None,
-            rows=self.cold.journal(entry).rows(),
+            rows=journal.rows(),
             bytes=hot.get(entry.name, 0),
             tags=entry.tags,
             created=entry.created,

@@ -61,6 +61,7 @@ class HostSettings(_Section):
     past_bytes: int = Field(default=256 * 2**20, ge=0)
     memory_bytes: int | None = Field(default=None, ge=2**10)
     gpu_memory_bytes: int | None = Field(default=None, ge=2**10)
+    partial_s: float = Field(default=2.0, gt=0)
 
 
 class GatewaySettings(_Section):

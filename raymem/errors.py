@@ -23,9 +23,11 @@
     │   └── NotOwner                another epoch owns the bank: this owner is fenced off
     ├── Unauthorized                no key, or one that doesn't open this bank
     ├── Unsupported                 this kind refuses the verb
+    │   └── Partitioned             the verb needs one journal, and the bank is in partitions
     ├── Unavailable                 try again, or elsewhere
     │   ├── Overloaded              a bounded queue is full; `retry_after_s` says when
     │   ├── Moved                   the bank lives elsewhere; `to` says where
+    │   ├── Reassigned              the stream lives in another partition, or is about to
     │   ├── BackendUnavailable      no Ray cluster, no gateway
     │   └── StorageError            the disk is full or the store failed; nothing was acknowledged
     ├── Corrupt                     a checksum, a length or a format did not hold
@@ -206,6 +208,12 @@ class Unsupported(RaymemError):
     http_status = 501
 
 
+class Partitioned(Unsupported):
+    """The bank is in partitions, and what was asked needs one journal."""
+
+    code = "partitioned"
+
+
 class Unavailable(RaymemError):
     """Not now, or not here."""
 
@@ -234,6 +242,12 @@ class Moved(Unavailable):
     def to(self) -> str:
         """The shard that has the bank now."""
         return str(self.details.get("to", ""))
+
+
+class Reassigned(Unavailable):
+    """The stream's rows belong in another partition of the bank, or are just being handed over to it."""
+
+    code = "reassigned"
 
 
 class BackendUnavailable(Unavailable):

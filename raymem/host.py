@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from raymem.config import Settings
 from raymem.crew import Crew
 from raymem.erasing import erase
 from raymem.errors import Moved, NotOwner, RaymemError
+from raymem.homes import Homes
 from raymem.lease import Lease
 from raymem.limits import Limiter
 from raymem.past import Past
@@ -27,6 +28,7 @@ from raymem.room import Room
 from raymem.runtime import Runtime
 from raymem.types import Ack, EraseReceipt, Readout, Selection, Trace
 from raymem.upkeep import Upkeep
+from raymem.wire import traces_of
 from raymem.worker import BankWorker
 
 T = TypeVar("T")
@@ -115,7 +117,7 @@ class Host:
         async with self._locks[name]:
             if self.has(name):
                 return
-            entry = await self._thread(lambda: self.cold.catalog.get(name))
+            entry = (await self._thread(lambda: self.cold.catalog.get(name))).whole()
             if take_from is not None and entry.owner not in (None, self.owner, take_from):
                 raise Moved(f"bank {name!r} is hot on {entry.owner}", to=entry.owner)
             await self._load(entry)
@@ -159,8 +161,10 @@ class Host:
             InvalidTrace, NonFinite, SequenceConflict: refused, nothing written.
             NotOwner: the lease ran out meanwhile; the rows may be there, and writing them again is safe.
             TooLarge: the bank alone takes more memory than there is here.
+            Reassigned: the bank is a partition, and the stream lives in another.
         """
-        worker, lease = self._writable(name), self._lease
+        # nothing is waited for between this and the queue
+        worker, lease = await self._home(name, lambda homes: homes.require(trace.stream)), self._lease
         self._room.leaving(name, worker.runtime.nbytes, {}, ())
         if durable:
             with self._limiter.admit(caller, trace.nbytes):
@@ -216,6 +220,30 @@ class Host:
         # what banks were may hold the rows still, this one's and its forks'
         self.past.forget()
         return receipt
+
+    async def release(self, name: str, stream: str | None) -> None:
+        """Finish the writes queued so far, and look up where a stream lives, or any, before later ones."""
+        worker = self._writable(name)
+        worker.homes.release(stream)
+        await worker.call(lambda: None)
+
+    async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
+        """Copy a stream's rows from another bank's journal, under their own names; those that are there stay.
+
+        Returns:
+            How many were new, and the position in that journal up to which all were seen: where to go on.
+        """
+        lease, copied = self._lease, 0
+        journal = self.cold.journal(await self._thread(lambda: self.cold.catalog.get(source)))
+        end = await self._thread(journal.end)
+        rows = journal.of_stream(stream, start)
+        while (part := await self._thread(lambda: next(rows, None))) is not None:
+            worker = await self._home(name, lambda homes: homes.expect(stream))
+            acks = await asyncio.gather(*map(worker.write, traces_of(part)))
+            copied += sum(ack.rows for ack in acks)
+        self._confirm(name, lease)
+        self._watch_growth(name)
+        return copied, end
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's whole state, after the writes queued so far."""
@@ -316,6 +344,7 @@ class Host:
             committer = await self._commits()
             entry = await self._thread(lambda: self._claim(name, self.cold.catalog.get(name).epoch, committer))
             await worker.call(lambda: worker.runtime.own(entry))
+            worker.homes.release(None)
         except Exception:
             # whoever the catalog names now has the bank: a fresh start tells
             self._workers.pop(name, None)
@@ -501,6 +530,14 @@ class Host:
         if name in self._moved:
             raise Moved(f"bank {name!r} is moving to {self._moved[name]}", to=self._moved[name])
         return worker
+
+    async def _home(self, name: str, check: Callable[[Homes], Awaitable[None]]) -> BankWorker:
+        """The bank's worker, once its partition may take the rows; a check that takes time may find another."""
+        while True:
+            worker = self._writable(name)
+            await check(worker.homes)
+            if worker is self._writable(name):
+                return worker
 
     def _finish_later(self, name: str, admitted: Any, done: asyncio.Future[Ack]) -> None:
         admitted.__exit__(None, None, None)

@@ -82,6 +82,14 @@ class LocalBackend(ColdBackend):
         """Erase rows."""
         return await self._owned(name, lambda: self.host.erase(name, what, rebuild=rebuild))
 
+    async def release(self, name: str, stream: str | None) -> None:
+        """Finish writes, and look up where streams live before later ones."""
+        await self._owned(name, lambda: self.host.release(name, stream))
+
+    async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
+        """Copy a stream from another bank's journal."""
+        return await self._owned(name, lambda: self.host.pull(name, source, stream, start))
+
     async def nodes(self) -> list[str]:
         """This process."""
         return [NODE]
@@ -126,7 +134,7 @@ class LocalBackend(ColdBackend):
     async def _ensure(self, name: str) -> None:
         if self.host.has(name):
             return
-        entry = await asyncio.to_thread(self.cold.catalog.get, name)
+        entry = (await asyncio.to_thread(self.cold.catalog.get, name)).whole()
         if entry.state == "cold":
             raise detached(name)
         if entry.owner and not _OWNER.fullmatch(entry.owner):

@@ -30,6 +30,7 @@ from raymem.types import (
     MergeReport,
     MigrationReport,
     Readout,
+    RebalanceReport,
     RestoreReport,
     Selection,
     ShardInfo,
@@ -44,6 +45,7 @@ _RECEIPT = TypeAdapter(EraseReceipt)
 _RECEIPTS = TypeAdapter(list[EraseReceipt])
 _SWEEP = TypeAdapter(SweepReport)
 _REPORT = TypeAdapter(MigrationReport)
+_REBALANCED = TypeAdapter(RebalanceReport)
 _MERGED = TypeAdapter(MergeReport)
 _RESTORED = TypeAdapter(RestoreReport)
 _SHARDS = TypeAdapter(list[ShardInfo])
@@ -83,9 +85,9 @@ class HttpBackend:
             raise
         return backend
 
-    async def create(self, name: str, spec: BankSpec) -> BankInfo:
+    async def create(self, name: str, spec: BankSpec, partitions: int) -> BankInfo:
         """Create a bank and attach it."""
-        body = {"name": name, "spec": spec.model_dump(mode="json")}
+        body = {"name": name, "spec": spec.model_dump(mode="json"), "partitions": partitions}
         return _INFO.validate_json(await self._call(routes.CREATE, json=body))
 
     async def info(self, name: str) -> BankInfo:
@@ -110,9 +112,11 @@ class HttpBackend:
         body = await asyncio.to_thread(wire.traces_to_arrow, traces)
         return await self._write(name, body, routes.ARROW, durable)
 
-    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
+    async def read(
+        self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None, allow_partial: bool
+    ) -> Readout:
         """Read a bank, in tensors both ways."""
-        asked = {"hidden": hidden_QLD, "k": k, "start": start} | ({} if as_of is None else {"as_of": as_of})
+        asked = {"hidden": hidden_QLD, "k": k, "start": start, "as_of": as_of, "allow_partial": allow_partial}
         body = wire.pack(asked, self._max_bytes)
         headers = {"Content-Type": routes.MSGPACK, "Accept": routes.MSGPACK}
         found = wire.unpack(await self._call(routes.READ, name, content=body, headers=headers), self._max_bytes)
@@ -132,9 +136,18 @@ class HttpBackend:
         """Settle, snapshot, free."""
         return _INFO.validate_json(await self._call(routes.DETACH, name))
 
-    async def migrate(self, name: str, to: str) -> MigrationReport:
-        """Move a bank to another node."""
-        return _REPORT.validate_json(await self._call(routes.MIGRATE, name, json={"to": to}))
+    async def migrate(self, name: str, to: str, partition: int | None) -> MigrationReport:
+        """Move a bank to another node, or a partition of it."""
+        body = {"to": to, "partition": partition}
+        return _REPORT.validate_json(await self._call(routes.MIGRATE, name, json=body))
+
+    async def grow(self, name: str, partitions: int) -> BankInfo:
+        """Add empty partitions."""
+        return _INFO.validate_json(await self._call(routes.GROW, name, json={"partitions": partitions}))
+
+    async def rebalance(self, name: str) -> RebalanceReport:
+        """Even out the partitions."""
+        return _REBALANCED.validate_json(await self._call(routes.REBALANCE, name))
 
     async def pin(self, name: str, pinned: bool) -> BankInfo:
         """Keep a bank in memory when room is needed, or no longer."""

@@ -16,6 +16,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from raymem.cold.catalog import part_of
 from raymem.cold.history import materialise
 from raymem.cold.log import Log
 from raymem.cold.rows import JournalRows
@@ -164,6 +165,8 @@ class Replica:
             source_Qk=source_Qk,
             sources=sources,
             kind=self.spec.kind,
+            # a partition's rows are blended with those of the others
+            vectors_QkV=cpu(found.vectors_QkV) if part_of(self.entry.name) else None,
         )
 
     def tensors(self) -> State:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from raymem.backend import Backend, check_names, check_read, check_ttl
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
 from raymem.errors import ConfigError
+from raymem.loop import Loop
 from raymem.memory.learned import Learned
 from raymem.types import (
     Ack,
@@ -26,14 +26,13 @@ from raymem.types import (
     MergeReport,
     MigrationReport,
     Readout,
+    RebalanceReport,
     RestoreReport,
     Selection,
     ShardInfo,
     SweepReport,
     Trace,
 )
-
-T = TypeVar("T")
 
 
 def connect(
@@ -52,7 +51,7 @@ def connect(
         ConfigError: arguments that don't go together.
         BackendUnavailable: no Ray cluster or gateway there.
     """
-    loop = _Loop()
+    loop = Loop()
     try:
         store = loop.run(AsyncStore.connect(uri, cold=cold, api_key=api_key, settings=settings))
     except BaseException:
@@ -80,14 +79,20 @@ class AsyncStore:
             raise ConfigError(f"cold={cold!r} goes with 'ray'; {address!r} is its own cold store")
         return cls(await _backend(address, cold, api_key, settings))
 
-    async def create(self, name: str, spec: BankSpec) -> AsyncBank:
+    async def create(self, name: str, spec: BankSpec, *, partitions: int = 1) -> AsyncBank:
         """Create a bank and attach it.
+
+        Args:
+            name: namespace/name.
+            spec: what the bank is.
+            partitions: over so many shards its rows are spread, a stream in one; each has the budget of the spec.
 
         Raises:
             InvalidName, InvalidSpec, BankExists, CalibrationNotFound: nothing was created.
+            Unsupported: partitions of a kind that keeps no rows.
         """
         check_names(name)
-        await self.backend.create(name, spec)
+        await self.backend.create(name, spec, partitions)
         return AsyncBank(self.backend, name)
 
     def bank(self, name: str) -> AsyncBank:
@@ -233,7 +238,13 @@ class AsyncBank:
         return await self._backend.write(self.name, trace, durable)
 
     async def read(
-        self, queries: Tensor, k: int = 32, *, start: int = 1, as_of: str | float | datetime | None = None
+        self,
+        queries: Tensor,
+        k: int = 32,
+        *,
+        start: int = 1,
+        as_of: str | float | datetime | None = None,
+        allow_partial: bool = False,
     ) -> Readout:
         """Read with Q consecutive hidden states [Q, L, D] of one context.
 
@@ -243,10 +254,11 @@ class AsyncBank:
             start: position of the first in its context; the state at position 0 is an attention sink and finds nothing.
             as_of: read what the bank was at a tag or a time: seconds since 1970, a datetime or ISO 8601. At a time it
                 had all rows before the first that was stamped later.
+            allow_partial: take an answer without those partitions that don't give theirs in time, `Readout.missing`.
         """
         check_read(k, start)
         moment = as_of.timestamp() if isinstance(as_of, datetime) else as_of
-        return await self._backend.read(self.name, queries, k, start, moment)
+        return await self._backend.read(self.name, queries, k, start, moment, allow_partial)
 
     async def attach(self, node: str | None = None) -> BankInfo:
         """Load the bank from the cold store, on `node` if named."""
@@ -256,9 +268,23 @@ class AsyncBank:
         """Settle the bank, write its state down, free its memory."""
         return await self._backend.detach(self.name)
 
-    async def migrate(self, to: str) -> MigrationReport:
-        """Move the bank to another node while it is read."""
-        return await self._backend.migrate(self.name, to)
+    async def migrate(self, to: str, *, partition: int | None = None) -> MigrationReport:
+        """Move the bank to another node while it is read, or one of its partitions."""
+        return await self._backend.migrate(self.name, to, partition)
+
+    async def grow(self, partitions: int) -> BankInfo:
+        """Add empty partitions, until there are so many; no stream moves, and new ones go where there are fewest."""
+        return await self._backend.grow(self.name, partitions)
+
+    async def rebalance(self) -> RebalanceReport:
+        """Move streams to the partitions where they would go now, while they are read and written.
+
+        Each one's writes wait while it is handed over. What was cut short is finished by the next call.
+
+        Raises:
+            Conflict: the bank has tags or forks. Unsupported: the bank is not partitioned.
+        """
+        return await self._backend.rebalance(self.name)
 
     async def pin(self) -> BankInfo:
         """Keep the bank in memory when its shard needs room; others go first anyway if they were used longer ago."""
@@ -355,13 +381,13 @@ class AsyncBank:
 class Store:
     """The blocking face of AsyncStore, for scripts and threads; a context manager that closes itself."""
 
-    def __init__(self, store: AsyncStore, loop: _Loop) -> None:
+    def __init__(self, store: AsyncStore, loop: Loop) -> None:
         self._store = store
         self._loop = loop
 
-    def create(self, name: str, spec: BankSpec) -> Bank:
+    def create(self, name: str, spec: BankSpec, *, partitions: int = 1) -> Bank:
         """As `AsyncStore.create`."""
-        return Bank(self._loop.run(self._store.create(name, spec)), self._loop)
+        return Bank(self._loop.run(self._store.create(name, spec, partitions=partitions)), self._loop)
 
     def bank(self, name: str) -> Bank:
         """As `AsyncStore.bank`."""
@@ -443,7 +469,7 @@ class Store:
 class Bank:
     """The blocking face of AsyncBank."""
 
-    def __init__(self, bank: AsyncBank, loop: _Loop) -> None:
+    def __init__(self, bank: AsyncBank, loop: Loop) -> None:
         self._bank = bank
         self._loop = loop
         self.name = bank.name
@@ -457,10 +483,17 @@ class Bank:
         return self._loop.run(self._bank.write(trace, durable=durable))
 
     def read(
-        self, queries: Tensor, k: int = 32, *, start: int = 1, as_of: str | float | datetime | None = None
+        self,
+        queries: Tensor,
+        k: int = 32,
+        *,
+        start: int = 1,
+        as_of: str | float | datetime | None = None,
+        allow_partial: bool = False,
     ) -> Readout:
         """As `AsyncBank.read`."""
-        return self._loop.run(self._bank.read(queries, k, start=start, as_of=as_of))
+        read = self._bank.read(queries, k, start=start, as_of=as_of, allow_partial=allow_partial)
+        return self._loop.run(read)
 
     def attach(self, node: str | None = None) -> BankInfo:
         """As `AsyncBank.attach`."""
@@ -470,9 +503,17 @@ class Bank:
         """As `AsyncBank.detach`."""
         return self._loop.run(self._bank.detach())
 
-    def migrate(self, to: str) -> MigrationReport:
+    def migrate(self, to: str, *, partition: int | None = None) -> MigrationReport:
         """As `AsyncBank.migrate`."""
-        return self._loop.run(self._bank.migrate(to))
+        return self._loop.run(self._bank.migrate(to, partition=partition))
+
+    def grow(self, partitions: int) -> BankInfo:
+        """As `AsyncBank.grow`."""
+        return self._loop.run(self._bank.grow(partitions))
+
+    def rebalance(self) -> RebalanceReport:
+        """As `AsyncBank.rebalance`."""
+        return self._loop.run(self._bank.rebalance())
 
     def pin(self) -> BankInfo:
         """As `AsyncBank.pin`."""
@@ -537,30 +578,6 @@ class Bank:
         return self._loop.run(self._bank.set_ttl(ttl_s))
 
 
-class _Loop:
-    """An event loop on a thread of its own, for blocking callers."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="raymem-store", daemon=True)
-        self._thread.start()
-
-    @property
-    def closed(self) -> bool:
-        return self._loop.is_closed()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self.closed:
-            work.close()
-            raise ConfigError("this store is closed; connect again")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
 def _is_ray(address: str) -> bool:
     return address == "ray" or address.startswith("ray://")
 
@@ -571,10 +588,12 @@ async def _backend(address: str, cold: str | None, api_key: str | None, settings
         from raymem.remote import HttpBackend
 
         return await HttpBackend.connect(address, api_key, settings)
+    from raymem.partitioned import partitioned
+
     if _is_ray(address):
         from raymem.actors.backend import RayBackend
 
-        return await RayBackend.connect(address, cold, settings)
+        return partitioned(await RayBackend.connect(address, cold, settings))
     from raymem.local import LocalBackend
 
-    return await asyncio.to_thread(LocalBackend, address, settings)
+    return partitioned(await asyncio.to_thread(LocalBackend, address, settings))

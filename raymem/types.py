@@ -90,12 +90,16 @@ class BankSpec(_Frozen):
 
 
 class RowRef(NamedTuple):
-    """Where a row came from: its identity (stream, run, seq) and its position in the bank's journal."""
+    """Where a row came from: its identity (stream, run, seq) and its position in the bank's journal.
+
+    Each partition of a partitioned bank has a journal of its own: then `partition` says which.
+    """
 
     stream: str
     run: str
     seq: int
     pos: int
+    partition: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,9 @@ class Readout:
     fewer than k) with `scores_Qk` (cosine for row kinds, the memory's own score for state kinds; -inf where absent).
     Where rows are held, `pos_Qk` and `seq_Qk` (int64), and `source_Qk` indexing `sources` say who wrote them. `kind` is
     the bank's: what its scores are worth to a model depends on it.
+
+    Of a partitioned bank `partition_Qk` says whose journal `pos_Qk` counts in, and `missing` which partitions did not
+    answer, if the caller allowed that. What one partition answers also has its neighbours' `vectors_QkV`.
     """
 
     values_QV: Tensor
@@ -188,20 +195,32 @@ class Readout:
     source_Qk: Tensor | None = None
     sources: tuple[tuple[str, str], ...] = ()
     kind: str = ""
+    partition_Qk: Tensor | None = None
+    missing: tuple[int, ...] = ()
+    vectors_QkV: Tensor | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether some partitions did not answer."""
+        return bool(self.missing)
 
     def rows(self, query: int) -> list[RowRef]:
         """Provenance of one query's neighbours, best first; empty for kinds that hold no rows."""
         if self.pos_Qk is None or self.seq_Qk is None or self.source_Qk is None:
             return []
-        columns = (self.source_Qk[query], self.seq_Qk[query], self.pos_Qk[query])
-        found = zip(*(column.tolist() for column in columns), strict=True)
-        named = [(self.sources[source], seq, pos) for source, seq, pos in found if pos >= 0]
-        return [RowRef(stream, run, seq, pos) for (stream, run), seq, pos in named]
+        columns = [column[query].tolist() for column in (self.source_Qk, self.seq_Qk, self.pos_Qk)]
+        parts = [None] * len(columns[0]) if self.partition_Qk is None else self.partition_Qk[query].tolist()
+        found = zip(*columns, parts, strict=True)
+        return [RowRef(*self.sources[int(source)], seq, pos, part) for source, seq, pos, part in found if pos >= 0]
 
 
 @dataclass(frozen=True)
 class BankInfo:
-    """One line of the catalog, with what its owner says of it when it is hot."""
+    """One line of the catalog, with what its owner says of it when it is hot.
+
+    A partitioned bank has a line for each of its `partitions` and is hot when all of them are; its rows and bytes are
+    their sums, a tag's position is the rows that all had together.
+    """
 
     name: str
     spec: BankSpec
@@ -215,6 +234,7 @@ class BankInfo:
     created: float
     pinned: bool = False
     ttl_s: float | None = None
+    partitions: tuple[BankInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,6 +247,18 @@ class MigrationReport:
     rows: int
     pause_ms: float
     total_ms: float
+
+
+@dataclass(frozen=True)
+class RebalanceReport:
+    """What a rebalancing did: streams and rows that moved, why others stayed, and for how long writes of one paused."""
+
+    bank: str
+    streams: int
+    rows: int
+    pause_ms: float
+    total_ms: float
+    failed: dict[str, str]
 
 
 @dataclass(frozen=True)

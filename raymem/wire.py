@@ -127,7 +127,12 @@ def traces_from_arrow(data: bytes | bytearray | memoryview, max_bytes: int = MAX
         pieces = JournalRows.from_arrow(table)
     except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise Corrupt(f"not an Arrow stream of rows: {type(error).__name__}: {str(error)[:200]}") from error
-    return [trace for piece in pieces for trace in _traces(piece.verify())]
+    return [trace for piece in pieces for trace in traces_of(piece.verify())]
+
+
+def traces_of(rows: JournalRows) -> list[Trace]:
+    """Rows as the traces that they could have come in; see `traces_from_arrow`."""
+    return [_trace(rows, start, stop) for start, stop in _runs(rows)]
 
 
 def _within(data: Any, max_bytes: int) -> None:
@@ -257,10 +262,6 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, type) and (type(value) is hint or (hint is Tensor and isinstance(value, Tensor))):
         return value
     raise Corrupt(f"{where} is a {type(value).__name__}; expected {hint}")
-
-
-def _traces(rows: JournalRows) -> list[Trace]:
-    return [_trace(rows, start, stop) for start, stop in _runs(rows)]
 
 
 def _runs(rows: JournalRows) -> list[tuple[int, int]]:

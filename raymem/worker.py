@@ -16,6 +16,7 @@ from raymem.committer import Committer
 from raymem.config import Settings
 from raymem.crew import Crew
 from raymem.errors import Moved, NotOwner, RaymemError
+from raymem.homes import Homes
 from raymem.runtime import Runtime
 from raymem.types import Ack, Readout, Trace
 
@@ -48,6 +49,7 @@ class BankWorker:
         self.runtime = runtime
         self.lost = False
         self.upkeep_errors = 0
+        self.homes = Homes(runtime.cold, runtime.entry.name)
         self._crew = crew
         self._committer = committer
         self._settings = settings

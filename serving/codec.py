@@ -28,6 +28,7 @@ class ReadQuery(NamedTuple):
     k: int
     start: int
     as_of: str | float | None
+    allow_partial: bool
 
 
 async def read_traces(request: Request, bank: AsyncBank, max_bytes: int) -> list[Trace]:
@@ -61,7 +62,8 @@ async def read_query(request: Request, bank: AsyncBank, max_bytes: int) -> ReadQ
     if kind == routes.MSGPACK:
         return _query(await asyncio.to_thread(wire.unpack, data, max_bytes))
     body = await asyncio.to_thread(_parse, ReadBody, data)
-    return ReadQuery(body.queries((await bank.info()).spec.fingerprint), body.k, body.start, body.as_of)
+    queries = body.queries((await bank.info()).spec.fingerprint)
+    return ReadQuery(queries, body.k, body.start, body.as_of, body.allow_partial)
 
 
 def answer_readout(request: Request, readout: Readout) -> Response:
@@ -86,8 +88,17 @@ def _parse(model: type[M], data: bytes) -> M:
 
 
 def _query(message: object) -> ReadQuery:
-    if isinstance(message, dict) and message.keys() - {"as_of"} == {"hidden", "k", "start"}:
-        hidden, k, start, as_of = message["hidden"], message["k"], message["start"], message.get("as_of")
-        if isinstance(hidden, Tensor) and type(k) is int and type(start) is int and type(as_of) in _MOMENTS:
-            return ReadQuery(hidden, k, start, as_of)
-    raise InvalidInput("a read takes a map of hidden (tensor), k and start (integers), and as_of (a tag or a time)")
+    if isinstance(message, dict) and message.keys() - {"as_of", "allow_partial"} == {"hidden", "k", "start"}:
+        found = ReadQuery(
+            message["hidden"],
+            message["k"],
+            message["start"],
+            message.get("as_of"),
+            message.get("allow_partial", False),
+        )
+        integers = type(found.k) is int and type(found.start) is int and type(found.allow_partial) is bool
+        if isinstance(found.hidden_QLD, Tensor) and integers and type(found.as_of) in _MOMENTS:
+            return found
+    raise InvalidInput(
+        "a read takes a map of hidden (tensor), k and start (integers), as_of (a tag or a time) and allow_partial"
+    )

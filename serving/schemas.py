@@ -73,6 +73,7 @@ class Create(_Request):
 
     name: str = Field(examples=["research/alice"])
     spec: BankSpec
+    partitions: int = Field(default=1, description="Over so many shards its rows are spread, a stream in one.")
 
 
 class WriteBody(_Request):
@@ -110,6 +111,7 @@ class ReadBody(_Request):
     k: int = 32
     start: int = 1
     as_of: str | float | None = None
+    allow_partial: bool = Field(default=False, description="Go without partitions that don't answer in time.")
 
     def queries(self, fingerprint: Fingerprint) -> Tensor:
         """The states as the bank wants them."""
@@ -125,14 +127,20 @@ class Neighbour(BaseModel):
     run: str | None = None
     seq: int | None = None
     pos: int | None = None
+    partition: int | None = None
 
 
 class ReadAnswer(BaseModel):
-    """A readout: for each query its relevance, its blended vector (may be empty) and its neighbours, best first."""
+    """A readout: for each query its relevance, its blended vector (may be empty) and its neighbours, best first.
+
+    `missing` are the partitions that did not answer, where that was allowed.
+    """
 
     relevance: list[float]
     values: list[list[float]]
     neighbours: list[list[Neighbour]]
+    partial: bool = False
+    missing: list[int] = []
 
     @classmethod
     def of(cls, readout: Readout) -> ReadAnswer:
@@ -142,6 +150,8 @@ class ReadAnswer(BaseModel):
             relevance=readout.relevance_Q.tolist(),
             values=readout.values_QV.float().tolist(),
             neighbours=[_neighbours(readout, query) for query in queries],
+            partial=readout.partial,
+            missing=list(readout.missing),
         )
 
 
@@ -152,9 +162,16 @@ class Attach(_Request):
 
 
 class Migrate(_Request):
-    """The node to move to."""
+    """The node to move to, and the one partition to move, if not all."""
 
     to: str
+    partition: int | None = None
+
+
+class Grow(_Request):
+    """How many partitions there are to be."""
+
+    partitions: int
 
 
 class Erase(_Request):

@@ -18,6 +18,7 @@ from raymem.cli import (
     evaluate,
     history,
     output,
+    partitions,
     recall,
     serve,
     shard,
@@ -67,6 +68,7 @@ app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 app.command("calibrate")(calibrate.calibrate)
 history.add_to(bank.app)
+partitions.add_to(bank.app)
 app.add_typer(bank.app, name="bank")
 app.add_typer(shard.app, name="shard")
 app.command("recall")(recall.recall)

@@ -62,6 +62,9 @@ def create(
     option: Annotated[list[str] | None, typer.Option("--option", help="name=value of the kind; repeatable.")] = None,
     budget_mb: Annotated[float, typer.Option("--budget-mb", help="What the bank may hold in memory.")] = 256.0,
     params: Annotated[str, typer.Option("--params", help="Weights that `raymem train` made: sha256:…")] = "",
+    partitions: Annotated[
+        int, typer.Option("--partitions", help="Over so many shards its rows are spread; each has the budget.")
+    ] = 1,
     store: StoreOption = DEFAULT_STORE,
     cold: ColdOption = None,
     json_: JsonOption = False,
@@ -77,6 +80,8 @@ def create(
         raymem bank create research/facts --layers 1 --key window:8
 
         raymem bank create research/alice --kind titans --option chunk=64 --budget-mb 16
+
+        raymem bank create team/all --partitions 4 --store ray
     """
     from raymem.lm.fingerprint import fingerprint_of
     from raymem.types import BankSpec
@@ -91,7 +96,7 @@ def create(
         "fingerprint": fingerprint_of(model, parse_layers(layers)),
     }
     with opened(store, cold, make=True) as memory:
-        info = memory.create(name, checked(BankSpec, fields)).info()
+        info = memory.create(name, checked(BankSpec, fields), partitions=partitions).info()
     output.show(
         info, lambda made: f"created {made.name}: {made.spec.kind}, {made.spec.fingerprint.model} layers {layers}"
     )
@@ -146,6 +151,9 @@ def detach(name: Name, store: StoreOption = DEFAULT_STORE, cold: ColdOption = No
 def migrate(
     name: Name,
     to: Annotated[str, typer.Option("--to", help="The node; `raymem status` lists them.")],
+    partition: Annotated[
+        int | None, typer.Option("--partition", min=0, help="Only this one of its partitions.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     cold: ColdOption = None,
     json_: JsonOption = False,
@@ -155,9 +163,11 @@ def migrate(
     For example:
 
         raymem bank migrate research/alice --to NODE --store ray --cold /shared/memory
+
+        raymem bank migrate team/all --partition 2 --to NODE --store ray
     """
     with opened(store, cold) as memory, output.waiting(f"moving {name} …"):
-        report = memory.bank(name).migrate(to)
+        report = memory.bank(name).migrate(to, partition=partition)
     output.show(
         report,
         lambda did: f"{did.bank}: {did.source} → {did.target}, {did.rows:,} rows, writes paused {did.pause_ms:.0f} ms",
@@ -330,4 +340,9 @@ def _card(info: BankInfo) -> Table:
         ["calibration", mark.calibration[:12]],
         ["tags", tags],
     ]
-    return output.table(info.name, ["", ""], rows)
+    parts = [[f"partition {index}", _where(part)] for index, part in enumerate(info.partitions)]
+    return output.table(info.name, ["", ""], rows + parts)
+
+
+def _where(info: BankInfo) -> str:
+    return f"{info.rows:,} rows, {info.state}{f' on {info.node}' if info.node else ''}, {output.size(info.bytes)}"

@@ -8,7 +8,7 @@ import difflib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,9 +17,18 @@ import pyarrow as pa
 from raymem.cold.failures import reading
 from raymem.cold.holes import Holes
 from raymem.cold.rows import bank_schema
-from raymem.cold.shared import ATTEMPTS, SharedTable
+from raymem.cold.shared import ATTEMPTS, Change, Find, SharedTable
 from raymem.cold.tables import Tables, journal_table, quote
-from raymem.errors import BankExists, BankNotFound, Conflict, NotOwner, Overloaded, RaymemError, TagNotFound
+from raymem.errors import (
+    BankExists,
+    BankNotFound,
+    Conflict,
+    NotOwner,
+    Overloaded,
+    Partitioned,
+    RaymemError,
+    TagNotFound,
+)
 from raymem.types import BankSpec, check_bank_name, check_label, shorten
 
 _TABLE = "catalog"
@@ -43,16 +52,8 @@ _SCHEMA = pa.schema(
         pa.field("ttl_s", pa.float64()),
     ]
 )
-# a change of several lines takes longer than one of a single line, and is cut short by each that crosses it
-_COMMIT_ATTEMPTS = 48
 # one owner may rewrite a journal so often
 _EPOCH_BITS = 16
-
-Rows = builtins.list[dict[str, Any]]
-# finds lines as they were at one moment
-Find = Callable[[str], Rows]
-# lines to write, and ids of those to drop
-Change = tuple[Rows, builtins.list[str]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Entry:
 
     `generation` grows with each rewriting of its journal. `log` is the incarnation whose log may hold rows that did not
     settle in that table. A fork names its `parent` by id: positions under `base` are the parent's. `pinned` banks stay
-    hot when room is needed. Rows older than `ttl_s` seconds may be erased.
+    hot when room is needed. Rows older than `ttl_s` seconds may be erased. A `split` bank holds nothing itself: its
+    rows are in partitions, banks that nobody can name.
     """
 
     id: str
@@ -69,7 +71,7 @@ class Entry:
     spec: BankSpec
     epoch: int = 0
     owner: str | None = None
-    state: Literal["hot", "cold"] = "cold"
+    state: Literal["hot", "cold", "split"] = "cold"
     created: float = 0.0
     tags: dict[str, int] = field(default_factory=dict)
     generation: int = 0
@@ -83,6 +85,19 @@ class Entry:
     def next_generation(self) -> int:
         """The generation of the next rewriting: a table that no other owner, dead or asleep, can ever write to."""
         return max(self.generation, self.epoch << _EPOCH_BITS) + 1
+
+    def whole(self) -> Entry:
+        """This entry, unless the bank is in partitions.
+
+        Raises:
+            Partitioned: it is.
+        """
+        if self.state == "split":
+            raise Partitioned(
+                f"bank {self.name} is partitioned: it has no journal of its own for this; write and read it through a "
+                "store, or make one bank of it: `raymem bank export`, then `import`"
+            )
+        return self
 
 
 class Catalog:
@@ -131,6 +146,30 @@ class Catalog:
         schema = bank_schema(entry.spec, holes)
         self._add_with_journal(entry, schema, journal, lambda: self._commit(f"create {entry.name}", decide))
         return entry
+
+    def add_together(self, entries: Sequence[Entry]) -> None:
+        """Add several cold banks with empty journals, all or none.
+
+        Raises:
+            BankExists: one of the names is taken.
+        """
+        tables = {entry.id: journal_table(entry.id) for entry in entries if entry.state != "split"}
+
+        def decide(find: Find) -> Change:
+            for entry in entries:
+                _require_new(entry, find)
+            return [_entry_row(entry) for entry in entries], []
+
+        try:
+            for entry in entries:
+                if entry.id in tables:
+                    self._tables.fill(tables[entry.id], bank_schema(entry.spec), [])
+            self._commit(f"create {entries[0].name}", decide)
+        except RaymemError:
+            for id in tables:
+                if self.by_id(id) is None:
+                    self._tables.drop(tables[id])
+            raise
 
     def supersede(self, old: Entry, kept_as: str, new: Entry) -> Entry:
         """Put a fork of a cold bank in its place, and keep the bank itself under another name, in one commit.
@@ -309,36 +348,8 @@ class Catalog:
             raise
 
     def _commit(self, what: str, decide: Callable[[Find], Change]) -> None:
-        """Change several lines at once, depending on what others say: all of it holds at one moment.
-
-        Each such commit is based on the version in which it looked, and rewrites the store's line: of two that cross,
-        the later fails (measured: also when they touch no other line in common) and decides again.
-        """
-
-        def once() -> RaymemError | None:
-            dataset = self._table.open().to_lance()
-
-            def find(where: str) -> Rows:
-                with reading("read the catalog"):
-                    rows: Rows = dataset.to_table(filter=where).to_pylist()
-                return rows
-
-            store = find(f"name = {quote(_STORE_ROW)}")[0]
-            try:
-                rows, dropped = decide(find)
-            except RaymemError as error:
-                # what the lines say is no reason to look again
-                return error
-            changed = pa.Table.from_pylist([store | {"epoch": store["epoch"] + 1}, *rows], schema=_SCHEMA)
-            merge = dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-            if dropped:
-                merge = merge.when_not_matched_by_source_delete(f"id IN ({', '.join(map(quote, dropped))})")
-            merge.conflict_retries(0).execute(changed)
-            return None
-
-        refused = self._table.change(what, once, _COMMIT_ATTEMPTS)
-        if refused is not None:
-            raise refused
+        """Change several lines at once, depending on what others say: all of it holds at one moment."""
+        self._table.swap(what, f"name = {quote(_STORE_ROW)}", "epoch", decide)
 
     def _change(self, name: str, epoch: int, values_sql: dict[str, str]) -> None:
         if not self._update(f"name = {quote(name)} AND epoch = {epoch}", values_sql=values_sql):
@@ -359,11 +370,22 @@ class Catalog:
         raise Overloaded(f"the tags of {name} keep changing; try again", retry_after_s=0.1)
 
     def _nearest(self, name: str) -> str:
-        names = [entry.name for entry in self.list()]
+        names = [entry.name for entry in self.list() if not part_of(entry.name)]
         near = difflib.get_close_matches(name[:200], names, n=3, cutoff=0.7)
         if near:
             return f"nearest: {', '.join(near)}"
         return f"there are {len(names)} banks; list them to see their names" if names else "the store holds no banks"
+
+
+def part_name(bank: str, index: int) -> str:
+    """The name of a partition, which no user can give: a bank's name has no dot."""
+    return f"{bank}.p{index}"
+
+
+def part_of(name: str) -> tuple[str, int] | None:
+    """The bank that a partition belongs to, and its number; None for any other bank."""
+    bank, dot, index = name.rpartition(".p")
+    return (bank, int(index)) if dot else None
 
 
 def _entry_row(entry: Entry) -> dict[str, Any]:

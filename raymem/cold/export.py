@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import tempfile
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +36,10 @@ from raymem.cold.catalog import Entry
 from raymem.cold.durable import fsync
 from raymem.cold.failures import reading, writing
 from raymem.cold.holes import HOLES, Holes
+from raymem.cold.interleave import Tally, merged
 from raymem.cold.lineage import steady
 from raymem.cold.rows import JournalRows, bank_schema
+from raymem.cold.snapshots import Snapshot
 from raymem.cold.store import ColdStore
 from raymem.cold.tables import snapshot_table
 from raymem.encode.calibration import Calibration
@@ -114,19 +117,49 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
         BankNotFound, Corrupt, StorageError, Conflict (rows were erased meanwhile): no file is left behind.
     """
     entry = store.catalog.get(name)
-    path = Path(path)
-    with (
-        _appearing(path) as file,
-        steady(store.catalog, entry),
-        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
-    ):
+    journal = store.journal(entry)
+    with steady(store.catalog, entry):
         # first the snapshot: the journal then reaches at least as far
         found = store.state(entry)
-        end, holes = store.journal(entry).end(), store.journal(entry).holes()
-        rows = int(holes.rank(np.array([end]))[0])
-        schema = bank_schema(entry.spec, holes)
-        journal = store.journal(entry).scan(stop=end)
-        write = partial(_write_journal, schema=schema, journal=journal, rows=rows, progress=progress)
+        end, holes = journal.end(), journal.holes()
+    rows = int(holes.rank(np.array([end]))[0])
+    content = _Content([entry], journal.scan(stop=end), found, holes, rows)
+    return _export(store, entry, Path(path), content, progress)
+
+
+def export_together(store: ColdStore, name: str, parts: Sequence[str], path: str | Path) -> ExportReport:
+    """As `export_bank`, of a partitioned bank: one journal with the rows of all partitions by time, and no state.
+
+    A row that two of them have, on its way from one to the other, is there once. The budget is their sum.
+    """
+    entries = [store.catalog.get(part) for part in parts]
+    spec = entries[0].spec
+    spec = spec.model_copy(update={"budget_bytes": len(parts) * spec.budget_bytes})
+    tables = merged([store.journal(entry).scan() for entry in entries], parts, [""] * len(parts), Tally())
+    rows = (rows for table in tables for rows in JournalRows.from_arrow(table))
+    entry = dataclasses.replace(store.catalog.get(name), spec=spec)
+    return _export(store, entry, Path(path), _Content(entries, rows, None, Holes(), 0), None)
+
+
+@dataclass
+class _Content:
+    """What a file is made of, and of which banks: `rows` counts what the journal gives, if that is not known before."""
+
+    banks: Sequence[Entry]
+    journal: Iterable[JournalRows]
+    state: Snapshot | None
+    holes: Holes
+    rows: int
+
+
+def _export(store: ColdStore, entry: Entry, path: Path, content: _Content, progress: Progress | None) -> ExportReport:
+    found, schema = content.state, bank_schema(entry.spec, content.holes)
+    with (
+        _appearing(path) as file,
+        steady(store.catalog, *content.banks),
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        write = partial(_write_journal, schema=schema, content=content, progress=progress)
         members = {_JOURNAL: _write(archive, _JOURNAL, write)}
         blob = _calibration(store, entry.spec)
         if blob is not None:
@@ -141,19 +174,19 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
             format=FORMAT,
             version=VERSION,
             made_by=f"raymem {__version__}",
-            bank=name,
+            bank=entry.name,
             spec=entry.spec,
             epoch=entry.epoch,
             created=entry.created,
             exported=time.time(),
             tags=entry.tags,
-            rows=rows,
-            end=end,
+            rows=content.rows,
+            end=content.rows + len(content.holes),
             state=None if found is None else _State(pos=found[0], meta=found[2]),
             members=members,
         )
         archive.writestr(_MANIFEST, manifest.model_dump_json(indent=1))
-    return ExportReport(path, rows, path.stat().st_size)
+    return ExportReport(path, content.rows, path.stat().st_size)
 
 
 def import_bank(store: ColdStore, path: str | Path, name: str, progress: Progress | None = None) -> Entry:
@@ -271,16 +304,15 @@ def _write(archive: zipfile.ZipFile, name: str, write: Callable[[Any], object]) 
     return _Member(bytes=hashing.bytes, sha256=hashing.sha256.hexdigest())
 
 
-def _write_journal(
-    out: Any, schema: pa.Schema, journal: Iterable[JournalRows], rows: int, progress: Progress | None
-) -> None:
+def _write_journal(out: Any, schema: pa.Schema, content: _Content, progress: Progress | None) -> None:
     done = 0
     with pa.ipc.new_file(pa.PythonFile(out, "w"), schema) as writer:
-        for piece in journal:
+        for piece in content.journal:
             writer.write_table(piece.to_arrow().replace_schema_metadata(schema.metadata))
             done += len(piece)
+            content.rows = max(content.rows, done)
             if progress:
-                progress(done, rows)
+                progress(done, content.rows)
 
 
 def _calibration(store: ColdStore, spec: BankSpec) -> bytes | None:

@@ -41,7 +41,7 @@ def position_of(cold: ColdStore, entry: Entry, at: str | float) -> int:
     """
     if isinstance(at, str) and at in entry.tags:
         return entry.tags[at]
-    moment = _seconds(at) if isinstance(at, str) else float(at)
+    moment = seconds(at) if isinstance(at, str) else float(at)
     if moment is None or moment != moment:
         raise TagNotFound(
             f"bank {entry.name} has no tag {shorten(str(at))!r}, which is no time either; its tags are "
@@ -188,7 +188,8 @@ def _free_name(catalog: Catalog, name: str) -> str:
         number += 1
 
 
-def _seconds(text: str) -> float | None:
+def seconds(text: str) -> float | None:
+    """The moment that a text means, in seconds since 1970; None if it is no time."""
     try:
         return float(text)
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -194,6 +195,30 @@ class Journal:
                 if not error.details.get("missing") or failed_at == place:
                     raise
                 failed_at = place
+
+    def of_stream(self, stream: str, start: int = 0) -> Iterator[JournalRows]:
+        """A stream's rows from position `start` on, in order, checked; of a journal that is no fork's."""
+        settled, left = self._look()
+        reached = start
+        for rows in settled.of_stream(stream, start):
+            yield rows
+            reached = int(rows.pos_T[-1]) + 1
+        for part in left:
+            rows = part.since(reached)
+            picked = [row for row, name in enumerate(rows.streams) if name == stream]
+            if picked:
+                yield rows.pick(picked).verify()
+
+    def streams(self) -> dict[str, int]:
+        """The streams that have rows here, and how many."""
+
+        def look() -> dict[str, int]:
+            settled, left = self._look()
+            end = settled.end()
+            unsettled = [name for rows in left for name in rows.since(end).streams]
+            return dict(Counter(settled.select("true", ["stream"])["stream"]) + Counter(unsettled))
+
+        return _again(look)
 
     def find(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> dict[int, int]:
         """Checksums by seq of a run's rows in [seq_from, seq_to) that are there already, before position `stop`."""

@@ -12,7 +12,7 @@ from raymem.cold.catalog import Entry
 from raymem.cold.failures import reading
 from raymem.cold.holes import HOLES, Holes
 from raymem.cold.rows import JournalRows, bank_schema
-from raymem.cold.tables import Tables, journal_table
+from raymem.cold.tables import Tables, journal_table, quote
 from raymem.errors import Corrupt
 
 
@@ -61,6 +61,18 @@ class Settled:
         with reading(f"search the journal of {self.entry.name}"):
             found = self.open().search().where(where).select(columns).limit(limit).to_arrow()
         return {name: found[name].to_pylist() for name in columns}
+
+    def of_stream(self, stream: str, start: int, batch_rows: int = 4096) -> Iterator[JournalRows]:
+        """A stream's rows of one version from position `start` on, in order, checked."""
+        with reading(f"read a stream in the journal of {self.entry.name}"):
+            query = self.open().search().where(f"stream = {quote(stream)} AND pos >= {start}")
+            batches = iter(query.to_batches(batch_rows))
+        while True:
+            with reading(f"read a stream in the journal of {self.entry.name}"):
+                pieces = self._pieces(_take(batches, batch_rows))
+            if not pieces:
+                return
+            yield from (rows.verify() for rows in pieces)
 
     def scan(self, start: int, stop: int | None, batch_rows: int) -> Iterator[JournalRows]:
         """Rows of one version from position `start` up to `stop` in order, checked.

@@ -11,15 +11,22 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from raymem.cold.failures import reading, writing
-from raymem.cold.tables import Tables
-from raymem.errors import Conflict, Overloaded, StorageError
+from raymem.cold.tables import Tables, quote
+from raymem.errors import Conflict, Overloaded, RaymemError, StorageError
 
 ATTEMPTS = 12
+# a change of several rows takes longer than one of a single row, and is cut short by each that crosses it
+_SWAP_ATTEMPTS = 48
 _COMPACT_EVERY = 128
 # longer than any process takes from opening the table to the end of its read
 _KEEP_VERSIONS = timedelta(minutes=5)
 
 T = TypeVar("T")
+Rows = list[dict[str, Any]]
+# finds rows as they were at one moment
+Find = Callable[[str], Rows]
+# rows to write, and ids of those to drop
+Change = tuple[Rows, list[str]]
 
 
 class SharedTable:
@@ -72,6 +79,44 @@ class SharedTable:
         self._make_durable()
         self._compact()
         return result
+
+    def swap(self, what: str, pivot: str, counter: str, decide: Callable[[Find], Change]) -> None:
+        """Change several rows, known by their `id`, depending on what others say: all of it holds at one moment.
+
+        Each such commit is based on the version in which it looked, and rewrites the pivot: of two that cross, the
+        later fails (measured: also when they touch no other row in common) and decides again.
+
+        Args:
+            what: the change in errors.
+            pivot: the condition that finds the row which all changes that may not cross rewrite.
+            counter: its column that counts them.
+            decide: what to change, from rows as they are; what it raises is raised, and nothing changed.
+        """
+
+        def once() -> RaymemError | None:
+            dataset = self.open().to_lance()
+
+            def find(where: str) -> Rows:
+                with reading(f"read {self._what}"):
+                    rows: Rows = dataset.to_table(filter=where).to_pylist()
+                return rows
+
+            try:
+                rows, dropped = decide(find)
+            except RaymemError as error:
+                # what the rows say is no reason to look again
+                return error
+            turned = {row["id"]: row | {counter: row[counter] + 1} for row in find(pivot)}
+            changed = turned | {row["id"]: row for row in rows}
+            merge = dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            if dropped:
+                merge = merge.when_not_matched_by_source_delete(f"id IN ({', '.join(map(quote, dropped))})")
+            merge.conflict_retries(0).execute(pa.Table.from_pylist(list(changed.values()), schema=dataset.schema))
+            return None
+
+        refused = self.change(what, once, _SWAP_ATTEMPTS)
+        if refused is not None:
+            raise refused
 
     def _make_durable(self) -> None:
         if self._sync:

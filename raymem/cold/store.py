@@ -12,11 +12,22 @@ from raymem.cold.journal import Journal
 from raymem.cold.lineage import ancestors, open_journal
 from raymem.cold.log import Log, OldLogs
 from raymem.cold.params import Params
+from raymem.cold.partitions import Partitions
 from raymem.cold.receipts import Receipts
 from raymem.cold.snapshots import Snapshot, Snapshots
 from raymem.cold.tables import Tables, journal_table, snapshot_table
 
-__all__ = ["Calibrations", "Catalog", "ColdStore", "Entry", "Incarnations", "Journal", "Params", "Snapshots"]
+__all__ = [
+    "Calibrations",
+    "Catalog",
+    "ColdStore",
+    "Entry",
+    "Incarnations",
+    "Journal",
+    "Params",
+    "Partitions",
+    "Snapshots",
+]
 
 
 class ColdStore:
@@ -29,6 +40,7 @@ class ColdStore:
         self.incarnations = Incarnations(tables)
         self.draining = Draining(tables)
         self.params = Params(tables)
+        self.partitions = Partitions(tables, self.catalog)
         self.receipts = Receipts(tables)
         self._old_logs = OldLogs(tables)
 
@@ -58,7 +70,7 @@ class ColdStore:
 
     def journal(self, entry: Entry, log: Log | None = None) -> Journal:
         """A bank's journal; nothing is read or written before it is used. Its owner may have a log."""
-        return open_journal(self.tables, self.catalog, entry, self._old_logs, log)
+        return open_journal(self.tables, self.catalog, entry.whole(), self._old_logs, log)
 
     def snapshots(self, entry: Entry) -> Snapshots:
         """A bank's snapshots; nothing is read or written before they are used."""

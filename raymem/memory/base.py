@@ -55,7 +55,8 @@ class Found:
 
     `values_QV` float32 blended vector; `similarity_Q` the highest cosine with the keys held, or with the seeded
     reservoir of them (-1 when empty); `tokens_Qk` candidate next tokens (-1 where absent), best first, with
-    `scores_Qk` (-inf where absent); row kinds also say where each candidate came from (-1 where absent).
+    `scores_Qk` (-inf where absent); row kinds also say where each candidate came from (-1 where absent) and give its
+    vector.
     """
 
     values_QV: Tensor
@@ -65,6 +66,7 @@ class Found:
     pos_Qk: Tensor | None = None
     seq_Qk: Tensor | None = None
     source_Qk: Tensor | None = None
+    vectors_QkV: Tensor | None = None
 
 
 class Memory(nn.Module, ABC):

@@ -111,14 +111,16 @@ class Spalm(RowMemory):
         scores, index = topk_cosine(queries, held["key"], held["key_scale"], held["pos"], k, mask=mask)
         tokens, pos, seq, source = (_pick(held[name], index) for name in ("token", "pos", "seq", "source"))
         best = scores[:, 0] if k else scores.new_full((len(scores),), -1.0)
+        vectors = self._vectors(held, index)
         return Found(
-            values_QV=self._blend(held, scores, index),
+            values_QV=blend(scores, vectors, self.spalm.tau),
             similarity_Q=best.clamp(-1, 1),
             tokens_Qk=tokens,
             scores_Qk=scores,
             pos_Qk=pos,
             seq_Qk=seq,
             source_Qk=source,
+            vectors_QkV=vectors,
         )
 
     def short_term(self, state: RowState) -> tuple[Tensor, Tensor]:
@@ -127,13 +129,17 @@ class Spalm(RowMemory):
         newest = torch.argsort(held["pos"])[max(0, state.count - self.spalm.n_short) :]
         return unpack(held["key"][newest], held["key_scale"][newest]), held["token"][newest].long()
 
-    def _blend(self, held: State, scores_Qk: Tensor, index_Qk: Tensor) -> Tensor:
-        if not self.dims.value:
-            return scores_Qk.new_zeros(len(scores_Qk), 0)
-        if not len(held["value"]):
-            return scores_Qk.new_zeros(len(scores_Qk), self.dims.value)
-        weights_Qk = _softmax(scores_Qk / self.spalm.tau, index_Qk >= 0)
-        return (weights_Qk[..., None] * held["value"][index_Qk.clamp_min(0)].float()).sum(1)
+    def _vectors(self, held: State, index_Qk: Tensor) -> Tensor:
+        width = self.dims.value
+        if not width or not len(held["value"]):
+            return torch.zeros(*index_Qk.shape, width, dtype=torch.bfloat16)
+        return held["value"][index_Qk.clamp_min(0)]
+
+
+def blend(scores_Qk: Tensor, vectors_QkV: Tensor, tau: float) -> Tensor:
+    """Vectors of neighbours [Q, V] float32, weighted by softmax(score / tau); zeros where there is no neighbour."""
+    weights_Qk = _softmax(scores_Qk / tau, scores_Qk > float("-inf"))
+    return (weights_Qk[..., None] * vectors_QkV.float()).sum(1)
 
 
 class SpalmGate(nn.Module):

@@ -26,8 +26,8 @@ from raymem.errors import (
     Unsupported,
 )
 from raymem.serving.routes.common import BankDep, NameDep, StoreDep, serve
-from raymem.serving.schemas import Attach, Create, Digest, Erase, Migrate, Pin, Tag, Tags, Ttl
-from raymem.types import BankInfo, EraseReceipt, MigrationReport
+from raymem.serving.schemas import Attach, Create, Digest, Erase, Grow, Migrate, Pin, Tag, Tags, Ttl
+from raymem.types import BankInfo, EraseReceipt, MigrationReport, RebalanceReport
 
 router = APIRouter(tags=["banks"])
 _BODY = {"content": {routes.BYTES: {"schema": {"type": "string", "format": "binary"}}}}
@@ -39,10 +39,15 @@ async def banks(store: StoreDep, prefix: str = "") -> list[BankInfo]:
     return await store.banks(prefix)
 
 
-@serve(router, routes.CREATE, BankExists, CalibrationNotFound, InvalidName, InvalidSpec, StorageError, status_code=201)
+@serve(
+    router,
+    routes.CREATE,
+    *(BankExists, CalibrationNotFound, InvalidName, InvalidSpec, StorageError, Unsupported),
+    status_code=201,
+)
 async def create(store: StoreDep, body: Create) -> BankInfo:
     """Create a bank and attach it."""
-    return await (await store.create(body.name, body.spec)).info()
+    return await (await store.create(body.name, body.spec, partitions=body.partitions)).info()
 
 
 @serve(router, routes.INFO, BankNotFound, InvalidName)
@@ -72,8 +77,20 @@ async def detach(bank: BankDep) -> BankInfo:
 
 @serve(router, routes.MIGRATE, BankNotFound, BankDetached, InvalidName, StorageError)
 async def migrate(bank: BankDep, body: Migrate) -> MigrationReport:
-    """Move a bank to another node while it is read."""
-    return await bank.migrate(body.to)
+    """Move a bank to another node while it is read, or one of its partitions."""
+    return await bank.migrate(body.to, partition=body.partition)
+
+
+@serve(router, routes.GROW, BankNotFound, InvalidName, StorageError, Unsupported)
+async def grow(bank: BankDep, body: Grow) -> BankInfo:
+    """Add empty partitions to a partitioned bank; no stream moves."""
+    return await bank.grow(body.partitions)
+
+
+@serve(router, routes.REBALANCE, BankNotFound, BankDetached, Conflict, InvalidName, StorageError, Unsupported)
+async def rebalance(bank: BankDep) -> RebalanceReport:
+    """Move streams between partitions until none has much more than its share of the rows."""
+    return await bank.rebalance()
 
 
 @serve(router, routes.PIN, BankNotFound, InvalidName, StorageError)

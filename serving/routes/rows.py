@@ -72,7 +72,9 @@ async def read(bank: BankDep, settings: SettingsDep, request: Request) -> Respon
     `Accept: application/msgpack` answers in tensors.
     """
     query = await read_query(request, bank, settings.max_body_bytes)
-    readout = await bank.read(query.hidden_QLD, query.k, start=query.start, as_of=query.as_of)
+    readout = await bank.read(
+        query.hidden_QLD, query.k, start=query.start, as_of=query.as_of, allow_partial=query.allow_partial
+    )
     return answer_readout(request, readout)
 
 

@@ -15,6 +15,7 @@ from raymem.errors import RaymemError
 from raymem.memory import kinds
 from raymem.memory.learned import Learned
 from raymem.store import AsyncBank
+from raymem.types import RebalanceReport
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -181,6 +182,32 @@ step("Bank.pin", "no bank")(lambda on: on.other("none").pin())
 step("Bank.unpin", "says so")(lambda on: on.bank.unpin().pinned)
 step("Bank.migrate", "to where it is")(lambda on: on.bank.migrate(on.bank.info().node))
 step("Bank.migrate", "to no node")(lambda on: on.bank.migrate("nowhere"))
+step("Store.create", "in partitions")(lambda on: _partitioned(on).info())
+step("Store.create", "in no partitions")(lambda on: on.store.create("a/x", on.tiny.spec(on.kind), partitions=0))
+step("Bank.write", "to partitions")(lambda on: [on.other("parts").write(trace) for trace in _streams(on)])
+step("Bank.write", "to partitions again")(lambda on: [on.other("parts").write(trace) for trace in _streams(on)])
+step("Bank.read", "partitions")(lambda on: on.other("parts").read(on.tiny.trace(7).hidden, 9))
+step("Bank.read", "partitions, or some")(
+    lambda on: on.other("parts").read(on.tiny.trace(3).hidden, 5, allow_partial=True)
+)
+step("Bank.tag", "of partitions")(lambda on: on.other("parts").tag("now"))
+step("Bank.read", "partitions as of a tag")(lambda on: on.other("parts").read(on.tiny.trace(3).hidden, 5, as_of="now"))
+step("Bank.untag", "of partitions")(lambda on: on.other("parts").untag("now"))
+step("Store.fork", "of partitions")(lambda on: on.store.fork(f"{on.kind}/parts", f"{on.kind}/none"))
+step("Bank.grow", "adds partitions")(lambda on: on.other("parts").grow(3))
+step("Bank.grow", "a bank without")(lambda on: on.bank.grow(3))
+step("Bank.rebalance", "moves streams")(lambda on: _still(on.other("parts").rebalance()))
+step("Bank.rebalance", "a bank without")(lambda on: on.bank.rebalance())
+step("Bank.migrate", "a partition that isn't there")(lambda on: on.other("parts").migrate("x", partition=7))
+step("Bank.tokens", "of partitions")(lambda on: on.other("parts").tokens("s1", "r", 3, 9).tolist())
+step("Bank.erase", "a stream of partitions")(lambda on: on.other("parts").erase(stream="s1"))
+step("Bank.detach", "partitions")(lambda on: on.other("parts").detach())
+step("Bank.read", "cold partitions")(lambda on: on.other("parts").read(on.tiny.trace(3).hidden, 5))
+step("Bank.attach", "partitions")(lambda on: on.other("parts").attach())
+step("Bank.digest", "of partitions")(lambda on: on.other("parts").digest())
+step("Bank.info", "of partitions")(lambda on: on.other("parts").info())
+step("Store.banks", "has partitions as one")(lambda on: [info.name for info in on.store.banks(f"{on.kind}/p")])
+step("Store.delete", "partitions")(lambda on: on.store.delete(f"{on.kind}/parts"))
 step("Bank.attach", "a hot bank")(lambda on: on.bank.attach())
 step("Bank.detach", "settles and frees")(lambda on: on.bank.detach())
 step("Bank.detach", "a cold bank")(lambda on: on.bank.detach())
@@ -234,6 +261,18 @@ def _merge(on: On, name: str, *, rebuild: bool = False) -> Any:
         on.store.delete(other.name)
 
 
+def _partitioned(on: On) -> Bank:
+    return on.store.create(f"{on.kind}/parts", on.tiny.spec(on.kind), partitions=2)
+
+
+def _streams(on: On) -> list[Trace]:
+    return [on.tiny.trace(21 + number, stream=f"s{number}", seed=number) for number in range(3)]
+
+
+def _still(report: RebalanceReport) -> RebalanceReport:
+    return dataclasses.replace(report, pause_ms=0.0, total_ms=0.0)
+
+
 def _cut_short(on: On) -> Path:
     whole = (on.folder / "bank").read_bytes()
     (on.folder / "cut").write_bytes(whole[: len(whole) * 2 // 3])
@@ -249,7 +288,8 @@ def plain(outcome: Any, what: str) -> Any:
     if isinstance(outcome, RaymemError):
         return type(outcome), outcome.code, outcome.details, outcome.message if what not in PLACES else ""
     if isinstance(outcome, BankInfo):
-        return dataclasses.replace(outcome, owner=None, node=None, created=0.0)
+        parts = tuple(plain(part, what) for part in outcome.partitions)
+        return dataclasses.replace(outcome, owner=None, node=None, created=0.0, partitions=parts)
     if isinstance(outcome, EraseReceipt):
         # pending on Ray: a shard that the bank has left keeps what settled in its log until that is compacted
         return outcome.bank, outcome.what, outcome.rows, outcome.proves, outcome.forks
@@ -324,6 +364,10 @@ def test_the_steps_do_what_they_say(outcome, kind):
     erased = found["Bank.erase", "a run"]
     assert (erased.rows, erased.status, erased.proves) == (6, "complete", True)
     assert [receipt.rows for receipt in found["Bank.receipts", "of a bank"]][-2:] == [6, 6]
+    if kind == "spalm":
+        assert found["Bank.read", "partitions"].partition_Qk.unique().tolist() == [0, 1]
+        assert found["Bank.rebalance", "moves streams"].streams == 1
+        assert found["Store.banks", "has partitions as one"] == ["spalm/parts"]
     errors = {what: outcome for (_, what), outcome in found.items() if isinstance(outcome, RaymemError)}
     refused = {"a cold bank", "no bank", "to no node", "a row that is not finite", "other rows under the same names"}
     refused |= {"at no tag", "at no position", "a bank with forks", "as of no tag and no time"}

@@ -147,7 +147,7 @@ def test_empty_and_one_row_writes_are_fine(bank, make_rows, rows):
 
 def test_a_query_of_no_states_is_answered(gateway, rows_bank):
     answer = httpx.post(f"{gateway}/v1/banks/{rows_bank.name}/read", json={"hidden": []})
-    assert answer.json() == {"relevance": [], "values": [], "neighbours": []}
+    assert answer.json() == {"relevance": [], "values": [], "neighbours": [], "partial": False, "missing": []}
 
 
 def test_a_calibration_comes_back_as_it_went(store):
