@@ -21,6 +21,7 @@ from raymem.errors import InvalidInput, InvalidSpec, InvalidTrace, Unsupported
 from raymem.kernels.rls_update import information_update, leverage, ridge_factor, to_grid
 from raymem.memory.base import Dims, MergeRule, Options, Rows, State
 from raymem.memory.columns import take_columns
+from raymem.memory.discriminant import log_posterior
 from raymem.memory.merging import check_states
 from raymem.memory.packing import Projection, pack
 from raymem.memory.reference import Addressing, Reference
@@ -30,8 +31,6 @@ from raymem.memory.state import Batch, StateMemory
 
 _LEAST_ROWS, _LEAST_TOKENS = 8, 16
 _BLOCK_ROWS = 256
-# what a token is worth that never followed such a key, in units of the best one
-_FLOOR = 3e-3
 # the finest grid on which float32 sums of weights stay exact for tens of thousands of rows of one token
 _FLOAT32_BITS = 12
 # a ridge so small that only written keys lie within the sums, and what rounding then does to a share of 1
@@ -45,9 +44,10 @@ class LarimarOptions(Options):
     `memory_rows` is the paper's K, about as many rows as can be told apart. `addressing` by "least_squares", which has
     no use for more rows than the key is wide, or by a "gaussian_filter" of width `filter_width`, nearly the nearest
     reference row. `ridge` is the prior's strength lambda. Without vector values a row's value is one-hot over `tokens`
-    tokens, the one unseen for longest making room; their probabilities are the regression's positive part to the power
-    `sharpness`, normalised over the tokens held, and scores are their logarithms. `cross_dtype` float32 halves a
-    token's column; vectors stay float64. A small budget gives fewer rows and tokens than asked for.
+    tokens, the one unseen for longest making room; the sums then say of each token how many rows it followed, where
+    these lie and how far they scatter, and scores are the logarithms of the tokens' probabilities at the query.
+    `cross_dtype` float32 halves a token's column; vectors stay float64. A small budget gives fewer rows and tokens
+    than asked for.
     """
 
     memory_rows: int = Field(default=512, ge=1)
@@ -55,7 +55,6 @@ class LarimarOptions(Options):
     filter_width: float = Field(default=1e-3, gt=0)
     ridge: float = Field(default=1.0, gt=0)
     tokens: int = Field(default=1024, ge=_LEAST_TOKENS)
-    sharpness: float = Field(default=2.0, gt=0)
     cross_dtype: Literal["float64", "float32"] = "float64"
     key_dims: int | None = Field(default=None, ge=1)
     projection_seed: int = 0
@@ -126,20 +125,21 @@ class Larimar(StateMemory):
         return own
 
     def answer(self, state: State, queries_BQK: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`z = w M`, and for one-hot values the tokens of its largest columns."""
-        z_BQV = self.readout(state, self.address(queries_BQK)).to(queries_BQK.dtype)
+        """`z = w M`; of one-hot values, the tokens to whose rows the query most likely belongs."""
+        weights = self.address(queries_BQK)
         if self.dims.value:
+            z_BQV = self.readout(state, weights).to(queries_BQK.dtype)
             tokens = torch.full((*z_BQV.shape[:2], k), -1, device=z_BQV.device)
             return z_BQV, tokens, torch.full_like(tokens, float("-inf"), dtype=z_BQV.dtype)
         free_B1U = (state["slot_token"] < 0)[:, None]
-        floor_BQ1 = (_FLOOR * z_BQV.amax(-1, keepdim=True)).clamp_min(torch.finfo(z_BQV.dtype).tiny)
-        powered = self.larimar.sharpness * torch.maximum(z_BQV, floor_BQ1).log()
+        likely = log_posterior(state["gram"], state["cross"], state["energy"], weights)
         # finite where there is no token at all, so that nothing turns into NaN
-        scores = torch.log_softmax(powered.masked_fill(free_B1U, torch.finfo(powered.dtype).min), -1)
-        best, slot = scores.masked_fill(free_B1U, float("-inf")).sort(dim=-1, descending=True, stable=True)
+        scores = torch.log_softmax(likely.masked_fill(free_B1U, torch.finfo(likely.dtype).min), -1)
+        scores = scores.to(queries_BQK.dtype).masked_fill(free_B1U, float("-inf"))
+        best, slot = scores.sort(dim=-1, descending=True, stable=True)
         tokens = state["slot_token"][:, None].expand_as(slot).gather(-1, slot)[..., :k]
         spare = (0, k - tokens.shape[-1])
-        return z_BQV[..., :0], pad(tokens, spare, value=-1), pad(best[..., :k], spare, value=float("-inf"))
+        return queries_BQK[..., :0], pad(tokens, spare, value=-1), pad(best[..., :k], spare, value=float("-inf"))
 
     def readout(self, state: State, weights_BQS: Tensor) -> Tensor:
         """`w M` `[B, Q, V]` float64 of address weights; standard normal weights generate from the memory.
