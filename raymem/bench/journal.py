@@ -73,14 +73,16 @@ def journal(bed: Bed) -> Measured:
         for writer in range(writers)
     ]
     tables = [JournalRows.of(trace, 0, 0).to_arrow() for run in traces for trace in run]
-    cold, ours, alone = bed.cold(), [], []
+    cold, ours, alone, fragments = bed.cold(), [], [], 0
     for turn in range(bed.repeats):
         plain = Plain(bed, f"plain-{turn}", 1, tables[0])
         alone.append(_seconds(lambda plain=plain: plain.add_all(tables)))  # type: ignore[misc]
-        ours.append(asyncio.run(_write_all(bed, cold, f"bench/bank-{turn}", traces)))
+        taken, left = asyncio.run(_write_all(bed, cold, f"bench/bank-{turn}", traces))
+        ours.append(taken)
+        fragments = max(fragments, left)
     ours_s, alone_s = statistics.median(ours), statistics.median(alone)
     details = {"rows_per_s": rows / ours_s, "lancedb_rows_per_s": rows / alone_s, "writers": writers, "banks": 1}
-    return Measured({"journal_ratio": alone_s / ours_s}, details)
+    return Measured({"journal_ratio": alone_s / ours_s}, details | {"most_fragments": fragments})
 
 
 def many_banks(bed: Bed) -> Measured:
@@ -114,8 +116,8 @@ def attach(bed: Bed) -> Measured:
     return Measured({"attach_ratio": alone_s / ours_s}, details)
 
 
-async def _write_all(bed: Bed, cold: ColdStore, name: str, traces: list[list[Trace]]) -> float:
-    """Seconds in which concurrent writers, each with its own run, have all their batches acknowledged."""
+async def _write_all(bed: Bed, cold: ColdStore, name: str, traces: list[list[Trace]]) -> tuple[float, int]:
+    """Seconds in which concurrent writers, each with its own run, get all their Acks; the fragments they leave."""
 
     async def writer(run: list[Trace]) -> None:
         for trace in run:
@@ -125,11 +127,12 @@ async def _write_all(bed: Bed, cold: ColdStore, name: str, traces: list[list[Tra
     cold.catalog.create(name, bed.spec())
     await host.attach(name)
     taken = await _timed(lambda: asyncio.gather(*map(writer, traces)))
+    fragments = int((await host.stats())["banks"][name]["journal"]["fragments"])
     await host.detach(name)
     await host.close()
     if cold.journal(cold.catalog.get(name)).end() != sum(len(trace) for run in traces for trace in run):
         raise StorageError(f"{name} does not have the rows that were acknowledged")
-    return taken
+    return taken, fragments
 
 
 async def _one_row_each(bed: Bed, banks: int) -> tuple[list[float], int]:

@@ -87,6 +87,12 @@ class JournalRows:
         piece = slice(start, stop)
         return self._picked(piece, self.streams[piece], self.runs[piece])
 
+    def pieces(self, nbytes: int) -> Iterator[JournalRows]:
+        """The rows in order, in parts of about so many bytes; nothing is copied."""
+        rows = max(1, nbytes * len(self) // max(1, self.nbytes))
+        for start in range(0, len(self), rows):
+            yield self.part(start, start + rows)
+
     def since(self, pos: int) -> JournalRows:
         """The rows from position `pos` on."""
         return self.part(int((self.pos_T < pos).sum()))

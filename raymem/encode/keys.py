@@ -40,11 +40,14 @@ def centre(bits_NLD: Array, mean_LD: Floats) -> Floats:
     """Hidden states (as `to_bits` gives them) minus the calibration's mean, in float32."""
     if bits_NLD.dtype == np.uint16:
         # bfloat16 is the upper half of a float32
-        states_NLD: Array = (bits_NLD.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        wide_NLD = bits_NLD.astype(np.uint32)
+        wide_NLD <<= np.uint32(16)
+        states_NLD: Floats = wide_NLD.view(np.float32)
     else:
         states_NLD = bits_NLD.astype(np.float32)
+    states_NLD -= mean_LD
     # a finite state must not become an infinite window sum
-    return np.clip(states_NLD - mean_LD, -_LARGEST, _LARGEST)
+    return np.clip(states_NLD, -_LARGEST, _LARGEST, out=states_NLD)
 
 
 def ages(breaks_N: NDArray[np.bool_], sink_N: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -129,9 +132,11 @@ def unit(states_NLD: Floats) -> Floats:
     largest_NL1 = np.abs(states_NLD).max(-1, keepdims=True)
     scaled_NLD = states_NLD / np.where(largest_NL1 > 0, largest_NL1, np.float32(1))
     length_NL1 = np.sqrt(_sum_last(scaled_NLD * scaled_NLD) * np.float32(states_NLD.shape[1]))
+    scaled_NLD /= np.where(length_NL1 > 0, length_NL1, np.float32(1))
     # adding zero turns -0 into 0: equal keys are equal bits
-    keys_NLD: Floats = scaled_NLD / np.where(length_NL1 > 0, length_NL1, np.float32(1)) + np.float32(0)
-    return keys_NLD.reshape(len(keys_NLD), keys_NLD.shape[1] * keys_NLD.shape[2])
+    scaled_NLD += np.float32(0)
+    keys_NK: Floats = scaled_NLD.reshape(len(scaled_NLD), scaled_NLD.shape[1] * scaled_NLD.shape[2])
+    return keys_NK
 
 
 def _sum_last(x_NLD: Floats) -> Floats:

@@ -100,9 +100,12 @@ class RowMemory(Memory):
         skipped = max(0, added - self.capacity)
         columns = self.encode(_tail(rows, skipped))
         self._grow(state, min(self.capacity, state.count + added))
-        slots = (state.head + skipped + torch.arange(added - skipped)) % self.capacity
+        start = (state.head + skipped) % self.capacity
         for name, values in columns.items():
-            state.columns[name][slots] = values.to(state.columns[name].device)
+            # up to the ring's end, the rest from its beginning
+            first, column = values[: self.capacity - start], state.columns[name]
+            column[start : start + len(first)] = first
+            column[: added - skipped - len(first)] = values[len(first) :]
         state.head = (state.head + added) % self.capacity
         state.count = min(self.capacity, state.count + added)
         return state
