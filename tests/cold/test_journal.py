@@ -218,7 +218,9 @@ def test_killed_writers_lose_and_double_nothing(store: ColdStore, spec: BankSpec
         for _ in range(kill_after):
             acknowledged = int(writer.stdout.readline())
         os.kill(writer.pid, signal.SIGKILL)
-        acknowledged = max([acknowledged, *map(int, writer.communicate()[0].split())])
+        # not communicate, which leaves out what readline has read ahead
+        acknowledged = max([acknowledged, *map(int, writer.stdout.read().split())])
+        writer.wait()
         scanned = list(journal.scan())
         got: list[int] = torch.cat([rows.pos_T for rows in scanned]).tolist()
         # at most the commit in flight is there without having been acknowledged
