@@ -124,10 +124,9 @@ def traces_from_arrow(data: bytes | bytearray | memoryview, max_bytes: int = MAX
         with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
             table = reader.read_all()
         table.validate(full=True)
-        pieces = JournalRows.from_arrow(table)
+        return [trace for piece in JournalRows.from_arrow(table) for trace in traces_of(piece.verify())]
     except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise Corrupt(f"not an Arrow stream of rows: {type(error).__name__}: {str(error)[:200]}") from error
-    return [trace for piece in pieces for trace in traces_of(piece.verify())]
 
 
 def traces_of(rows: JournalRows) -> list[Trace]:
