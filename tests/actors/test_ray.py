@@ -339,6 +339,39 @@ def test_a_shard_that_is_stopped_loses_its_banks_and_nothing_else(store, folder,
     assert bank.digest() == undisturbed_digest(journal, tmp_path / "undisturbed", tiny)
 
 
+def test_a_partition_whose_shard_is_stopped_is_an_error_or_marked_missing_and_comes_back(store, folder, tiny):
+    bank = store.create(f"ray/parts-{next(names)}", tiny.spec("spalm"), partitions=2)
+    for number in range(4):
+        bank.write(tiny.trace(20, stream=f"s{number}", seed=number))
+    queries = tiny.trace(4, seed=1).hidden
+    whole, parts = bank.read(queries, 9), bank.info().partitions
+    assert len({part.node for part in parts}) == 2
+    pid, owner = pid_of(store, parts[1].owner), parts[1].owner
+    hasty = SETTINGS.model_copy(update={"actors": SETTINGS.actors.model_copy(update={"retry_s": 1.0})})
+    with raymem.connect("ray", settings=hasty) as other:
+        other.bank(bank.name).read(queries, 9)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(BackendUnavailable, match=rf"partition 1 of bank {bank.name}.*{owner}") as refused:
+                other.bank(bank.name).read(queries, 9)
+            some = other.bank(bank.name).read(queries, 9, allow_partial=True)
+        finally:
+            # the directory has ended it by now, or will
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    assert refused.value.details["partition"] == 1
+    assert (some.partial, some.missing) == (True, (1,))
+    assert {row.partition for row in some.rows(2)} == {0}
+
+    # a caller with more patience gets the whole answer, from wherever the partition is by then
+    assert torch.equal(bank.read(queries, 9).scores_Qk, whole.scores_Qk)
+    os.kill(pid_of(store, bank.info().partitions[0].owner), signal.SIGKILL)
+    assert bank.write(tiny.trace(30, stream="s0", seed=0)).duplicates == 20
+    assert not bank.read(queries, 9).partial
+    assert bank.info().rows == 90
+    store.delete(bank.name)
+
+
 def test_banks_of_a_node_that_has_left_come_back_elsewhere_without_being_asked_for(nodes, store, bank, tiny):
     if bank.info().node != "node-2":
         bank.migrate("node-2")
