@@ -120,6 +120,9 @@ class Memory(nn.Module, ABC):
     def load(self, tensors: State) -> Any:
         """The state that `dump` wrote, bitwise.
 
+        Args:
+            tensors: now the state's own; where their storage goes on behind them, rows may grow into it.
+
         Raises:
             Corrupt: a tensor is missing or has another shape or dtype.
         """

@@ -5,12 +5,14 @@ Shape legend: `N` rows, `Q` queries, `K` key width, `k` candidates.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -245,11 +247,13 @@ class RowMemory(Memory):
         return sum(column.nbytes for column in state.columns.values())
 
     def _with_room(self, column: Tensor) -> Tensor:
-        # a copy with some room: a bank that has just moved must not be copied once more at its first write
+        # some room: a bank that has just moved must not be copied at its first write
         rows = len(column)
-        copy = column.new_empty(min(self.capacity, rows + max(_FIRST_ROWS, rows // 8)), *column.shape[1:])
-        copy[:rows] = column
-        return copy
+        room = min(self.capacity, rows + max(_FIRST_ROWS, rows // 8))
+        behind = column.untyped_storage().nbytes() // column.element_size() - column.numel()
+        if behind >= (room - rows) * math.prod(column.shape[1:]) and behind and column.is_contiguous():
+            return column.as_strided((room, *column.shape[1:]), column.stride())
+        return _longer(column, room)
 
     def _grow(self, state: RowState, rows: int) -> None:
         allocated = len(state.columns["pos"])
@@ -258,9 +262,20 @@ class RowMemory(Memory):
         size = min(self.capacity, max(rows, 2 * allocated, _FIRST_ROWS))
         for name, old in state.columns.items():
             # one column at a time, so that growing never holds two whole banks
-            new = old.new_empty(size, *old.shape[1:])
-            new[: state.count] = old[: state.count]
-            state.columns[name] = new
+            state.columns[name] = _longer(old[: state.count], size)
+
+
+def _longer(column: Tensor, rows: int) -> Tensor:
+    """A copy of a column with room for `rows`."""
+    shape = (rows, *column.shape[1:])
+    if column.device.type == "cpu":
+        # torch takes small pages, whose first use costs ten times as much as copying into them; NumPy large ones
+        new = torch.from_numpy(np.empty(math.prod(shape) * column.element_size(), np.uint8))
+        new = new.view(column.dtype).reshape(shape)
+    else:
+        new = column.new_empty(shape)
+    new[: len(column)] = column
+    return new
 
 
 def _tail(rows: Rows, start: int) -> Rows:

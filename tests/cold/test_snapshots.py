@@ -63,7 +63,7 @@ def test_a_snapshot_of_nothing_is_a_snapshot(snapshots: Snapshots):
 
 
 def test_big_and_small_tensors_share_parts(snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(snapshots_module, "PART_BYTES", 100)
+    monkeypatch.setattr(snapshots_module, "_PART_BYTES", 100)
     tensors = {
         name: torch.randint(0, 255, (size,), dtype=torch.uint8)
         for name, size in zip("abcde", (1, 99, 0, 777, 30), strict=True)

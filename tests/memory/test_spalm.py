@@ -75,6 +75,19 @@ def test_growing_copies_rows_a_bounded_number_of_times(rows_of):
     assert copied < 2 * 3000
 
 
+def test_a_bank_grows_into_the_room_behind_what_was_loaded_and_copies_what_has_none(rows_of):
+    memory = bank()
+    dumped = memory.dump(memory.absorb(memory.empty(), rows_of(800, key=KEY)))
+    roomy = {
+        name: torch.cat([t.reshape(len(t), -1)] * 2)[: len(t)].reshape(t.shape) for name, t in dumped.items() if t.ndim
+    }
+    one, two = memory.load(roomy | {"head": dumped["head"]}), memory.load(dumped)
+    for state, tensors, kept in ((one, roomy, True), (two, dumped, False)):
+        assert all((state.columns[name].data_ptr() == t.data_ptr()) == kept for name, t in tensors.items() if t.ndim)
+        grown = memory.absorb(state, rows_of(100, 800, key=KEY))
+        assert same(memory.dump(grown), memory.dump(memory.absorb(memory.empty(), rows_of(900, key=KEY))))
+
+
 def test_a_mask_hides_rows_inside_the_search(rows_of):
     memory, rows = bank(), rows_of(60, key=KEY)
     state = memory.absorb(memory.empty(), rows)
