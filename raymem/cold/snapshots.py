@@ -33,7 +33,8 @@ _SCHEMA = pa.schema(
         pa.field("pos", pa.int64(), nullable=False),
         pa.field("part", pa.int32(), nullable=False),
         pa.field("crc32c", pa.uint32(), nullable=False),
-        pa.field("data", pa.large_binary(), nullable=False),
+        # states hardly get smaller, and taking them apart would be most of an attach
+        pa.field("data", pa.large_binary(), nullable=False, metadata={"lance-encoding:compression": "none"}),
     ]
 )
 _log = structlog.get_logger(__name__)
@@ -160,7 +161,7 @@ class Snapshots:
         where = f"snapshot = {quote(manifest.snapshot)} AND part >= 0"
         with reading(f"read {what}"):
             dataset = self._tables.open(self._name).to_lance()
-            scanner = dataset.scanner(columns=["part", "data"], filter=where, batch_size=_READ_PARTS)
+            scanner = dataset.scanner(["part", "data"], where, batch_size=_READ_PARTS, late_materialization=False)
             batches = iter(scanner.to_batches())
         number = 0
         while True:
