@@ -18,7 +18,7 @@ from raymem.actors.transfer import Packed, pack_fields, unpack, unpack_fields
 from raymem.cold.store import ColdStore
 from raymem.config import Settings
 from raymem.errors import NotShared, RaymemError
-from raymem.host import Host
+from raymem.moving import MovingHost, Yielded
 from raymem.types import Ack, EraseReceipt, MigrationReport, Selection, Trace
 
 log = structlog.get_logger("raymem.shard")
@@ -53,7 +53,7 @@ class Shard:
         self._spec = spec
         self._device = device
         self._peer = peer
-        self._opening: asyncio.Task[Host] | None = None
+        self._opening: asyncio.Task[MovingHost] | None = None
         self._recovery: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -131,17 +131,17 @@ class Shard:
         return await move(name, host, to, self._peer(to))
 
     async def prepare(self, name: str) -> int:
-        """As `Host.prepare`."""
+        """As `MovingHost.prepare`."""
         host = await self._host()
         await asyncio.to_thread(self._check_open, host.cold, name)
         return await host.prepare(name)
 
-    async def adopt(self, name: str, epoch: int) -> int:
-        """As `Host.adopt`."""
-        return await (await self._host()).adopt(name, epoch)
+    async def adopt(self, name: str, source: Yielded) -> int:
+        """As `MovingHost.adopt`."""
+        return await (await self._host()).adopt(name, source)
 
     async def abandon(self, name: str) -> None:
-        """As `Host.abandon`."""
+        """As `MovingHost.abandon`."""
         (await self._host()).abandon(name)
 
     async def bytes(self) -> dict[str, int]:
@@ -165,25 +165,25 @@ class Shard:
         if node_prefix(self.name) in cold.draining.nodes() and cold.catalog.get(name).owner != self.name:
             raise draining(self.name)
 
-    async def _hot(self, name: str) -> Host:
+    async def _hot(self, name: str) -> MovingHost:
         host = await self._host()
         if not host.has(name):
             await host.reopen(name)
         return host
 
-    async def _host(self) -> Host:
+    async def _host(self) -> MovingHost:
         if self._opening is None:
             self._opening = asyncio.create_task(self._open())
         # a caller that goes away must not take the start down with it
         return await asyncio.shield(self._opening)
 
-    async def _open(self) -> Host:
+    async def _open(self) -> MovingHost:
         cold = await asyncio.to_thread(open_shared, self._spec, self.name)
-        host = Host(cold, self._spec.settings, owner=self.name, device=self._device)
+        host = MovingHost(cold, self._spec.settings, owner=self.name, device=self._device)
         self._recovery = asyncio.create_task(self._recover(host))
         return host
 
-    async def _recover(self, host: Host) -> None:
+    async def _recover(self, host: MovingHost) -> None:
         entries = await asyncio.to_thread(host.cold.catalog.list, "")
         mine = [entry.name for entry in entries if entry.state == "hot" and entry.owner == self.name]
         outcomes = await asyncio.gather(*map(host.reopen, mine), return_exceptions=True)

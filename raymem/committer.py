@@ -51,6 +51,11 @@ class Committer:
             self._task = asyncio.get_running_loop().create_task(self._drain(), name=f"log {self.log.id}")
         await done
 
+    def tidy(self) -> None:
+        """Begin to take banks that have left out of the log, if there are any and nothing is being committed."""
+        if self.log.left and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._drain(), name=f"log {self.log.id}")
+
     def stats(self) -> dict[str, Any]:
         """What the log holds and what its commits took; `group` is how many banks' writes a commit had on average."""
         mine = {"group": self.parts / max(1, self.groups), "largest_group": self.largest}
@@ -62,6 +67,8 @@ class Committer:
                 await self._commit_group()
                 if self.log.due:
                     await self._crew.run(self._upkeep)
+            if self.log.left:
+                await self._crew.run(self._upkeep)
         finally:
             self._task = None
 

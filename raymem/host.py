@@ -13,19 +13,19 @@ import structlog
 from torch import Tensor
 
 from raymem.backend import detached
-from raymem.cold.log import Log
 from raymem.cold.store import ColdStore, Entry
 from raymem.committer import Committer
 from raymem.config import Settings
 from raymem.crew import Crew
 from raymem.erasing import erase
-from raymem.errors import Moved, NotOwner, RaymemError
+from raymem.errors import Moved, RaymemError
 from raymem.homes import Homes
-from raymem.lease import Lease
 from raymem.limits import Limiter
 from raymem.past import Past
-from raymem.room import Room
+from raymem.room import PAST, Room
 from raymem.runtime import Runtime
+from raymem.space import Space
+from raymem.tenure import Tenure
 from raymem.types import Ack, EraseReceipt, Readout, Selection, Trace
 from raymem.upkeep import Upkeep
 from raymem.wire import traces_of
@@ -34,8 +34,6 @@ from raymem.worker import BankWorker
 T = TypeVar("T")
 log = structlog.get_logger("raymem.host")
 _TICK_S = 1.0
-# a source that moves a bank comes back for its copy at once
-_ARRIVAL_S = 60.0
 
 
 class Host:
@@ -55,22 +53,15 @@ class Host:
         self.device = device
         self._pool = ThreadPoolExecutor(settings.host.threads, thread_name_prefix="raymem")
         self._crew = Crew(self._pool)
-        self._committer: Committer | None = None
-        self._opening = asyncio.Lock()
+        self.tenure = Tenure(cold, settings, owner, self._crew, self._drop_all)
         self._ticker: asyncio.TimerHandle | None = None
         self._limiter = Limiter(settings.host)
         self.past = Past(cold, settings.host.past_bytes, device)
         self._workers: dict[str, BankWorker] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._moved: dict[str, str] = {}
-        self._arriving: dict[str, Runtime] = {}
         self._upkeep = Upkeep(cold, settings.cold, self.names, lambda name, what: self.erase(name, what, rebuild=True))
-        self._expiring: dict[str, asyncio.TimerHandle] = {}
-        self._lease = self._new_lease()
         setting = "host.memory_bytes" if device == "cpu" else "host.gpu_memory_bytes"
-        self._room = Room(owner, self.memory_bytes, setting)
-        self._making_room = asyncio.Lock()
-        self._growing: asyncio.Task[None] | None = None
+        self._space = Space(cold, Room(owner, self.memory_bytes, setting), self._crew, self.held, self._evict)
 
     def has(self, name: str) -> bool:
         """Whether the bank is hot here."""
@@ -92,17 +83,13 @@ class Host:
         """Bytes of each hot bank's state."""
         return {name: worker.runtime.nbytes for name, worker in self._workers.items()}
 
+    def held(self) -> dict[str, int]:
+        """Bytes of everything that counts against `memory_bytes`."""
+        return self.bytes() | {PAST: self.past.nbytes}
+
     async def memory(self) -> dict[str, Any]:
         """What is in memory, what stays there, and how often a bank had to leave."""
-        loaded, pinned = self.bytes(), await self._thread(self._pinned)
-        return {
-            "limit_bytes": self.memory_bytes,
-            "loaded": len(loaded),
-            "bytes": sum(loaded.values()),
-            "pinned_bytes": sum(size for name, size in loaded.items() if name in pinned),
-            "evicted": self._room.evicted,
-            "arriving": len(self._arriving),
-        }
+        return await self._space.stats() | {"loaded": len(self._workers)}
 
     async def attach(self, name: str, *, take_from: str | None = None) -> None:
         """Claim a bank in the catalog and load it: snapshot, then the journal's tail.
@@ -142,13 +129,14 @@ class Host:
     async def detach(self, name: str, state: str = "cold") -> None:
         """Finish queued writes, snapshot, release the bank in the catalog as `state`, free its memory."""
         async with self._locks[name]:
-            worker = self._writable(name)
+            worker = self._worker(name)
             runtime = worker.runtime
             away = Moved(f"bank {name!r} is leaving {self.owner}", to="") if state == "hot" else detached(name)
             await worker.finish(runtime.rest, away)
             self._workers.pop(name)
             epoch, settled = runtime.entry.epoch, None if runtime.log is None else runtime.log.id
             await self._thread(lambda: self.cold.catalog.release(name, epoch, state=state, log=settled))
+            self._depart(worker)
 
     async def write(self, name: str, trace: Trace, *, durable: bool = True, caller: str = "") -> Ack:
         """Journal and apply a trace.
@@ -164,13 +152,13 @@ class Host:
             Reassigned: the bank is a partition, and the stream lives in another.
         """
         # nothing is waited for between this and the queue
-        worker, lease = await self._home(name, lambda homes: homes.require(trace.stream)), self._lease
-        self._room.leaving(name, worker.runtime.nbytes, {}, ())
+        worker, lease = await self._home(name, lambda homes: homes.require(trace.stream)), self.tenure.lease
+        self._space.room.leaving(name, worker.runtime.nbytes, {}, ())
         if durable:
             with self._limiter.admit(caller, trace.nbytes):
                 ack = await worker.write(trace)
-            self._confirm(name, lease)
-            self._watch_growth(name)
+            self.tenure.confirm(name, lease)
+            self._space.watch(name)
             return ack
         trace.validate(worker.runtime.spec.fingerprint)
         admitted = self._limiter.admit(caller, trace.nbytes)
@@ -192,30 +180,33 @@ class Host:
 
         Raises:
             NotOwner: the lease ran out meanwhile, so the answer may be old.
+            TooLarge: there is no memory for the bank as it was beside the bank as it is.
         """
-        worker, lease = self._worker(name), self._lease
+        worker, lease = self._worker(name), self.tenure.lease
         with self._limiter.admit(caller, hidden_QLD.nbytes):
             if as_of is None:
                 readout = await worker.read(hidden_QLD, k, start)
             else:
-                bank = worker.runtime.entry
-                readout = await worker.beside(lambda: self.past.at(bank, as_of).read(hidden_QLD, k, start))
-        self._confirm(name, lease)
+                point = await worker.beside(lambda: self.past.find(worker.runtime.entry, as_of, worker.runtime.nbytes))
+                self._space.room.touch(PAST)
+                await self._space.make(PAST, self.past.needs(point), stays=name)
+                readout = await worker.beside(lambda: self.past.at(point).read(hidden_QLD, k, start))
+        self.tenure.confirm(name, lease)
         return readout
 
     async def mark(self, name: str, tag: str) -> dict[str, int]:
         """Tag a bank's position after the writes queued so far; return all tags."""
-        worker = self._writable(name)
+        worker = self._worker(name)
         return await worker.call(lambda: worker.runtime.mark(tag))
 
     async def materialise(self, name: str) -> None:
         """Copy what a fork inherited into its own journal; writes wait meanwhile, reads don't."""
-        worker = self._writable(name)
+        worker = self._worker(name)
         await worker.call(worker.runtime.materialise)
 
     async def erase(self, name: str, what: Selection, *, rebuild: bool = False) -> EraseReceipt:
         """Erase rows after the writes queued so far; later ones wait; see `raymem.erasing`."""
-        worker = self._writable(name)
+        worker = self._worker(name)
         receipt = await worker.call(lambda: erase(worker.runtime, what, rebuild=rebuild))
         # what banks were may hold the rows still, this one's and its forks'
         self.past.forget()
@@ -223,7 +214,7 @@ class Host:
 
     async def release(self, name: str, stream: str | None) -> None:
         """Finish the writes queued so far, and look up where a stream lives, or any, before later ones."""
-        worker = self._writable(name)
+        worker = self._worker(name)
         worker.homes.release(stream)
         await worker.call(lambda: None)
 
@@ -233,7 +224,7 @@ class Host:
         Returns:
             How many were new, and the position in that journal up to which all were seen: where to go on.
         """
-        lease, copied = self._lease, 0
+        lease, copied = self.tenure.lease, 0
         journal = self.cold.journal(await self._thread(lambda: self.cold.catalog.get(source)))
         end = await self._thread(journal.end)
         rows = journal.of_stream(stream, start)
@@ -241,15 +232,15 @@ class Host:
             worker = await self._home(name, lambda homes: homes.expect(stream))
             acks = await asyncio.gather(*map(worker.write, traces_of(part)))
             copied += sum(ack.rows for ack in acks)
-        self._confirm(name, lease)
-        self._watch_growth(name)
+        self.tenure.confirm(name, lease)
+        self._space.watch(name)
         return copied, end
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's whole state, after the writes queued so far."""
-        worker, lease = self._worker(name), self._lease
+        worker, lease = self._worker(name), self.tenure.lease
         digest = await worker.call(worker.runtime.digest)
-        self._confirm(name, lease)
+        self.tenure.confirm(name, lease)
         return digest
 
     async def snapshot(self, name: str) -> int:
@@ -261,14 +252,15 @@ class Host:
         """Counters of this process and of each hot bank."""
         banks = {name: await self._bank_stats(worker) for name, worker in sorted(self._workers.items())}
         about = {"owner": self.owner, "device": self.device, "refused_overload": self._limiter.refused}
-        about |= {"memory": await self.memory(), "log": self._committer.stats() if self._committer else {}}
+        about |= {"memory": await self.memory(), "log": self.tenure.stats()}
         return about | {"banks": banks}
 
     async def close(self) -> None:
         """Snapshot and release every bank; they stay attached in the catalog and load on next use."""
         self._upkeep.stop()
-        if self._growing is not None:
-            await self._growing
+        if self._ticker is not None:
+            self._ticker.cancel()
+        await self._space.rest()
         for name in self.names():
             try:
                 await self.detach(name, state="hot")
@@ -276,147 +268,34 @@ class Host:
                 # every row is in the journal already; the next owner replays it
                 log.warning("bank not settled on close", bank=name, error=str(error))
                 self._workers.pop(name, None)
-        if self._ticker is not None:
-            self._ticker.cancel()
-        try:
-            await asyncio.to_thread(self._leave)
-        except RaymemError as error:
-            # it runs out by itself
-            log.warning("lease not released", owner=self.owner, error=str(error))
+        await asyncio.to_thread(self.tenure.leave)
         self._pool.shutdown(wait=True)
 
-    async def prepare(self, name: str) -> int:
-        """Migration, at the target: copy a snapshot and the tail while the source still serves; return the position."""
-        async with self._locks[name]:
-            runtime = self._arriving.get(name)
-            if runtime is None:
-                entry = await self._thread(lambda: self.cold.catalog.get(name))
-                # before anything moves
-                await self._make_room(name, await self._thread(lambda: self._size(entry)))
-                runtime = await self._thread(lambda: Runtime(self.cold, entry, device=self.device))
-                await self._thread(runtime.recover)
-                self._arriving[name] = runtime
-            else:
-                self._expiring[name].cancel()
-                await self._thread(runtime.catch_up)
-            # a source that dies half-way tells nobody: its copy must not stay for good
-            self._expiring[name] = asyncio.get_running_loop().call_later(_ARRIVAL_S, self.abandon, name, runtime)
-            return runtime.pos
-
-    async def yield_writes(self, name: str, to: str) -> int:
-        """Migration, at the source: finish queued writes, answer later ones with Moved, go on answering reads.
-
-        The catalog names the source as the owner until the target has claimed the bank: if either dies in between,
-        one owner is left. Returns the epoch to claim it from.
-        """
-        worker, lease = self._writable(name), self._lease
-        self._moved[name] = to
-        try:
-            await worker.call(worker.runtime.let_go)
-            self._confirm(name, lease)
-        except Exception:
-            self._moved.pop(name, None)
-            raise
-        return worker.runtime.entry.epoch
-
-    async def adopt(self, name: str, epoch: int) -> int:
-        """Migration, at the target: claim the prepared bank, apply the last of its tail and serve it.
-
-        Raises:
-            NotOwner: the source that yielded at `epoch` no longer owns the bank.
-        """
-        async with self._locks[name]:
-            committer = await self._commits()
-            entry = await self._thread(lambda: self._claim(name, epoch, committer))
-            runtime = self._arriving.pop(name, None)
-            if runtime is None:
-                runtime = await self._thread(lambda: self._open(entry, committer.log))
-            else:
-                runtime.log = committer.log
-                await self._thread(lambda: runtime.own(entry))
-            self._serve(name, runtime, committer)
-            return runtime.pos
-
-    async def resume(self, name: str) -> None:
-        """Migration, at the source: the target failed, so take the bank back."""
-        worker = self._worker(name)
-        try:
-            committer = await self._commits()
-            entry = await self._thread(lambda: self._claim(name, self.cold.catalog.get(name).epoch, committer))
-            await worker.call(lambda: worker.runtime.own(entry))
-            worker.homes.release(None)
-        except Exception:
-            # whoever the catalog names now has the bank: a fresh start tells
-            self._workers.pop(name, None)
-            raise
-        finally:
-            self._moved.pop(name, None)
-
-    async def forget_moved(self, name: str) -> None:
-        """Migration, at the source: the target serves, so free the bank; the catalog tells stragglers where it is."""
-        worker = self._workers.pop(name, None)
-        if worker is not None:
-            await worker.finish(lambda: None, Moved(f"bank {name!r} has moved", to=self._moved.get(name, "")))
-        self._moved.pop(name, None)
-
-    def abandon(self, name: str, runtime: Runtime | None = None) -> None:
-        """Migration, at the target: drop what was prepared; if `runtime` is named, only that."""
-        if runtime in (None, self._arriving.get(name)):
-            self._arriving.pop(name, None)
-
-    async def _make_room(self, name: str, needed: int) -> int:
-        """Free banks that were not used for longest, so that this one has room; return how many left.
-
-        Raises:
-            TooLarge: even so it would have none.
-        """
-        if self.memory_bytes is None:
-            return 0
-        async with self._making_room:
-            before, pinned = self._room.evicted, await self._thread(self._pinned)
-            for other in self._room.leaving(name, needed, self.bytes(), pinned):
-                await self._evict(other)
-            return self._room.evicted - before
-
-    async def _evict(self, name: str) -> None:
+    async def _evict(self, name: str) -> bool:
         """Take a bank out of memory; it stays this owner's, and loads again at its next use."""
+        if name == PAST:
+            self.past.forget()
+            return True
         # one that is being attached, moved or detached is not waited for: that might need room itself
-        if self._locks[name].locked() or name in self._moved:
-            return
+        if self._locks[name].locked():
+            return False
         async with self._locks[name]:
             worker = self._workers.get(name)
             if worker is None or worker.lost:
-                return
+                return False
             await worker.finish(worker.runtime.rest, Moved(f"bank {name!r} makes room for others just now", to=""))
             self._workers.pop(name)
-            self._room.forget(name)
-            self._room.evicted += 1
-
-    async def _keep_room(self, name: str) -> None:
-        try:
-            # others may grow meanwhile
-            while await self._make_room(name, self.bytes().get(name, 0)) and self._room.is_short(self.bytes()):
-                continue
-        except RaymemError as error:
-            # its next write hears why
-            log.warning("no room made", owner=self.owner, bank=name, error=str(error))
-
-    def _pinned(self) -> set[str]:
-        return {entry.name for entry in self.cold.catalog.list() if entry.pinned}
-
-    def _size(self, entry: Entry) -> int:
-        """About how many bytes a bank takes in memory, before it is loaded."""
-        known = self.cold.snapshots(entry).nbytes() or self.cold.journal(entry).stats()["bytes"]
-        return min(entry.spec.budget_bytes, known)
+            return True
 
     async def _load(self, entry: Entry) -> None:
-        if self.memory_bytes is not None:
-            await self._make_room(entry.name, await self._thread(lambda: self._size(entry)))
-        committer = await self._commits()
-        claimed = await self._thread(lambda: self._claim(entry.name, entry.epoch, committer))
+        await self._space.admit(entry)
+        committer = await self.tenure.commits()
+        claimed = await self._thread(lambda: self.tenure.claim(entry.name, entry.epoch, committer))
         try:
-            runtime = await self._thread(lambda: self._open(claimed, committer.log))
-            await self._make_room(entry.name, runtime.nbytes)
+            runtime = await self._thread(
+                lambda: Runtime.open(self.cold, claimed, device=self.device, log=committer.log)
+            )
+            await self._space.make(entry.name, runtime.nbytes)
         except Exception:
             # a bank that was hot stays so: whoever uses it next hears why it can't be loaded
             if entry.state == "cold":
@@ -425,94 +304,41 @@ class Host:
             raise
         self._serve(entry.name, runtime, committer)
 
-    def _new_lease(self) -> Lease:
-        return Lease(self.cold.incarnations, self.owner, self.settings.host.lease_s)
-
     def _check_lease(self) -> None:
-        if self._workers and not self._lease.valid:
-            self._demote("its lease ran out")
+        if self._workers:
+            self.tenure.check()
 
-    def _confirm(self, name: str, lease: Lease) -> None:
-        """Refuse an outcome that another owner may know nothing of, or that one has made old."""
-        if lease.valid:
-            return
-        if lease is self._lease:
-            self._demote("its lease ran out")
-        raise NotOwner(
-            f"{self.owner} was silent for longer than its lease of {lease.lease_s:g} s, so bank {name!r} may have "
-            "another owner: ask again, repeating a write is safe"
-        )
-
-    def _demote(self, why: str) -> None:
-        """Give up every bank: a new incarnation claims those again that the catalog still says are here."""
+    def _drop_all(self, why: str) -> None:
+        """The incarnation is over: other owners may have any of its banks."""
         log.error("incarnation over", owner=self.owner, reason=why, banks=len(self._workers))
         for worker in self._workers.values():
             worker.give_up()
         self._workers.clear()
-        self._moved.clear()
-        self._lease.give_up()
-        self._lease = self._new_lease()
-
-    def _claim(self, name: str, epoch: int, committer: Committer) -> Entry:
-        self._lease.hold()
-        self._require_same(name, committer)
-        return self.cold.catalog.claim(name, self.owner, epoch, committer.log.id)
-
-    def _watch_growth(self, name: str) -> None:
-        if self._room.is_short(self.bytes()) and (self._growing is None or self._growing.done()):
-            self._growing = asyncio.create_task(self._keep_room(name))
-
-    def _require_same(self, name: str, committer: Committer) -> None:
-        if committer.log.id != self._lease.id:
-            raise Moved(f"bank {name!r} is being reopened: its owner began anew meanwhile", to="")
-
-    def _open(self, entry: Entry, log: Log) -> Runtime:
-        return Runtime.open(self.cold, entry, device=self.device, log=log)
 
     def _serve(self, name: str, runtime: Runtime, committer: Committer) -> None:
-        self._require_same(name, committer)
-        self._arriving.pop(name, None)
-        self._moved.pop(name, None)
+        self.tenure.require_same(name, committer)
         self._workers[name] = BankWorker(runtime, self._crew, committer, self.settings)
         self._upkeep.start()
         if self._ticker is None:
             self._tick()
-
-    async def _commits(self) -> Committer:
-        """The committer of this incarnation's log."""
-        async with self._opening:
-            lease = self._lease
-            if self._committer is None or self._committer.log.id != lease.id:
-                made = Log(self.cold.tables, lease.id, self.settings.cold.log_bytes)
-                # a log whose incarnation is unknown may be swept away
-                await self._thread(lease.hold)
-                await self._thread(made.create)
-                size = self.settings.host.group_bytes
-                self._committer = Committer(made, self._crew, size, lambda: self._fenced(lease))
-            return self._committer
-
-    def _fenced(self, lease: Lease) -> None:
-        """A bank was taken from this incarnation, and its log with it: no bank can be written through it any more."""
-        if lease is self._lease:
-            self._demote("its log was fenced off")
 
     def _tick(self) -> None:
         """See to banks that nobody writes to: what lies in the log for long settles, what lies unsaved is saved."""
         self._ticker = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
         for worker in self._workers.values():
             worker.nudge()
-        if self._committer is not None:
-            held = self._committer.log
+        if self.tenure.committer is not None:
+            self.tenure.committer.tidy()
+            held = self.tenure.committer.log
             oldest = set(held.oldest(held.nbytes() - held.limit // 2))
             for worker in self._workers.values():
                 if worker.runtime.entry.id in oldest:
                     worker.nudge(settle=True)
 
-    def _leave(self) -> None:
-        last = self._committer.log if self._committer else None
-        if last is not None and not last.lost and not self.cold.catalog.logged(last.id):
-            last.drop()
-        self._lease.release()
+    def _depart(self, worker: BankWorker) -> None:
+        """A bank that has settled here goes elsewhere: what is erased there must not stay in this host's log."""
+        if worker.runtime.log is not None:
+            worker.runtime.log.leave(worker.runtime.entry.id)
 
     def _worker(self, name: str) -> BankWorker:
         self._check_lease()
@@ -520,23 +346,17 @@ class Host:
         if worker is not None and worker.lost:
             del self._workers[name]
             worker = None
-        self._room.touch(name)
+        self._space.room.touch(name)
         if worker is None:
-            raise Moved(f"bank {name!r} is not hot on {self.owner}", to=self._moved.get(name, ""))
-        return worker
-
-    def _writable(self, name: str) -> BankWorker:
-        worker = self._worker(name)
-        if name in self._moved:
-            raise Moved(f"bank {name!r} is moving to {self._moved[name]}", to=self._moved[name])
+            raise Moved(f"bank {name!r} is not hot on {self.owner}", to="")
         return worker
 
     async def _home(self, name: str, check: Callable[[Homes], Awaitable[None]]) -> BankWorker:
         """The bank's worker, once its partition may take the rows; a check that takes time may find another."""
         while True:
-            worker = self._writable(name)
+            worker = self._worker(name)
             await check(worker.homes)
-            if worker is self._writable(name):
+            if worker is self._worker(name):
                 return worker
 
     def _finish_later(self, name: str, admitted: Any, done: asyncio.Future[Ack]) -> None:

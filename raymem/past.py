@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, defaultdict
+from typing import NamedTuple
 
 from raymem.cold.history import position_of
 from raymem.cold.store import ColdStore, Entry
@@ -12,6 +13,19 @@ from raymem.runtime import Replica
 
 # a position of one writing of a bank's journal
 _Key = tuple[str, int, int]
+
+
+class Point(NamedTuple):
+    """A bank at a position in its past; `nbytes` is about what its state takes there."""
+
+    bank: Entry
+    pos: int
+    nbytes: int
+
+    @property
+    def key(self) -> _Key:
+        """What it is kept under."""
+        return self.bank.id, self.bank.generation, self.pos
 
 
 class Past:
@@ -37,8 +51,8 @@ class Past:
         with self._lock:
             return sum(replica.nbytes for replica in self._kept.values())
 
-    def at(self, bank: Entry, as_of: str | float) -> Replica:
-        """The bank as it was at a tag or a time.
+    def find(self, bank: Entry, as_of: str | float, nbytes: int) -> Point:
+        """Where a bank was at a tag or a time; its state takes `nbytes` now.
 
         Raises:
             TagNotFound: neither, naming the tags there are.
@@ -46,11 +60,22 @@ class Past:
         entry = self._cold.catalog.by_id(bank.id)
         if entry is None:
             raise BankNotFound(f"bank {bank.name!r} was removed")
-        pos = position_of(self._cold, entry, as_of)
-        key = (entry.id, entry.generation, pos)
-        with self._making_of(key):
-            found = self._get(key) or self._make(entry, pos)
-            self._keep(key, found)
+        return Point(entry, position_of(self._cold, entry, as_of), nbytes)
+
+    def needs(self, point: Point) -> int:
+        """Bytes of all states once this one is among them."""
+        if self._get(point.key) is not None:
+            return self.nbytes
+        return point.nbytes + min(self.nbytes, max(0, self._limit - point.nbytes))
+
+    def at(self, point: Point) -> Replica:
+        """The bank as it was there."""
+        with self._making_of(point.key):
+            found = self._get(point.key)
+            if found is None:
+                self._shrink(self._limit - point.nbytes)
+                found = self._make(point.bank, point.pos)
+            self._keep(point.key, found)
         return found
 
     def forget(self, id: str | None = None) -> None:
@@ -76,8 +101,12 @@ class Past:
         with self._lock:
             self._kept[key] = replica
             self._kept.move_to_end(key)
+        self._shrink(self._limit)
+
+    def _shrink(self, limit: int) -> None:
+        with self._lock:
             total = sum(kept.nbytes for kept in self._kept.values())
-            while total > self._limit:
+            while self._kept and total > limit:
                 dropped, oldest = self._kept.popitem(last=False)
                 self._making.pop(dropped, None)
                 total -= oldest.nbytes

@@ -7,6 +7,9 @@ from collections.abc import Collection, Mapping
 
 from raymem.errors import TooLarge
 
+# what banks were, all of it together: it takes memory beside the banks, and no bank can have this name
+PAST = "the past"
+
 
 class Room:
     """A limit in bytes, and the order in which banks were used last.
@@ -41,7 +44,7 @@ class Room:
         """The banks to free, least recently used first, so that one that takes `needed` bytes has room.
 
         Args:
-            name: the bank that needs it.
+            name: the bank that needs it, or PAST.
             needed: all of its bytes, also those that it has already.
             loaded: bytes of each bank in memory.
             pinned: banks that stay.
@@ -54,9 +57,10 @@ class Room:
         others = {other: size for other, size in loaded.items() if other != name}
         kept = sum(size for other, size in others.items() if other in pinned)
         if needed + kept > self.limit:
+            what = "a bank as it was" if name == PAST else f"bank {name!r}"
             raise TooLarge(
-                f"bank {name!r} takes {needed} bytes, and {self._owner} may hold {self.limit}, {kept} of them in "
-                f"pinned banks: raise {self._setting}, unpin a bank there, or move this one where there is more room",
+                f"{what} takes {needed} bytes, and {self._owner} may hold {self.limit}, {kept} of them in pinned banks "
+                f"or in this one: raise {self._setting}, unpin a bank there, or move this one where there is more room",
                 needed=needed,
                 limit=self.limit,
             )

@@ -313,7 +313,7 @@ class Runtime(Replica):
         return Staged([error] * len(traces))
 
     def let_go(self) -> None:
-        """Before a hand-over: settle every row, and say so in the catalog. The next write takes the journal back."""
+        """Before a hand-over: settle every row. The next write takes the journal back."""
         self._unsure = True
         self.journal.let_go()
 

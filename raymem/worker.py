@@ -36,6 +36,8 @@ class _Write:
 class _Call:
     function: Callable[[], Any]
     done: asyncio.Future[Any]
+    # whether what comes after it has to wait until somebody says how it goes on
+    holds: bool = False
 
 
 class BankWorker:
@@ -56,6 +58,7 @@ class BankWorker:
         # banks that were filled together must not all settle in the same second
         self._settle_s = settings.cold.settle_s * random.uniform(0.5, 1.0)
         self._ending: RaymemError | None = None
+        self._held = False
         self._queue: deque[_Write | _Call] = deque()
         self._wake = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._loop(), name=f"bank {runtime.entry.name}")
@@ -103,9 +106,27 @@ class BankWorker:
         self._task.cancel()
         return result
 
+    async def hold(self, last: Callable[[], T]) -> T:
+        """Finish what is queued, run `last`, and let what comes later wait; if `last` fails, go on instead."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._put(_Call(last, done, holds=True))
+        return await done
+
+    async def go_on(self, first: Callable[[], T]) -> T:
+        """After `hold`: run `first`, then what has come meanwhile."""
+        result = await self._crew.run(first)
+        self._held = False
+        self._wake.set()
+        return result
+
+    def leave(self, where: Moved) -> None:
+        """After `hold`: stop; whoever waits hears where the bank has gone."""
+        self._ending, self.lost = where, True
+        self._wake.set()
+
     def nudge(self, *, settle: bool = False) -> None:
         """Do what is due after a while, or settle now, behind what is queued."""
-        if (settle or self._due()) and not (self._queue or self.lost or self._ending):
+        if (settle or self._due()) and not (self._queue or self.lost or self._ending or self._held):
             self._put(_Call(lambda: self._maintain(settle=settle), asyncio.get_running_loop().create_future()))
 
     def give_up(self) -> None:
@@ -124,7 +145,7 @@ class BankWorker:
         while not self.lost:
             await self._wake.wait()
             self._wake.clear()
-            while self._queue and not self.lost:
+            while self._queue and not (self.lost or self._held):
                 group = self._next_group()
                 if group:
                     await self._commit(group)
@@ -132,7 +153,7 @@ class BankWorker:
                     await self._run(self._queue.popleft())
         # a lost runtime no longer knows where its journal ends: nothing more may be written through it
         while self._queue:
-            _settle(self._queue.popleft().done, self._reopening())
+            _settle(self._queue.popleft().done, self._ending or self._reopening())
 
     def _reopening(self) -> Moved:
         return Moved(f"bank {self.runtime.entry.name!r} is being reopened", to="")
@@ -221,7 +242,9 @@ class BankWorker:
     async def _run(self, item: _Write | _Call) -> None:
         assert isinstance(item, _Call)
         try:
-            _settle(item.done, await self._crew.run(item.function))
+            result = await self._crew.run(item.function)
+            self._held = item.holds
+            _settle(item.done, result)
         except Exception as error:  # noqa: BLE001 - handed to the caller
             _settle(item.done, error)
 

@@ -231,18 +231,28 @@ class Catalog:
             )
         return set(found["owner"].to_pylist())
 
-    def claim(self, name: str, owner: str, expect_epoch: int, log: str | None = None) -> Entry:
+    def claim(
+        self, name: str, owner: str, expect_epoch: int, log: str | None = None, settled: str | None = None
+    ) -> Entry:
         """Become the owner of a bank whose epoch is `expect_epoch`: the epoch grows by one, the bank is hot.
 
         The bank's rows may be in `log` from now on, unless an earlier owner's log still holds some: the entry then
         names that one.
+
+        Args:
+            name: the bank.
+            owner: who claims it.
+            expect_epoch: the epoch to claim it from.
+            log: the claimer's.
+            settled: the log of the owner at that epoch, if it let the bank go with every row settled.
 
         Raises:
             NotOwner: the epoch has moved on. BankNotFound: there is no such bank.
         """
         values = {"epoch": str(expect_epoch + 1), "owner": quote(owner), "state": "'hot'"}
         if log is not None:
-            values["log"] = f"coalesce(log, {quote(log)})"
+            held = "log" if settled is None else f"nullif(log, {quote(settled)})"
+            values["log"] = f"coalesce({held}, {quote(log)})"
         self._change(name, expect_epoch, values)
         entry = self.get(name)
         if (entry.epoch, entry.owner) != (expect_epoch + 1, owner):

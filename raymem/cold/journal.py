@@ -152,17 +152,15 @@ class Journal:
             self._log.settled(self.entry.id, self._settled_end)
 
     def let_go(self) -> None:
-        """Settle, and say in the catalog that the log holds nothing: the next owner need not look at it.
-
-        From here on the journal takes rows only after another `fence`.
-        """
+        """Settle, for an owner who need not look into this one's log; it takes rows only after another `fence`."""
         self.settle()
         self._owned = False
         self._writer.close()
-        self.entry = self._catalog.change(self.entry, log=None)
 
     def end(self) -> int:
         """The position that the next row will get."""
+        if self._owned and self._writer.ready:
+            return self._own_end()
 
         def look() -> int:
             settled, left = self._look()
@@ -355,9 +353,12 @@ class Journal:
     def _require_epoch(self) -> Entry:
         return self._catalog.require(self.entry.name, self.entry.id, self.entry.epoch)
 
-    def _require_end(self, pos: int) -> None:
+    def _own_end(self) -> int:
         held = [] if self._log is None else self._log.rows(self.entry.id)
-        end = int(held[-1].pos_T[-1]) + 1 if held else self._settled_end
+        return int(held[-1].pos_T[-1]) + 1 if held else self._settled_end
+
+    def _require_end(self, pos: int) -> None:
+        end = self._own_end()
         if pos != end:
             raise StorageError(
                 f"the journal of {self.entry.name} ends at position {end}, not {pos}: an earlier append was cut "

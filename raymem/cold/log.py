@@ -61,6 +61,9 @@ class Log:
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._nbytes = 0
+        # banks with rows in the table, and those that have left: up to which commit all of theirs have settled
+        self._banks: set[str] = set()
+        self._left: dict[str, int] = {}
         self._lsn = 0
         self._pending: Sequence[Part] = ()
         self._rows = 0
@@ -146,18 +149,43 @@ class Log:
                 self._held[bank] = _Held(kept, nbytes, held.since)
                 self._nbytes += nbytes
 
+    def leave(self, bank: str) -> None:
+        """A bank whose rows have all settled gets another owner, who may erase some: `maintain` drops them here."""
+        with self._lock:
+            if bank in self._banks:
+                self._left[bank] = self._lsn
+
+    @property
+    def left(self) -> bool:
+        """Whether there may be rows of banks that have left."""
+        return bool(self._left) and not self.lost
+
     @property
     def due(self) -> bool:
-        """Whether there is something for `maintain` to do."""
+        """Whether there have been so many commits that `maintain` is due."""
         return self._table.loose >= _COMPACT_EVERY
 
     def maintain(self) -> bool:
-        """After 128 commits, drop the rows that have settled and merge what is left; say whether it did.
+        """After 128 commits, or when banks have left, drop rows that have settled and merge what is left.
+
+        Returns:
+            Whether it did.
 
         Raises:
             NotOwner: the log is lost for good. StorageError: nothing is lost.
         """
-        return self.due and self._shrink("", None)
+        with self._lock:
+            left = dict(self._left)
+        if not left:
+            return self.due and self._shrink("", None)
+        # their old versions go as well
+        self._shrink(
+            "".join(f" OR (bank = {quote(bank)} AND lsn <= {lsn})" for bank, lsn in left.items()), timedelta(0)
+        )
+        with self._lock:
+            self._left = {bank: lsn for bank, lsn in self._left.items() if left.get(bank) != lsn}
+            self._banks -= left.keys() - self._left.keys() - self._held.keys()
+        return True
 
     def purge(self, bank: str = "") -> None:
         """Drop rows that have settled from every file now: those of `bank` even where others' older rows have not.
@@ -224,6 +252,7 @@ class Log:
                 held = self._held.setdefault(entry.id, _Held(since=now))
                 held.parts.append((self._lsn, rows))
                 held.nbytes += rows.nbytes
+                self._banks.add(entry.id)
                 self._nbytes += rows.nbytes
                 self._rows += len(rows)
         self._pending = ()

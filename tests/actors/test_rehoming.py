@@ -37,7 +37,7 @@ def rehoming(shards, cold, restarted):
 async def stop(shards, name: str) -> None:
     """As SIGSTOP would: it answers nobody and its lease is not renewed."""
     host = await shards.peers[name].shard._host()
-    host._lease.beat = lambda: None
+    host.tenure.lease.beat = lambda: None
     shards.peers[name].dies = dict.fromkeys(["bytes", "attach"], "silent")
 
 

@@ -150,19 +150,34 @@ async def test_a_move_to_itself_moves_nothing(shards, bank):
     assert await one.migrate(name, "one") == MigrationReport(name, "one", "one", 0, 0.0, 0.0)
 
 
-async def test_during_the_hand_over_reads_are_answered_and_writes_sent_on(shards, bank, tiny):
+async def test_during_the_hand_over_reads_are_answered_and_writes_wait_and_are_sent_on(shards, bank, tiny):
     one = shards.start("one")
     name = await bank(one)
     host = await one._host()
 
     await host.yield_writes(name, "two")
 
+    writing = asyncio.create_task(write(one, name, tiny.trace()))
     assert torch.isfinite((await read(one, name, tiny.trace(3).hidden)).relevance_Q).all()
-    with pytest.raises(Moved) as moved:
-        await write(one, name, tiny.trace())
-    assert moved.value.to == "two"
     with pytest.raises(Moved):
-        await one.detach(name)
+        await host.yield_writes(name, "three")
+    assert not writing.done()
+    await host.forget_moved(name)
+    with pytest.raises(Moved) as moved:
+        await writing
+    assert moved.value.to == "two"
+
+
+async def test_writes_that_waited_for_a_hand_over_go_on_where_it_failed(shards, bank, tiny):
+    one = shards.start("one")
+    name = await bank(one)
+    host = await one._host()
+    await host.yield_writes(name, "two")
+    writing = asyncio.create_task(write(one, name, tiny.trace(10, seq=50)))
+
+    await host.resume(name)
+
+    assert (await writing).end == 60
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -199,18 +214,18 @@ async def test_a_target_that_comes_too_late_gets_nothing(shards, bank, cold):
     one, two = shards.start("one"), shards.start("two")
     name = await bank(one)
     await two.prepare(name)
-    epoch = await (await one._host()).yield_writes(name, "two")
+    yielded = await (await one._host()).yield_writes(name, "two")
     again = shards.start("one")
     assert await again.locate(name) == "one"
 
     with pytest.raises(NotOwner):
-        await two.adopt(name, epoch)
+        await two.adopt(name, yielded)
 
     assert cold.catalog.get(name).owner == "one"
 
 
 async def test_a_copy_that_nobody_comes_back_for_is_dropped(shards, bank, monkeypatch):
-    monkeypatch.setattr("raymem.host._ARRIVAL_S", 0.05)
+    monkeypatch.setattr("raymem.moving._ARRIVAL_S", 0.05)
     one, two = shards.start("one"), shards.start("two")
     name = await bank(one)
     await two.prepare(name)

@@ -37,11 +37,11 @@ def log(store: ColdStore) -> Log:
 def owned(store: ColdStore, spec: BankSpec) -> Owned:
     """The journal of a bank that the owner of a log has just claimed; the bank is made if there is none."""
 
-    def claim(log: Log | None, name: str = "lab/a", spec: BankSpec = spec) -> Journal:
+    def claim(log: Log | None, name: str = "lab/a", spec: BankSpec = spec, settled: Log | None = None) -> Journal:
         if not store.catalog.list(name):
             store.catalog.create(name, spec)
         entry = store.catalog.get(name)
-        taken = store.catalog.claim(name, "me", entry.epoch, log.id if log else None)
+        taken = store.catalog.claim(name, "me", entry.epoch, log and log.id, settled and settled.id)
         journal = store.journal(taken, log)
         journal.fence()
         return journal
@@ -218,10 +218,10 @@ def test_a_hand_over_leaves_the_log_of_the_source_alone(store: ColdStore, log: L
     journal, other = owned(log), owned(log, "lab/b")
     logged(log, journal, rows(3, 0))
     journal.let_go()
-    assert store.catalog.get("lab/a").log is None
     assert positions(journal) == [0, 1, 2]
     second = make_log(store, "second")
-    logged(second, owned(second), rows(1, 3))
+    logged(second, owned(second, settled=log), rows(1, 3))
+    assert store.catalog.get("lab/a").log == "second"
     logged(log, other, rows(2, 0))
     assert not log.lost
     with pytest.raises(NotOwner):

@@ -99,7 +99,7 @@ async def test_rows_settle_by_size_and_by_age(cold: ColdStore, bank_spec: BankSp
     await attached(host, bank_spec, "lab/a")
     await host.write("lab/a", make_trace(15))
     await until(lambda: settled_rows(cold, "lab/a") == 15)
-    await until(lambda: host._committer.log.stats()["held_bytes"] == 0)
+    await until(lambda: host.tenure.committer.log.stats()["held_bytes"] == 0)
     assert (await host.stats())["log"]["settles"] == 1
 
 

@@ -49,22 +49,23 @@ def _stopped(method, before="", after="", blocking=False):
     return blocked if blocking else waits
 
 
-def _install(host):
+def _install(moving):
     from raymem.cold.catalog import Catalog
     from raymem.runtime import Runtime
 
     # what nobody comes back for is to go while the test looks
-    host._ARRIVAL_S = 3.0
-    host.Host.prepare = _stopped(host.Host.prepare, after="prepare")
-    host.Host.yield_writes = _stopped(host.Host.yield_writes, after="yield")
-    host.Host.forget_moved = _stopped(host.Host.forget_moved, before="forget")
+    moving._ARRIVAL_S = 3.0
+    host = moving.MovingHost
+    host.prepare = _stopped(host.prepare, after="prepare")
+    host.yield_writes = _stopped(host.yield_writes, after="yield")
+    host.forget_moved = _stopped(host.forget_moved, before="forget")
     Catalog.claim = _stopped(Catalog.claim, after="claim", blocking=True)
     Runtime.own = _stopped(Runtime.own, after="own", blocking=True)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "raymem.host":
+        if name != "raymem.moving":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
