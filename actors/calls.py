@@ -61,21 +61,46 @@ class Remote:
         return BackendUnavailable(f"{self.name} does not answer: {why}", shard=self.name, gone=gone)
 
 
+async def ask(peer: Peer, method: str, *args: Any, timeout_s: float) -> Any:
+    """Call a method that takes no time.
+
+    Raises:
+        BackendUnavailable: no answer in time; `details["silent"]` is True then, and the call may run later.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await peer.call(method, *args)
+    except TimeoutError:
+        raise BackendUnavailable(
+            f"{peer.name} gave no answer within {timeout_s:g} s", shard=peer.name, silent=True
+        ) from None
+
+
 async def ask_all(
-    remotes: Sequence[Peer], method: str, *args: Any, timeout_s: float = 10.0
+    peers: Sequence[Peer], method: str, *args: Any, timeout_s: float = 10.0
 ) -> dict[str, Any | RaymemError]:
     """Call a method of many actors at once; one that fails or is silent leaves its error in place of an answer."""
 
-    async def ask(remote: Peer) -> Any | RaymemError:
+    async def one(peer: Peer) -> Any | RaymemError:
         try:
-            async with asyncio.timeout(timeout_s):
-                return await remote.call(method, *args)
-        except TimeoutError:
-            return BackendUnavailable(
-                f"{remote.name} gave no answer within {timeout_s:g} s", shard=remote.name, silent=True
-            )
+            return await ask(peer, method, *args, timeout_s=timeout_s)
         except RaymemError as error:
             return error
 
-    answers = await asyncio.gather(*map(ask, remotes))
-    return {remote.name: answer for remote, answer in zip(remotes, answers, strict=True)}
+    answers = await asyncio.gather(*map(one, peers))
+    return {peer.name: answer for peer, answer in zip(peers, answers, strict=True)}
+
+
+async def watched(peer: Peer, method: str, *args: Any, silence_s: float) -> Any:
+    """Call a method that may take its time, for as long as the actor answers to its name.
+
+    Raises:
+        BackendUnavailable: it was silent for `silence_s`; the call may run later.
+    """
+    answer = asyncio.ensure_future(peer.call(method, *args))
+    try:
+        while not (await asyncio.wait([answer], timeout=silence_s / 3))[0]:
+            await ask(peer, "bytes", timeout_s=silence_s)
+        return answer.result()
+    finally:
+        answer.cancel()

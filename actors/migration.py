@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from raymem.actors.calls import Peer
+from raymem.actors.calls import Peer, ask, watched
 from raymem.errors import Unavailable
 from raymem.moving import MovingHost
 from raymem.types import MigrationReport
@@ -28,21 +28,24 @@ async def move(name: str, source: MovingHost, to: str, target: Peer) -> Migratio
 
     Raises:
         Moved: it is being moved already.
-        RaymemError: the target failed; the source has the bank back and serves it.
+        BackendUnavailable: the target died, or was silent for a lease.
+        RaymemError: the target failed. It has the bank if it had claimed it by then; otherwise the source goes on.
     """
     began = time.perf_counter()
+    silence_s = source.settings.host.lease_s
     try:
-        await _copy(name, source, target)
+        await _copy(name, source, target, silence_s)
         paused = time.perf_counter()
         yielded = await source.yield_writes(name, to)
-    except Exception:
-        await _abandon(name, target)
+    except BaseException:
+        await _abandon(name, target, silence_s)
         raise
     try:
-        rows = await target.call("adopt", name, yielded)
-    except Exception:
+        rows = await watched(target, "adopt", name, yielded, silence_s=silence_s)
+    # whoever cancels this must not leave writes waiting for ever
+    except BaseException:
         await source.resume(name)
-        await _abandon(name, target)
+        await _abandon(name, target, silence_s)
         raise
     pause_s = time.perf_counter() - paused
     await source.forget_moved(name)
@@ -50,19 +53,19 @@ async def move(name: str, source: MovingHost, to: str, target: Peer) -> Migratio
     return MigrationReport(name, source.owner, to, rows=rows, pause_ms=1e3 * pause_s, total_ms=1e3 * total_s)
 
 
-async def _copy(name: str, source: MovingHost, target: Peer) -> None:
+async def _copy(name: str, source: MovingHost, target: Peer, silence_s: float) -> None:
     # each round copies what was written during the last; a writer as fast as the copy would never let it end
-    reached = await target.call("prepare", name)
+    reached = await watched(target, "prepare", name, silence_s=silence_s)
     for _ in range(_ROUNDS):
         await source.settle(name)
-        before, reached = reached, await target.call("prepare", name)
+        before, reached = reached, await watched(target, "prepare", name, silence_s=silence_s)
         if reached - before <= _SHORT_ROWS:
             return
 
 
-async def _abandon(name: str, target: Peer) -> None:
+async def _abandon(name: str, target: Peer, silence_s: float) -> None:
     try:
-        await target.call("abandon", name)
+        await ask(target, "abandon", name, timeout_s=silence_s / 3)
     except Unavailable:
-        # a target that is gone holds nothing
+        # a target that is gone holds nothing, one that is silent hears it when it wakes
         return

@@ -11,7 +11,7 @@ import structlog
 
 from raymem.cold.log import Log
 from raymem.cold.log_rows import Part
-from raymem.crew import Crew
+from raymem.crew import Crew, settle
 from raymem.errors import NotOwner, RaymemError
 
 _log = structlog.get_logger("raymem.committer")
@@ -37,6 +37,7 @@ class Committer:
         self._group_bytes = group_bytes
         self._lost = lost
         self._waiting: deque[tuple[Part, asyncio.Future[None]]] = deque()
+        self._tidied: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def commit(self, part: Part) -> None:
@@ -47,28 +48,39 @@ class Committer:
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((part, done))
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._drain(), name=f"log {self.log.id}")
+        self._go()
         await done
 
-    def tidy(self) -> None:
-        """Begin to take banks that have left out of the log, if there are any and nothing is being committed."""
-        if self.log.left and self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._drain(), name=f"log {self.log.id}")
+    def tidy(self) -> asyncio.Future[None]:
+        """Begin to take banks that have left out of the log, after the commit that is under way.
+
+        Returns:
+            What is done once that was tried; others may wait for the same.
+        """
+        if self._tidied is None:
+            self._tidied = asyncio.get_running_loop().create_future()
+            self._go()
+        return self._tidied
 
     def stats(self) -> dict[str, Any]:
         """What the log holds and what its commits took; `group` is how many banks' writes a commit had on average."""
         mine = {"group": self.parts / max(1, self.groups), "largest_group": self.largest}
         return self.log.stats() | mine | {"upkeep_errors": self.upkeep_errors}
 
+    def _go(self) -> None:
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._drain(), name=f"log {self.log.id}")
+
     async def _drain(self) -> None:
         try:
-            while self._waiting:
-                await self._commit_group()
-                if self.log.due:
+            while self._waiting or self._tidied:
+                if self._waiting:
+                    await self._commit_group()
+                tidied, self._tidied = self._tidied, None
+                if self.log.due or (tidied and self.log.left):
                     await self._crew.run(self._upkeep)
-            if self.log.left:
-                await self._crew.run(self._upkeep)
+                if tidied:
+                    settle(tidied, None)
         finally:
             self._task = None
 
@@ -83,8 +95,7 @@ class Committer:
             await self._crew.run(lambda: self.log.commit(parts))
         except Exception as error:  # noqa: BLE001 - handed to every writer of the group, none is acknowledged
             for _, done in group:
-                if not done.done():
-                    done.set_exception(error)
+                settle(done, error)
             if isinstance(error, NotOwner):
                 self._lost()
             return
@@ -92,8 +103,7 @@ class Committer:
         self.parts += len(parts)
         self.largest = max(self.largest, len(parts))
         for _, done in group:
-            if not done.done():
-                done.set_result(None)
+            settle(done, None)
 
     def _upkeep(self) -> None:
         # the group is durable already: what fails here costs time and no data

@@ -54,9 +54,14 @@ def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 def _hand_over(jobs: list[_Job], outcomes: list[tuple[Any, Exception | None]]) -> None:
     for (_, done), (result, error) in zip(jobs, outcomes, strict=True):
-        if done.done():
-            continue
-        if error is None:
-            done.set_result(result)
-        else:
-            done.set_exception(error)
+        settle(done, error or result)
+
+
+def settle(done: asyncio.Future[Any], outcome: Any) -> None:
+    """Give what waits its result or its error, unless whoever waited went away."""
+    if done.done():
+        return
+    if isinstance(outcome, Exception):
+        done.set_exception(outcome)
+    else:
+        done.set_result(outcome)

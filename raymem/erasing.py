@@ -23,7 +23,8 @@ def erase(runtime: Runtime, what: Selection, *, rebuild: bool) -> EraseReceipt:
     Raises:
         Unsupported: such a kind, without `rebuild`; nothing was changed.
         InvalidInput: a selection that can't be meant.
-        NotOwner, StorageError: nothing was erased, or the receipt of what was is in the store.
+        NotOwner, StorageError: nothing was erased, or the receipt of what was is in the store, and the bank has to be
+            loaded again.
     """
     runtime.journal.settle()
     entry = runtime.entry
@@ -37,6 +38,8 @@ def erase(runtime: Runtime, what: Selection, *, rebuild: bool) -> EraseReceipt:
             f"{entry.name} --rebuild …`"
         )
     receipt = erasure.begin(runtime.cold, entry, evidence)
+    # whatever fails from here on, nothing is written to a journal that is none any more
+    runtime.let_go()
     try:
         replica, evidence = _rewritten(runtime.cold, entry, evidence, str(runtime.device))
         switched = erasure.switch(runtime.cold, entry, replica.entry)

@@ -136,7 +136,8 @@ class Host:
             self._workers.pop(name)
             epoch, settled = runtime.entry.epoch, None if runtime.log is None else runtime.log.id
             await self._thread(lambda: self.cold.catalog.release(name, epoch, state=state, log=settled))
-            self._depart(worker)
+            if state == "cold":
+                await self._depart(worker)
 
     async def write(self, name: str, trace: Trace, *, durable: bool = True, caller: str = "") -> Ack:
         """Journal and apply a trace.
@@ -202,12 +203,12 @@ class Host:
     async def materialise(self, name: str) -> None:
         """Copy what a fork inherited into its own journal; writes wait meanwhile, reads don't."""
         worker = self._worker(name)
-        await worker.call(worker.runtime.materialise)
+        await worker.rewrite(worker.runtime.materialise)
 
     async def erase(self, name: str, what: Selection, *, rebuild: bool = False) -> EraseReceipt:
         """Erase rows after the writes queued so far; later ones wait; see `raymem.erasing`."""
         worker = self._worker(name)
-        receipt = await worker.call(lambda: erase(worker.runtime, what, rebuild=rebuild))
+        receipt = await worker.rewrite(lambda: erase(worker.runtime, what, rebuild=rebuild))
         # what banks were may hold the rows still, this one's and its forks'
         self.past.forget()
         return receipt
@@ -328,17 +329,19 @@ class Host:
         for worker in self._workers.values():
             worker.nudge()
         if self.tenure.committer is not None:
-            self.tenure.committer.tidy()
             held = self.tenure.committer.log
+            if held.left:
+                # an earlier try failed
+                self.tenure.committer.tidy()
             oldest = set(held.oldest(held.nbytes() - held.limit // 2))
             for worker in self._workers.values():
                 if worker.runtime.entry.id in oldest:
                     worker.nudge(settle=True)
 
-    def _depart(self, worker: BankWorker) -> None:
+    async def _depart(self, worker: BankWorker) -> None:
         """A bank that has settled here goes elsewhere: what is erased there must not stay in this host's log."""
-        if worker.runtime.log is not None:
-            worker.runtime.log.leave(worker.runtime.entry.id)
+        worker.committer.log.leave(worker.runtime.entry.id)
+        await asyncio.shield(worker.committer.tidy())
 
     def _worker(self, name: str) -> BankWorker:
         self._check_lease()

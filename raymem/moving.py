@@ -48,7 +48,7 @@ class MovingHost(Host):
         async with self._locks[name]:
             # what the hand-over will need is there before it begins
             await self.tenure.commits()
-            runtime = self._arriving.get(name)
+            runtime = await self._arrived(name)
             if runtime is None:
                 runtime = await self._copy(name)
                 self._arriving[name] = runtime
@@ -93,7 +93,7 @@ class MovingHost(Host):
             committer = await self.tenure.commits()
             entry = await self._thread(lambda: self.tenure.claim(name, source.epoch, committer, source.log))
             runtime = self._arriving.pop(name, None)
-            if runtime is None:
+            if runtime is None or runtime.entry.generation != entry.generation:
                 log = committer.log
                 runtime = await self._thread(lambda: Runtime.open(self.cold, entry, device=self.device, log=log))
             else:
@@ -103,14 +103,23 @@ class MovingHost(Host):
             return runtime.pos
 
     async def resume(self, name: str) -> None:
-        """At the source: the target failed, so take the bank back; writes that waited go on."""
+        """At the source: the target failed, so go on, with the writes that waited, unless it has claimed the bank.
+
+        Then the bank is the target's for as long as its lease runs, as any other; whoever waited hears so.
+        """
         worker = self._worker(name)
         try:
             committer = await self.tenure.commits()
-            epoch = (await self._thread(lambda: self.cold.catalog.get(name))).epoch
-            entry = await self._thread(lambda: self.tenure.claim(name, epoch, committer))
+            entry = await self._thread(lambda: self.cold.catalog.get(name))
+            if entry.owner != self.owner:
+                raise Moved(f"bank {name!r} has moved", to=entry.owner or "")
+            # the target comes too late from here on
+            claimed = await self._thread(lambda: self.tenure.claim(name, entry.epoch, committer))
             worker.homes.release(None)
-            await worker.go_on(lambda: worker.runtime.own(entry))
+            await worker.go_on(lambda: worker.runtime.own(claimed))
+        except Moved as moved:
+            self._workers.pop(name, None)
+            worker.leave(moved)
         except Exception as error:
             # whoever the catalog names now has the bank: a fresh start tells
             self._workers.pop(name, None)
@@ -124,7 +133,7 @@ class MovingHost(Host):
         worker, to = self._workers.pop(name, None), self._departing.pop(name, "")
         if worker is not None:
             worker.leave(Moved(f"bank {name!r} has moved", to=to))
-            self._depart(worker)
+            await self._depart(worker)
 
     def abandon(self, name: str, runtime: Runtime | None = None) -> bool:
         """At the target: drop what was prepared; if `runtime` is named, only that. Says whether there was something."""
@@ -134,6 +143,15 @@ class MovingHost(Host):
         del self._arriving[name]
         self._expiring.pop(name).cancel()
         return True
+
+    async def _arrived(self, name: str) -> Runtime | None:
+        """The copy that is here, unless rows of it were erased since: its state has them still."""
+        found = self._arriving.get(name)
+        if found is not None:
+            entry = await self._thread(lambda: self.cold.catalog.get(name))
+            if found.entry.generation != entry.generation:
+                self.abandon(name, found)
+        return self._arriving.get(name)
 
     async def _copy(self, name: str) -> Runtime:
         entry = await self._thread(lambda: self.cold.catalog.get(name))

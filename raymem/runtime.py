@@ -227,7 +227,8 @@ class Runtime(Replica):
         self.unsaved_bytes = 0
         self._unsaved_since: float | None = None
         self.log = log
-        self._unsure = False
+        # whether the journal may be other than this runtime knows: the next write looks
+        self.unsure = False
 
     @classmethod
     def open(
@@ -247,11 +248,12 @@ class Runtime(Replica):
 
     def own(self, entry: Entry) -> None:
         """Take the journal over under a newly claimed entry: fence off earlier owners, then apply what they added."""
+        self.unsure = True
         self.journal = self.cold.journal(entry, self.log)
         self.journal.fence()
         self.entry = self.journal.entry
-        self.catch_up()
-        self._unsure = False
+        self.catch_up(upto=self.journal.counted())
+        self.unsure = False
 
     def become(self, replica: Replica, entry: Entry) -> None:
         """Go on with the state that `replica` made, under an entry whose journal was rewritten."""
@@ -279,7 +281,7 @@ class Runtime(Replica):
     def stage(self, traces: Sequence[Trace]) -> Staged:
         """Check a group of traces and decide which of their rows are new; nothing is changed yet."""
         try:
-            if self._unsure:
+            if self.unsure:
                 self.own(self.entry)
             staging = Staging(self.entry, self.encoder.next_seq, self.journal.find, self.pos)
             outcomes = [staging.add(trace) for trace in traces]
@@ -308,13 +310,13 @@ class Runtime(Replica):
 
     def fail(self, traces: Sequence[Trace], error: RaymemError) -> Staged:
         """Acknowledge nothing. Some of a failed commit may be in the journal all the same: look before the next one."""
-        self._unsure = True
+        self.unsure = True
         self.counters.refused += len(traces)
         return Staged([error] * len(traces))
 
     def let_go(self) -> None:
-        """Before a hand-over: settle every row. The next write takes the journal back."""
-        self._unsure = True
+        """Before a hand-over or a rewriting: settle every row. The next write takes the journal back, if it may."""
+        self.unsure = True
         self.journal.let_go()
 
     def read(self, hidden_QLD: Tensor, k: int = 32, start: int = 1) -> Readout:
@@ -351,7 +353,7 @@ class Runtime(Replica):
 
     def materialise(self) -> None:
         """Copy the rows that a fork inherited into its own journal."""
-        self.journal.settle()
+        self.let_go()
         self.own(materialise(self.cold, self.entry))
 
     def _count(self, outcomes: Sequence[Ack | RaymemError]) -> None:

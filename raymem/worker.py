@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raymem.committer import Committer
 from raymem.config import Settings
-from raymem.crew import Crew
+from raymem.crew import Crew, settle
 from raymem.errors import Moved, NotOwner, RaymemError
 from raymem.homes import Homes
 from raymem.runtime import Runtime
@@ -53,7 +53,7 @@ class BankWorker:
         self.upkeep_errors = 0
         self.homes = Homes(runtime.cold, runtime.entry.name)
         self._crew = crew
-        self._committer = committer
+        self.committer = committer
         self._settings = settings
         # banks that were filled together must not all settle in the same second
         self._settle_s = settings.cold.settle_s * random.uniform(0.5, 1.0)
@@ -92,6 +92,15 @@ class BankWorker:
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._put(_Call(function, done))
         return await done
+
+    async def rewrite(self, function: Callable[[], T]) -> T:
+        """As `call`, for what puts another journal in place; if that fails half-way, the bank has to be loaded anew."""
+        try:
+            return await self.call(function)
+        except RaymemError:
+            if self.runtime.unsure:
+                self.give_up()
+            raise
 
     async def finish(self, last: Callable[[], T], later: RaymemError) -> T:
         """Finish what is queued, refuse what comes `later`, run `last` and stop; if `last` fails, go on instead."""
@@ -136,7 +145,7 @@ class BankWorker:
 
     def _put(self, item: _Write | _Call) -> None:
         if self.lost or self._ending:
-            _settle(item.done, self._ending or self._reopening())
+            settle(item.done, self._ending or self._reopening())
             return
         self._queue.append(item)
         self._wake.set()
@@ -153,7 +162,7 @@ class BankWorker:
                     await self._run(self._queue.popleft())
         # a lost runtime no longer knows where its journal ends: nothing more may be written through it
         while self._queue:
-            _settle(self._queue.popleft().done, self._ending or self._reopening())
+            settle(self._queue.popleft().done, self._ending or self._reopening())
 
     def _reopening(self) -> Moved:
         return Moved(f"bank {self.runtime.entry.name!r} is being reopened", to="")
@@ -180,7 +189,7 @@ class BankWorker:
                 group
             )
         for item, outcome in zip(group, outcomes, strict=True):
-            _settle(item.done, outcome)
+            settle(item.done, outcome)
         if self._due():
             # after the acknowledgements: rows are durable already, so a failure here costs time and no data
             await self._crew.run(self._maintain)
@@ -192,7 +201,7 @@ class BankWorker:
         rows = staged.rows
         try:
             if rows is not None and staged.logged:
-                await self._committer.commit((runtime.entry, rows))
+                await self.committer.commit((runtime.entry, rows))
             elif rows is not None:
                 await run(lambda: runtime.commit(rows, logged=False))
         except RaymemError as error:
@@ -218,7 +227,7 @@ class BankWorker:
         return not self.lost and (runtime.journal.due or self._settle_due() or self._snapshot_due())
 
     def _settle_due(self) -> bool:
-        rows, bank = self._committer.log, self.runtime.entry.id
+        rows, bank = self.committer.log, self.runtime.entry.id
         return rows.nbytes(bank) >= self._settings.cold.settle_bytes or rows.age_s(bank) >= self._settle_s
 
     def _snapshot_due(self) -> bool:
@@ -244,16 +253,6 @@ class BankWorker:
         try:
             result = await self._crew.run(item.function)
             self._held = item.holds
-            _settle(item.done, result)
+            settle(item.done, result)
         except Exception as error:  # noqa: BLE001 - handed to the caller
-            _settle(item.done, error)
-
-
-def _settle(done: asyncio.Future[Any], outcome: Any) -> None:
-    # a caller that went away does not stop the group
-    if done.done():
-        return
-    if isinstance(outcome, Exception):
-        done.set_exception(outcome)
-    else:
-        done.set_result(outcome)
+            settle(item.done, error)

@@ -290,6 +290,13 @@ class Catalog:
             raise _not_owner(entry, epoch)
         return entry
 
+    def unchanged(self, entry: Entry) -> Entry:
+        """As `require`; raise NotOwner also if its journal was rewritten: who does so again would drop the new one."""
+        found = self.require(entry.name, entry.id, entry.epoch)
+        if found.generation != entry.generation:
+            raise NotOwner(f"the journal of {entry.name} was rewritten meanwhile; load the bank again")
+        return found
+
     def pin(self, name: str, pinned: bool) -> None:
         """Keep a bank hot when room is needed, or no longer.
 

@@ -91,6 +91,9 @@ def rewrite(cold: ColdStore, entry: Entry, evidence: Evidence) -> tuple[Entry, E
 
     Returns:
         The entry as it will be, and the evidence without contents that rows which stay have too.
+
+    Raises:
+        NotOwner: the bank has another owner or another journal by now.
     """
     journal = cold.journal(entry)
     there, gone = journal.holes(), evidence.gone.positions()
@@ -109,6 +112,7 @@ def rewrite(cold: ColdStore, entry: Entry, evidence: Evidence) -> tuple[Entry, E
 
     schema = bank_schema(entry.spec, holes)
     # an earlier try of this owner may have left half of it
+    cold.catalog.unchanged(entry)
     cold.tables.drop(journal_table(entry.id, evidence.generation))
     cold.tables.fill(journal_table(entry.id, evidence.generation), schema, survivors())
     kept = dataclasses.replace(evidence, contents=evidence.contents - shared)

@@ -114,6 +114,7 @@ def materialise(cold: ColdStore, entry: Entry) -> Entry:
     rewritten = dataclasses.replace(entry, generation=entry.next_generation, parent=None, base=0)
     table = journal_table(entry.id, rewritten.generation)
     # what an earlier try left
+    cold.catalog.unchanged(entry)
     cold.tables.drop(table)
     schema = bank_schema(entry.spec, cold.journal(entry).holes())
     cold.tables.fill(table, schema, _batches(cold, entry))

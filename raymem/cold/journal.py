@@ -18,7 +18,7 @@ from raymem.cold.log_rows import read_log
 from raymem.cold.rows import JournalRows, bank_schema
 from raymem.cold.settled import Settled
 from raymem.cold.tables import Tables, in_memory, journal_table, quote
-from raymem.errors import Corrupt, NotOwner, Overloaded, StorageError
+from raymem.errors import Corrupt, Overloaded, StorageError
 
 T = TypeVar("T")
 _COMPACT_EVERY = 128
@@ -97,15 +97,13 @@ class Journal:
         """
         self._writer.close()
         self._owned = False
-        entry = self._require_epoch()
-        if entry.generation != self.entry.generation:
-            raise NotOwner(f"the journal of {entry.name} was rewritten meanwhile; load the bank again")
+        entry = self._catalog.unchanged(self.entry)
         mine = None if self._log is None else self._log.id
         left = self._old_logs.rows(entry.log, entry) if entry.log not in (None, mine) else []
         self._writer.fence()
         self._settled_end = Settled(self._tables, entry).end()
         # a newer owner may have fenced before us: then we have just stopped it and must leave the bank to the next
-        self._require_epoch()
+        self._catalog.unchanged(self.entry)
         self._add([rows for part in left if (rows := part.since(self._settled_end))])
         if entry.log != mine:
             entry = self._catalog.change(entry, log=mine)
@@ -159,8 +157,6 @@ class Journal:
 
     def end(self) -> int:
         """The position that the next row will get."""
-        if self._owned and self._writer.ready:
-            return self._own_end()
 
         def look() -> int:
             settled, left = self._look()
@@ -168,6 +164,11 @@ class Journal:
             return max([end, *(int(rows.pos_T[-1]) + 1 for rows in left)])
 
         return _again(look)
+
+    def counted(self) -> int:
+        """The same as its owner counts it since the fence, without a look."""
+        held = [] if self._log is None else self._log.rows(self.entry.id)
+        return int(held[-1].pos_T[-1]) + 1 if held else self._settled_end
 
     def rows(self) -> int:
         """How many rows there are; positions are more once rows were erased."""
@@ -350,15 +351,8 @@ class Journal:
                 retry_after_s=_RETRY_S,
             )
 
-    def _require_epoch(self) -> Entry:
-        return self._catalog.require(self.entry.name, self.entry.id, self.entry.epoch)
-
-    def _own_end(self) -> int:
-        held = [] if self._log is None else self._log.rows(self.entry.id)
-        return int(held[-1].pos_T[-1]) + 1 if held else self._settled_end
-
     def _require_end(self, pos: int) -> None:
-        end = self._own_end()
+        end = self.counted()
         if pos != end:
             raise StorageError(
                 f"the journal of {self.entry.name} ends at position {end}, not {pos}: an earlier append was cut "

@@ -61,8 +61,8 @@ class Log:
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._nbytes = 0
-        # banks with rows in the table, and those that have left: up to which commit all of theirs have settled
-        self._banks: set[str] = set()
+        # the last commit with rows of a bank, also settled ones, and of those that have left
+        self._last: dict[str, int] = {}
         self._left: dict[str, int] = {}
         self._lsn = 0
         self._pending: Sequence[Part] = ()
@@ -152,8 +152,8 @@ class Log:
     def leave(self, bank: str) -> None:
         """A bank whose rows have all settled gets another owner, who may erase some: `maintain` drops them here."""
         with self._lock:
-            if bank in self._banks:
-                self._left[bank] = self._lsn
+            if bank in self._last:
+                self._left[bank] = self._last[bank]
 
     @property
     def left(self) -> bool:
@@ -174,17 +174,18 @@ class Log:
         Raises:
             NotOwner: the log is lost for good. StorageError: nothing is lost.
         """
-        with self._lock:
-            left = dict(self._left)
-        if not left:
-            return self.due and self._shrink("", None)
-        # their old versions go as well
-        self._shrink(
-            "".join(f" OR (bank = {quote(bank)} AND lsn <= {lsn})" for bank, lsn in left.items()), timedelta(0)
-        )
-        with self._lock:
-            self._left = {bank: lsn for bank, lsn in self._left.items() if left.get(bank) != lsn}
-            self._banks -= left.keys() - self._left.keys() - self._held.keys()
+        with self._writing:
+            with self._lock:
+                left = dict(self._left)
+            if not (left or self.due):
+                return False
+            also = [f" OR (bank = {quote(bank)} AND lsn <= {lsn})" for bank, lsn in left.items()]
+            # of those that have left the old versions go as well
+            self._shrink("".join(also), timedelta(0) if left else None)
+            first = self._first()
+            with self._lock:
+                self._last = {b: lsn for b, lsn in self._last.items() if lsn >= first and lsn > left.get(b, -1)}
+                self._left = {b: lsn for b, lsn in self._left.items() if b not in left}
         return True
 
     def purge(self, bank: str = "") -> None:
@@ -195,7 +196,7 @@ class Log:
         """
         self._shrink(f" OR (bank = {quote(bank)} AND lsn < {self._first(bank)})", timedelta(0))
 
-    def _shrink(self, and_also: str, keep: timedelta | None) -> bool:
+    def _shrink(self, and_also: str, keep: timedelta | None) -> None:
         with self._writing:
             self._ensure()
             try:
@@ -204,7 +205,6 @@ class Log:
             except NotOwner:
                 self.lost = True
                 raise
-            return True
 
     def drop(self) -> None:
         """Delete the table; no catalog entry may name this log any more."""
@@ -252,7 +252,7 @@ class Log:
                 held = self._held.setdefault(entry.id, _Held(since=now))
                 held.parts.append((self._lsn, rows))
                 held.nbytes += rows.nbytes
-                self._banks.add(entry.id)
+                self._last[entry.id] = self._lsn
                 self._nbytes += rows.nbytes
                 self._rows += len(rows)
         self._pending = ()

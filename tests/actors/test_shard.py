@@ -5,13 +5,16 @@ import pytest
 import torch
 
 from raymem import MigrationReport, Readout, Settings
+from raymem.actors.calls import watched
 from raymem.actors.shard import ClusterSpec, Shard
 from raymem.actors.transfer import pack, pack_fields, unpack_fields
+from raymem.cold.log_rows import read_log
 from raymem.cold.store import ColdStore
 from raymem.cold.tables import journal_table
 from raymem.config import HostSettings
 from raymem.errors import BackendUnavailable, BankDetached, Corrupt, Moved, NotOwner, NotShared, Overloaded
 from raymem.memory import kinds
+from raymem.types import Selection
 
 
 async def write(shard: Shard, name: str, trace):
@@ -180,8 +183,7 @@ async def test_writes_that_waited_for_a_hand_over_go_on_where_it_failed(shards, 
     assert (await writing).end == 60
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("step", ["prepare", "adopt"])
+@pytest.mark.parametrize(("step", "when"), [("prepare", "before"), ("prepare", "after"), ("adopt", "before")])
 async def test_when_the_target_dies_the_source_serves_on(shards, bank, cold, tiny, step, when):
     one = shards.start("one")
     shards.start("two")
@@ -195,6 +197,86 @@ async def test_when_the_target_dies_the_source_serves_on(shards, bank, cold, tin
     assert await one.digest(name) == digest
     assert cold.catalog.get(name).owner == "one"
     assert (await write(one, name, tiny.trace(10, seq=50))).rows == 10
+
+
+async def test_a_target_that_took_the_bank_and_can_not_say_so_keeps_it(shards, bank, cold, tiny):
+    one, two = shards.start("one"), shards.start("two")
+    name = await bank(one)
+    digest = await one.digest(name)
+    shards.peers["two"].dies = {"adopt": "after", "abandon": "before"}
+    moving = asyncio.create_task(one.migrate(name, "two"))
+
+    with pytest.raises(BackendUnavailable, match="two does not answer"):
+        await moving
+
+    assert cold.catalog.get(name).owner == "two"
+    with pytest.raises(Moved) as moved:
+        await write(one, name, tiny.trace(10, seq=50))
+    assert moved.value.to == "two"
+    assert await two.digest(name) == digest
+
+
+@pytest.mark.parametrize("lease_s", [1.0])
+async def test_a_target_that_is_silent_for_a_lease_does_not_keep_writes_waiting(shards, bank, cold, tiny):
+    one = shards.start("one")
+    shards.start("two")
+    name = await bank(one)
+    shards.peers["two"].dies = dict.fromkeys(["adopt", "bytes", "abandon"], "silent")
+    moving = asyncio.create_task(one.migrate(name, "two"))
+    host = await one._host()
+    while name not in host._departing:
+        await asyncio.sleep(0.01)
+    writing = asyncio.create_task(write(one, name, tiny.trace(10, seq=50)))
+
+    with pytest.raises(BackendUnavailable, match="two gave no answer within 1 s"):
+        await moving
+
+    assert (await writing).end == 60
+    assert cold.catalog.get(name).owner == "one"
+
+
+async def test_one_who_takes_long_is_waited_for_while_it_answers(shards):
+    shards.start("two")
+    peer = shards.peers["two"]
+
+    async def slow() -> str:
+        await asyncio.sleep(0.3)
+        return "done"
+
+    peer.shard.slow = slow
+    assert await watched(peer, "slow", silence_s=0.1) == "done"
+    peer.dies = {"bytes": "silent"}
+    with pytest.raises(BackendUnavailable, match=r"two gave no answer within 0\.1 s"):
+        await watched(peer, "slow", silence_s=0.1)
+
+
+async def test_an_erasure_right_after_a_move_is_complete(shards, bank, cold, tiny):
+    one, two = shards.start("one"), shards.start("two")
+    name = await bank(one)
+    other = await bank(one, name="a/other")
+    await one.migrate(name, "two")
+
+    receipt = await two.erase(name, Selection(stream="s", run="r", seq_from=3, seq_to=9), rebuild=False)
+
+    assert (receipt.rows, receipt.status, receipt.proves) == (6, "complete", True)
+    log = (await one._host()).tenure.lease.id
+    assert [len(rows) for rows in read_log(cold.tables, log, cold.catalog.get(other))] == [50]
+
+
+@pytest.mark.parametrize("again", [True, False])
+async def test_what_is_erased_during_a_move_does_not_move(shards, bank, again):
+    one, two = shards.start("one"), shards.start("two")
+    name = await bank(one)
+    source, target = await one._host(), await two._host()
+    await target.prepare(name)
+    await one.erase(name, Selection(stream="s", run="r", seq_from=3, seq_to=9), rebuild=False)
+    digest = await one.digest(name)
+    if again:
+        await target.prepare(name)
+
+    await target.adopt(name, await source.yield_writes(name, "two"))
+
+    assert await two.digest(name) == digest
 
 
 async def test_a_source_that_dies_in_the_hand_over_still_owns_the_bank(shards, bank, tiny):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from raymem.cold import erasure, snapshots
 from raymem.cold.evidence import inspect
 from raymem.cold.export import export_bank
 from raymem.cold.files import Files
+from raymem.cold.journal import Journal
 from raymem.cold.store import ColdStore
 from raymem.config import ColdSettings
 from raymem.errors import BankNotFound, Conflict, InvalidInput, Unsupported
@@ -305,6 +307,35 @@ def test_a_failure_before_the_switch_erases_nothing(store, tiny, cold, monkeypat
     assert [receipt.status for receipt in bank.receipts()] == ["undone"]
     assert bank.write(talk(tiny, "alice", 33, run="r1")).duplicates == 33
     assert bank.erase(stream="alice").status == "complete"
+
+
+@pytest.mark.parametrize("verb", ["erase", "materialise"])
+def test_a_failure_after_the_switch_loses_nothing_that_is_written_or_erased_then(store, tiny, cold, monkeypatch, verb):
+    parent = bank_of(store, tiny, "a", "spalm", "alice", "bob", "carol")
+    bank = store.fork(parent.name, "lab/fork") if verb == "materialise" else parent
+    bank.write(talk(tiny, "bob", 5, run="r3"))
+    fence, switched = Journal.fence, cold.catalog.get(bank.name).generation
+
+    def fails(journal: Journal) -> None:
+        if cold.catalog.get(bank.name).generation > switched:
+            raise raymem.errors.StorageError("the disk is full")
+        fence(journal)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "fence", fails)
+        with pytest.raises(raymem.errors.StorageError):
+            bank.materialise() if verb == "materialise" else bank.erase(stream="alice")
+
+    assert names(bank, tiny, "alice").isdisjoint({"alice"} if verb == "erase" else {})
+    assert bank.write(talk(tiny, "bob", 7, run="r3")).duplicates == 5
+    # written small, it lies in the log: of the journal that there is now
+    assert bank.erase(stream="carol").status == "complete"
+    digest = bank.digest()
+    bank.detach()
+    bank.attach()
+    assert bank.digest() == digest
+    rows = [row for part in cold.journal(cold.catalog.get(bank.name)).scan() for row in part.streams]
+    assert Counter(rows) == {"bob": 73} | ({"alice": 66} if verb == "materialise" else {})
 
 
 def _fails(*_: Any) -> None:

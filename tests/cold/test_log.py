@@ -10,6 +10,8 @@ import torch
 
 from raymem.cold import journal as journal_module
 from raymem.cold import log as log_module
+from raymem.cold.failures import reading
+from raymem.cold.files import Files
 from raymem.cold.history import fork_at
 from raymem.cold.journal import Journal
 from raymem.cold.log import Log
@@ -284,6 +286,71 @@ def test_upkeep_drops_what_has_settled_and_keeps_the_rest(store: ColdStore, log:
     assert int(store.tables.open(log_table(log.id)).count_rows()) == 0
     assert fresh(store, "lab/b").end() == 130
     assert fresh(store).end() == 2
+
+
+def in_files(store: ColdStore, id: str) -> set[tuple[str, int]]:
+    """Bank and position of every row in any file of a log."""
+    files = Files(store.tables)
+    found = [batch for file in files.of(log_table(id)) if file.holds_rows for batch in files.rows(file)]
+    pairs = [zip(batch["bank"].to_pylist(), batch["pos"].to_pylist(), strict=True) for batch in found]
+    return {pair for part in pairs for pair in part}
+
+
+def test_rows_of_a_bank_that_left_go_from_every_file_and_others_stay(store: ColdStore, log: Log, owned: Owned, rows):
+    leaving, staying, back = owned(log), owned(log, "lab/b"), owned(log, "lab/c")
+    for journal in (leaving, staying, back):
+        logged(log, journal, rows(3, 0))
+    for journal in (leaving, back):
+        journal.settle()
+        log.leave(journal.entry.id)
+    logged(log, back, rows(2, 3))
+    assert log.left
+
+    assert log.maintain()
+
+    a, b, c = (journal.entry.id for journal in (leaving, staying, back))
+    assert in_files(store, "first") == {(b, 0), (b, 1), (b, 2), (c, 3), (c, 4)}
+    assert not log.left
+    assert not log.maintain()
+    assert [positions(journal) for journal in (leaving, staying, back)] == [[0, 1, 2], [0, 1, 2], [0, 1, 2, 3, 4]]
+    # it had come back, and leaves again
+    back.settle()
+    log.leave(c)
+    assert log.maintain()
+    assert in_files(store, "first") == {(b, 0), (b, 1), (b, 2)}
+    assert a not in log._last
+
+
+def test_a_bank_that_had_no_rows_here_leaves_nothing_to_do(log: Log, owned: Owned):
+    log.leave(owned(log).entry.id)
+    assert not log.left
+
+
+def test_one_who_reads_a_log_while_a_bank_leaves_it_finds_the_rows_or_hears_that_they_went(
+    store: ColdStore, log: Log, owned: Owned, rows, monkeypatch: pytest.MonkeyPatch
+):
+    journal = owned(log)
+    logged(log, journal, rows(3, 0))
+    reader = store.journal(store.catalog.get("lab/a"))
+    old = store.tables.open(log_table("first"))
+    look = journal_module.read_log
+
+    def leave_first(*args):
+        monkeypatch.setattr(journal_module, "read_log", look)
+        opened = store.tables.open(log_table("first"))
+        journal.settle()
+        log.leave(journal.entry.id)
+        assert log.maintain()
+        with reading("read the log"):
+            opened.search().to_arrow()
+
+    monkeypatch.setattr(journal_module, "read_log", leave_first)
+
+    # the first look fails at files that are gone; the second finds the rows where they settled
+    assert positions(reader) == [0, 1, 2]
+    with pytest.raises(Corrupt) as caught, reading("read an old version"):
+        old.search().to_arrow()
+    assert caught.value.details["missing"]
 
 
 def test_a_reader_survives_the_upkeep_of_the_log(store: ColdStore, log: Log, owned: Owned, rows, monkeypatch):

@@ -291,8 +291,7 @@ def plain(outcome: Any, what: str) -> Any:
         parts = tuple(plain(part, what) for part in outcome.partitions)
         return dataclasses.replace(outcome, owner=None, node=None, created=0.0, partitions=parts)
     if isinstance(outcome, EraseReceipt):
-        # pending on Ray: a shard that the bank has left keeps what settled in its log until that is compacted
-        return outcome.bank, outcome.what, outcome.rows, outcome.proves, outcome.forks
+        return outcome.bank, outcome.what, outcome.rows, outcome.status, outcome.proves, outcome.forks
     if isinstance(outcome, MigrationReport):
         return outcome.bank, outcome.rows, outcome.source == outcome.target, outcome.pause_ms, outcome.total_ms
     if isinstance(outcome, Calibration):
