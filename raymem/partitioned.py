@@ -103,10 +103,16 @@ class PartitionedBackend:
 
     async def banks(self, prefix: str) -> list[BankInfo]:
         """The lines of banks whose names begin with `prefix`, by name."""
-        found: defaultdict[str, list[BankInfo]] = defaultdict(list)
-        for info in await self._inner.banks(prefix):
-            found[(part_of(info.name) or (info.name, 0))[0]].append(info)
-        return [infos[0] if infos[0].name == name else combine(name, infos) for name, infos in sorted(found.items())]
+        # no name has a dot, but those of partitions
+        infos = await self._inner.banks(prefix) if "." not in prefix else []
+        found: defaultdict[str, dict[int, BankInfo]] = defaultdict(dict)
+        for info in infos:
+            bank, index = part_of(info.name) or (info.name, -1)
+            found[bank][index] = info
+        return [
+            parts[-1] if -1 in parts else combine(bank, [parts[index] for index in sorted(parts)])
+            for bank, parts in sorted(found.items())
+        ]
 
     async def delete(self, name: str, materialise: bool) -> None:
         """Remove a bank with everything in it."""
@@ -325,14 +331,6 @@ class PartitionedBackend:
                 await self._inner.release(info.name, what.stream)
         return one_receipt(name, layout.id, [await self._inner.erase(part, what, rebuild) for part in layout.parts])
 
-    async def receipts(self, name: str) -> list[EraseReceipt]:
-        """The receipts of what was erased in a bank, and in its partitions, oldest first."""
-        found = await self._inner.receipts(name)
-        layout = self._layouts.get(name) or await self._layout_or_none(name)
-        for part in layout.parts if layout is not None else []:
-            found += await self._inner.receipts(part)
-        return sorted(found, key=lambda receipt: receipt.started)
-
     async def grow(self, name: str, partitions: int) -> BankInfo:
         """Add empty partitions, to which some of the streams go that come from now on.
 
@@ -378,12 +376,6 @@ class PartitionedBackend:
         else:
             self._layouts[name] = layout
         return layout
-
-    async def _layout_or_none(self, name: str) -> Layout | None:
-        try:
-            return await self._layout(name)
-        except BankNotFound:
-            return None
 
     async def _must(self, name: str) -> Layout:
         layout = await self._layout(name)

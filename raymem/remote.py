@@ -124,9 +124,12 @@ class HttpBackend:
             raise BackendUnavailable(f"{self._client.base_url} answered a read with a {type(found).__name__}")
         return found
 
-    async def recall(self, name: str, text: str, k: int, as_of: str | None = None) -> dict[str, Any]:
+    async def recall(
+        self, name: str, text: str, k: int, as_of: str | None = None, allow_partial: bool = False
+    ) -> dict[str, Any]:
         """Ask a bank in text; the gateway's model reads it."""
-        return await self._json(routes.RECALL, name, json={"text": text, "k": k, "as_of": as_of})
+        body = {"text": text, "k": k, "as_of": as_of, "allow_partial": allow_partial}
+        return await self._json(routes.RECALL, name, json=body)
 
     async def attach(self, name: str, node: str | None) -> BankInfo:
         """Load a bank."""

@@ -79,7 +79,14 @@ class Reader:
             )
 
 
-async def recall(bank: AsyncBank, reader: Reader, text: str, k: int, as_of: str | float | None = None) -> RecallAnswer:
+async def recall(
+    bank: AsyncBank,
+    reader: Reader,
+    text: str,
+    k: int,
+    as_of: str | float | None = None,
+    allow_partial: bool = False,
+) -> RecallAnswer:
     """Answer a question in text with the k best spans that a bank holds.
 
     Args:
@@ -88,10 +95,11 @@ async def recall(bank: AsyncBank, reader: Reader, text: str, k: int, as_of: str 
         text: at most `MAX_TOKENS` tokens.
         k: spans, or candidates for kinds that hold no rows.
         as_of: a tag or time at which the bank is asked; the spans' text is the journal's, and may reach beyond it.
+        allow_partial: go without partitions that don't answer in time.
     """
     spec = (await bank.info()).spec
     states_QLD = await asyncio.to_thread(reader.states, text, spec.fingerprint)
-    readout = await bank.read(states_QLD, max(k, _NEIGHBOURS), start=0, as_of=as_of)
+    readout = await bank.read(states_QLD, max(k, _NEIGHBOURS), start=0, as_of=as_of, allow_partial=allow_partial)
     found = pieces(readout, k) if readout.pos_Qk is not None else []
     return RecallAnswer(
         bank=bank.name,
@@ -100,6 +108,7 @@ async def recall(bank: AsyncBank, reader: Reader, text: str, k: int, as_of: str 
         relevance=float(readout.relevance_Q.max()) if len(readout.relevance_Q) else 0.0,
         spans=[await _span(bank, reader, piece) for piece in found],
         candidates=await asyncio.to_thread(_candidates, readout, reader, k),
+        missing=list(readout.missing),
     )
 
 

@@ -282,6 +282,7 @@ class RecallBody(_Request):
     text: str = Field(min_length=1, max_length=100_000)
     k: int = Field(default=5, ge=1, le=100)
     as_of: str | float | None = None
+    allow_partial: bool = Field(default=False, description="Go without partitions that don't answer in time.")
 
 
 class Span(BaseModel):
@@ -313,7 +314,8 @@ class RecallAnswer(BaseModel):
     """What a bank remembers about a text.
 
     Kinds that hold rows answer with `spans`, best first. Kinds that keep a bounded state know no rows
-    (`provenance` is false): `spans` is empty, and what they answer is `relevance` and `candidates`.
+    (`provenance` is false): `spans` is empty, and what they answer is `relevance` and `candidates`. Partitions that did
+    not answer in time are `missing`, where that was allowed.
     """
 
     bank: str
@@ -322,6 +324,7 @@ class RecallAnswer(BaseModel):
     relevance: float
     spans: list[Span]
     candidates: list[Candidate]
+    missing: list[int] = []
 
 
 def _hidden(given: PackedTensor | list[list[list[float]]], fingerprint: Fingerprint) -> Tensor:

@@ -33,6 +33,9 @@ def recall(
     as_of: Annotated[
         str | None, typer.Option("--as-of", help="A tag or a time: ask what the bank was. 2026-01-31T12:00:00Z")
     ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Go without partitions of the bank that don't answer in time.")
+    ] = False,
     model: ModelOption = DEFAULT_MODEL,
     store: StoreOption = DEFAULT_STORE,
     cold: ColdOption = None,
@@ -51,12 +54,12 @@ def recall(
         raymem recall research/alice "tides" -k 3 --store http://127.0.0.1:8765 --json
     """
     with output.waiting("reading …"):
-        answer = asyncio.run(_recall(name, text, k, as_of, model, store, cold))
+        answer = asyncio.run(_recall(name, text, k, as_of, allow_partial, model, store, cold))
     output.show(answer, _render)
 
 
 async def _recall(
-    name: str, text: str, k: int, as_of: str | None, model: str, store: str, cold: str | None
+    name: str, text: str, k: int, as_of: str | None, allow_partial: bool, model: str, store: str, cold: str | None
 ) -> RecallAnswer:
     from raymem.serving.recall import Reader, recall
     from raymem.serving.schemas import RecallAnswer
@@ -70,8 +73,8 @@ async def _recall(
             from raymem.remote import HttpBackend
 
             assert isinstance(memory.backend, HttpBackend)
-            return RecallAnswer.model_validate(await memory.backend.recall(name, text, k, as_of))
-        return await recall(bank, Reader(model), text, k, as_of)
+            return RecallAnswer.model_validate(await memory.backend.recall(name, text, k, as_of, allow_partial))
+        return await recall(bank, Reader(model), text, k, as_of, allow_partial)
     finally:
         await memory.close()
 
@@ -82,6 +85,8 @@ def _render(answer: RecallAnswer) -> Group:
     from rich.text import Text
 
     head = f"{answer.bank} ({answer.kind}): relevance {answer.relevance:.2f}"
+    if answer.missing:
+        head += f"; no answer from partition {', '.join(map(str, answer.missing))}"
     if not answer.provenance:
         words = [[candidate.text, f"{candidate.score:.3f}"] for candidate in answer.candidates]
         note = "this kind keeps no rows, so it can't quote: these are the words it expects next"

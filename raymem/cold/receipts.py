@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from raymem.cold.catalog import part_name
 from raymem.cold.evidence import Evidence
 from raymem.cold.failures import reading, writing
 from raymem.cold.tables import Tables, quote
@@ -58,8 +59,12 @@ class Receipts:
         return _receipt(found[0]) if found else None
 
     def of(self, bank: str) -> list[EraseReceipt]:
-        """The receipts of banks that had this name when something was erased in them, oldest first; "" for all."""
-        rows = self._rows(f"bank = {quote(bank)}" if bank else "true")
+        """The receipts of banks that had this name when something was erased in them, oldest first; "" for all.
+
+        Those of a partitioned bank are its partitions'.
+        """
+        where = f"bank = {quote(bank)} OR starts_with(bank, {quote(part_name(bank, 0)[:-1])})" if bank else "true"
+        rows = self._rows(where)
         return [_receipt(row) for row in sorted(rows, key=lambda row: row["started"])]
 
     def pending(self) -> list[tuple[EraseReceipt, Evidence]]:

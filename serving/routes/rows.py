@@ -81,7 +81,7 @@ async def read(bank: BankDep, settings: SettingsDep, request: Request) -> Respon
 @serve(router, routes.RECALL, BankNotFound, BankDetached, FingerprintMismatch, MissingExtra, ModelNotFound, InvalidName)
 async def recall_text(bank: BankDep, reader: ReaderDep, body: RecallBody) -> RecallAnswer:
     """Ask a bank in text: the text runs through the bank's model, the answer is text that was written there."""
-    return await recall(bank, reader, body.text, body.k, body.as_of)
+    return await recall(bank, reader, body.text, body.k, body.as_of, body.allow_partial)
 
 
 @serve(router, routes.TOKENS, BankNotFound, InvalidName)

@@ -21,6 +21,7 @@ from raymem.actors import backend as backend_module
 from raymem.actors import cluster
 from raymem.actors.calls import NAMESPACE, Remote, ask_all
 from raymem.actors.cluster import LocalNodes, local_nodes
+from raymem.cold.partitions import Place
 from raymem.cold.store import ColdStore
 from raymem.config import ColdSettings, HostSettings
 from raymem.errors import (
@@ -79,11 +80,15 @@ def other_node(store: Store, bank: raymem.Bank) -> str:
 
 
 class Writers:
-    """Threads that write runs of their own, five rows at a time, and remember what was acknowledged."""
+    """Threads that write runs of their own, five rows at a time, and remember what was acknowledged.
 
-    def __init__(self, bank: raymem.Bank, tiny, count: int) -> None:
+    With `apart` each run is in a stream of its own.
+    """
+
+    def __init__(self, bank: raymem.Bank, tiny, count: int, *, apart: bool = False) -> None:
         self.bank = bank
         self.tiny = tiny
+        self._apart = apart
         self.acknowledged: set[tuple[str, int]] = {("r", seq) for seq in range(50)}
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(count)
@@ -93,7 +98,8 @@ class Writers:
         for seq in range(0, 4000, 5):
             if self._stop.is_set():
                 return
-            ack = self.bank.write(self.tiny.trace(5, run=run, seq=seq, seed=seed))
+            stream = run if self._apart else "s"
+            ack = self.bank.write(self.tiny.trace(5, stream=stream, run=run, seq=seq, seed=seed))
             assert ack.rows + ack.duplicates == 5
             self.acknowledged |= {(run, seq + row) for row in range(5)}
 
@@ -369,6 +375,101 @@ def test_a_partition_whose_shard_is_stopped_is_an_error_or_marked_missing_and_co
     assert bank.write(tiny.trace(30, stream="s0", seed=0)).duplicates == 20
     assert not bank.read(queries, 9).partial
     assert bank.info().rows == 90
+    store.delete(bank.name)
+
+
+def spread(store: Store, tiny, streams: int = 6) -> tuple[raymem.Bank, Writers]:
+    """A bank in two partitions with some streams, each of which goes on being written."""
+    bank = store.create(f"ray/parts-{next(names)}", tiny.spec("spalm"), partitions=2)
+    bank.write(tiny.trace(50))
+    return bank, Writers(bank, tiny, streams, apart=True)
+
+
+def assert_every_row_once(folder: Path, bank: raymem.Bank, acknowledged: set[tuple[str, int]]) -> None:
+    journals = [journal_of(folder, part.name) for part in bank.info().partitions]
+    rows = [row for journal in journals for row in journal]
+    assert len(rows) == len(set(rows))
+    assert set(rows) == acknowledged
+    # a run is a stream here
+    homes = [{run for run, _ in journal} for journal in journals]
+    assert sum(map(len, homes)) == len(set().union(*homes))
+    assert all(homes)
+
+
+@contextlib.contextmanager
+def struck(pid: int, sig: signal.Signals) -> Iterator[None]:
+    os.kill(pid, sig)
+    try:
+        yield
+    finally:
+        # the directory has ended it by now, or will
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+slow = pytest.mark.slow
+STRIKES = [
+    (signal.SIGKILL, "target"),
+    pytest.param(signal.SIGKILL, "home", marks=slow),
+    pytest.param(signal.SIGSTOP, "target", marks=slow),
+    pytest.param(signal.SIGSTOP, "home", marks=slow),
+]
+
+
+@pytest.mark.parametrize(("sig", "victim"), STRIKES)
+def test_a_shard_struck_while_streams_move_loses_and_doubles_nothing(store, folder, tiny, sig, victim):
+    bank, writers = spread(store, tiny)
+    while len(writers.acknowledged) < 300:
+        time.sleep(0.005)
+    bank.grow(3)
+    parts = {part.name: part.owner for part in bank.info().partitions}
+    pids = {name: pid_of(store, owner) for name, owner in parts.items()}
+    cold = ColdStore.open(str(folder), "none")
+    layout = cold.partitions.get(bank.name)
+    with ThreadPoolExecutor(1) as pool:
+        report = pool.submit(bank.rebalance)
+        while not (moving := under_way(cold, layout)):
+            assert not report.done()
+        with struck(pids[layout.parts[getattr(moving[0], victim)]], sig):
+            print(report.result())
+            before = len(writers.acknowledged)
+            while len(writers.acknowledged) < before + 100:
+                time.sleep(0.005)
+    writers.stop()
+    while (again := bank.rebalance()).failed or again.streams:
+        print(again)
+
+    assert not cold.partitions.on_the_way(layout)
+    assert_every_row_once(folder, bank, writers.acknowledged)
+    assert bank.read(tiny.trace(4).hidden, 9).rows(2)[0].seq == 2
+    store.delete(bank.name)
+
+
+def under_way(cold: ColdStore, layout) -> list[Place]:
+    places = [cold.partitions.find(layout.id, f"run-{number}") for number in range(6)]
+    return [place for place in places if place is not None and place.target is not None]
+
+
+@slow
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_shard_struck_while_a_bank_grows_loses_and_doubles_nothing(store, folder, tiny, sig):
+    bank, writers = spread(store, tiny, 2)
+    pid = pid_of(store, bank.info().partitions[1].owner)
+    catalog = ColdStore.open(str(folder), "none").catalog
+    with ThreadPoolExecutor(1) as pool:
+        grown = pool.submit(bank.grow, 4)
+        while len(catalog.list(f"{bank.name}.p")) < 4:
+            assert not grown.done()
+        with struck(pid, sig):
+            assert [part.rows for part in grown.result().partitions[2:]] == [0, 0]
+            before = len(writers.acknowledged)
+            while len(writers.acknowledged) < before + 50:
+                time.sleep(0.005)
+    writers.stop()
+    for number in range(2, 4):
+        bank.write(tiny.trace(5, stream=f"run-{number}", run=f"run-{number}", seed=number))
+
+    assert_every_row_once(folder, bank, writers.acknowledged | {(f"run-{n}", seq) for n in (2, 3) for seq in range(5)})
     store.delete(bank.name)
 
 

@@ -1,47 +1,14 @@
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from raymem import Calibration, KeySpec, Trace, connect
-from raymem.cli.app import main
 from raymem.encode.calibration import Range
 from raymem.lm.models import content_hash
 
 WIDTH = 24
-
-
-class Ran(NamedTuple):
-    """What a command left: its exit code, stdout and stderr."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        """stdout as the one JSON document that it must be."""
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def raymem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Run a command line in this process, as the script would."""
-
-    def run(*args: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["raymem", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        return Ran(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -1,5 +1,9 @@
-import pytest
+import os
 
+import pytest
+import torch
+
+from raymem import Trace, connect
 from raymem.cli.bank import parse_key, parse_option
 
 
@@ -36,6 +40,43 @@ def test_a_banks_past_on_the_command_line(raymem, alice):
     assert (merged["rows"], merged["streams"]) == (14, {alice: f"{alice.split('/')[1]}/", "lab/carol": "carol/"})
     assert raymem("bank", "untag", alice, "ten", "--json").json == {"bank": alice, "tags": {}}
     assert raymem("bank", "rm", alice, "--yes", "--materialise", "--json").json == {"removed": alice}
+
+
+def test_a_bank_in_partitions_on_the_command_line(raymem, alice, model, tmp_path):
+    made = raymem(
+        *("bank", "create", "lab/many", "--model", model, "--layers", "3,5", "--key-layers", "5", "--partitions", 2),
+        "--json",
+    ).json
+    assert [part["rows"] for part in made["partitions"]] == [0, 0]
+    with connect(os.environ["RAYMEM_STORE"]) as opened:
+        for stream in ("a", "b", "c", "d"):
+            opened.bank("lab/many").write(
+                Trace((torch.randn(10, 2, 24) + 0.5).bfloat16(), torch.arange(10), stream, "r")
+            )
+
+    assert "has 2 partitions" in raymem("bank", "grow", "lab/many", "--partitions", 1).err
+    assert len(raymem("bank", "grow", "lab/many", "--partitions", 4, "--json").json["partitions"]) == 4
+    moved = raymem("bank", "rebalance", "lab/many", "--json").json
+    assert (moved["streams"], moved["rows"], moved["failed"]) == (2, 20, {})
+    assert "0 streams moved" in raymem("bank", "rebalance", "lab/many").out
+    assert "partition 3" in raymem("bank", "show", "lab/many").out
+    assert [part["rows"] for part in raymem("bank", "show", "lab/many", "--json").json["partitions"]] == [10] * 4
+    status = raymem("status", "--json").json
+    assert [(bank["name"], bank["rows"]) for bank in status["banks"]] == [(alice, 10), ("lab/many", 40)]
+    assert raymem("bank", "migrate", "lab/many", "--partition", 3, "--to", "local", "--json").json["rows"] == 0
+    # positions: what moved has left its own behind
+    assert raymem("bank", "tag", "lab/many", "all", "--json").json["tags"] == {"all": 60}
+    assert raymem("bank", "ttl", "lab/many", 3600, "--json").json["ttl_s"] == 3600
+    assert raymem("bank", "erase", "lab/many", "--stream", "b", "--yes", "--json").json["rows"] == 10
+    # of the streams that moved too
+    assert [receipt["rows"] for receipt in raymem("bank", "receipts", "lab/many", "--json").json] == [10] * 3
+    file = tmp_path / "many.raymem"
+    assert raymem("bank", "export", "lab/many", file, "--json").json["bytes"] == file.stat().st_size
+    assert raymem("bank", "import", file, "lab/whole", "--json").json["rows"] == 30
+    assert raymem("bank", "rm", "lab/many", "--yes", "--json").json == {"removed": "lab/many"}
+    assert len(raymem("bank", "receipts", "lab/many", "--json").json) == 3
+    for refused in (["grow", alice, "--partitions", 2], ["rebalance", alice]):
+        assert "not partitioned" in raymem("bank", *refused).err
 
 
 @pytest.mark.parametrize("verb", ["ls", "show", "detach", "attach"])

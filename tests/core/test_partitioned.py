@@ -136,6 +136,12 @@ def test_streams_are_spread_and_stay_where_they_are(store, tiny):
         bank.grow(4)
 
 
+def test_more_than_ten_partitions_are_listed_in_their_order(store, tiny):
+    bank = store.create("lab/many", tiny.spec(), partitions=12)
+
+    assert store.banks() == [bank.info()]
+
+
 def test_two_who_ask_at_once_agree_where_a_stream_lives(tmp_path, tiny):
     uri = str(tmp_path / "store")
     layout = ColdStore.open(uri, "none").partitions.create("lab/many", tiny.spec(), 3)
@@ -172,6 +178,7 @@ def test_partitions_are_nobodys_to_name(store, tiny):
     bank = filled(store, tiny)
 
     assert [info.name for info in store.banks()] == ["lab/many"]
+    assert store.banks("lab/many.p1") == []
     with pytest.raises(InvalidName):
         store.bank("lab/many.p0")
     with pytest.raises(BankExists):
@@ -291,6 +298,8 @@ def test_erasing_takes_a_stream_from_wherever_it_is(store, tiny):
     assert bank.erase(stream="nobody").rows == 0
     assert bank.erase(before=2.0).rows == 117 - 19
     assert bank.info().rows == 0
+    store.delete("lab/many")
+    assert sum(each.rows for each in bank.receipts()) == 117
 
 
 def test_removing_it_leaves_nothing(store, tiny):

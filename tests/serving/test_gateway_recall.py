@@ -1,3 +1,4 @@
+import asyncio
 import itertools
 import sys
 
@@ -6,10 +7,12 @@ import pytest
 import torch
 
 from raymem import BankSpec, KeySpec, Readout, Settings, Trace, connect
+from raymem.config import HostSettings
 from raymem.encode.fit import bundled_texts, fit, read_sample
 from raymem.errors import FingerprintMismatch, MissingExtra, TooLarge
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.models import LanguageModel
+from raymem.local import LocalBackend
 from raymem.serving.recall import MAX_TOKENS, Reader, _candidates
 from raymem.serving.spans import AFTER, BEFORE, LONGEST, pieces
 
@@ -38,19 +41,22 @@ def told(tmp_path_factory, run_gateway, model):
     tokens = model.encode(STORY)
     trace = Trace(model.run(tokens, layers).hidden_TLd.clone(), tokens, "diary", "monday")
     mark = fingerprint(model, layers)
-    with run_gateway(tmp_path_factory.mktemp("recall") / "memory", Settings()) as url:
+    settings = Settings(host=HostSettings(partial_s=0.5))
+    with run_gateway(tmp_path_factory.mktemp("recall") / "memory", settings) as url:
         with connect(url) as store:
             store.put_calibration(calibration)
             for kind in ("spalm", "titans"):
                 spec = BankSpec(kind=kind, fingerprint=mark, key=KeySpec(function="window", window=8))
                 store.create(f"lab/{kind}", spec).write(trace)
+            spec = spec.model_copy(update={"kind": "spalm"})
+            store.create("lab/parts", spec, partitions=2).write(trace)
             other = mark.model_copy(update={"tokenizer": "another"})
             store.create("lab/other", BankSpec(kind="spalm", fingerprint=other))
         yield url
 
 
-def ask(url: str, bank: str, text: str, k: int = 3) -> httpx.Response:
-    return httpx.post(f"{url}/v1/banks/lab/{bank}/recall", json={"text": text, "k": k}, timeout=60)
+def ask(url: str, bank: str, text: str, k: int = 3, **more: bool) -> httpx.Response:
+    return httpx.post(f"{url}/v1/banks/lab/{bank}/recall", json={"text": text, "k": k} | more, timeout=60)
 
 
 def test_a_question_finds_the_words_that_were_written(told, model):
@@ -78,6 +84,27 @@ def test_a_kind_without_rows_says_so_and_offers_words(told):
     assert (answer["provenance"], answer["spans"]) == (False, [])
     assert 0 < len(answer["candidates"]) <= 3
     assert answer["relevance"] > ask(told, "titans", UNRELATED).json()["relevance"]
+
+
+def test_recall_goes_without_a_partition_that_is_late_where_that_is_allowed(told, raymem, monkeypatch):
+    read, late = LocalBackend.read, asyncio.Event
+
+    async def stalled(self, name, *args):
+        if name.endswith(".p1"):
+            await late().wait()
+        return await read(self, name, *args)
+
+    question = "The locker code assigned to Miriam is"
+    whole = ask(told, "parts", question).json()
+    assert ("4817" in whole["spans"][0]["text"], whole["missing"]) == (True, [])
+    monkeypatch.setattr(LocalBackend, "read", stalled)
+
+    some = ask(told, "parts", question, allow_partial=True).json()
+    said = raymem("recall", "lab/parts", question, "-k", 3, "--allow-partial", "--store", told, "--json").json
+
+    assert some == said
+    assert (some["missing"], some["spans"]) == ([1], whole["spans"])
+    assert "no answer from partition 1" in raymem("recall", "lab/parts", FACT, "--allow-partial", "--store", told).out
 
 
 def test_another_models_bank_is_refused(told):
