@@ -227,7 +227,7 @@ class LocalNodes:
         """Start a node called `name`."""
         with warnings.catch_warnings():
             # Ray forks to start its processes, which then run other programs: LanceDB is not used in between
-            warnings.filterwarnings("ignore", "lancedb fork support")
+            warnings.filterwarnings("ignore", "lance(db fork support| is not fork-safe)")
             self._nodes[name] = self._cluster.add_node(**self._arguments, labels={"raymem-node": name})
 
     def raylet(self, name: str) -> int:
