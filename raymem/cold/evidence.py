@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from raymem.cold.files import File, Files
 from raymem.cold.holes import Holes
+from raymem.cold.snapshots import bytes_of
 from raymem.cold.tables import quote
 from raymem.errors import Corrupt
 from raymem.types import FileCheck, Selection
@@ -141,25 +141,22 @@ def _in_rows(files: Files, data: Sequence[File], evidence: Evidence) -> tuple[in
 
 def _in_snapshots(files: Files, data: Sequence[File], evidence: Evidence) -> tuple[int, int]:
     """Names, positions and tails in states; a state older than the rewriting has the rows mixed into it."""
-    # manifests and the lengths of parts first: they say where in a state's bytes each tensor and each part lies
+    # manifests first: they say where in a state's bytes each tensor lies
     manifests: dict[str, tuple[int, dict[str, Any]]] = {}
-    lengths: dict[str, dict[int, int]] = {}
     whole: list[File] = []
     for file in data:
         try:
             for batch in files.rows(file):
                 manifests |= dict(_manifests(batch))
-                _measure(batch, lengths)
             whole.append(file)
         except (Corrupt, KeyError, ValueError):
             continue
     unreadable, found = len(data) - len(whole), 0
     for name, (pos, manifest) in manifests.items():
         tensors = {key: bytearray() for key in _wanted(manifest)}
-        begins = _begins(lengths.get(name, {}))
         for file in whole:
             for batch in files.rows(file):
-                _collect(batch, name, manifest, begins, tensors)
+                _collect(batch, name, manifest, tensors)
         older = _generation(data) < evidence.generation and pos > evidence.gone.first
         found += older + _in_state(pos, manifest, tensors, evidence)
     return found, unreadable
@@ -171,42 +168,24 @@ def _generation(data: Sequence[File]) -> int:
 
 
 def _manifests(batch: pa.RecordBatch) -> Iterator[tuple[str, tuple[int, dict[str, Any]]]]:
-    for row in batch.filter(pc.less(batch["part"], 0)).to_pylist():
-        yield row["snapshot"], (row["pos"], json.loads(row["data"]))
+    for row in batch.filter(pc.less(batch["part"], 0)).drop_columns(["data"]).to_pylist():
+        yield row["snapshot"], (row["pos"], json.loads(row["manifest"]))
 
 
 def _wanted(manifest: dict[str, Any]) -> list[str]:
     return [name for name in manifest["tensors"] if name in ("memory.pos", "encoder.tail_runs")]
 
 
-def _measure(batch: pa.RecordBatch, lengths: dict[str, dict[int, int]]) -> None:
-    sizes = pc.binary_length(batch["data"]).to_pylist()
-    for snapshot, part, size in zip(batch["snapshot"].to_pylist(), batch["part"].to_pylist(), sizes, strict=True):
-        if part >= 0:
-            lengths.setdefault(snapshot, {})[part] = size
-
-
-def _begins(lengths: dict[int, int]) -> dict[int, int]:
-    """Where in a state's bytes each part begins."""
-    order = sorted(lengths)
-    return dict(zip(order, accumulate((lengths[part] for part in order), initial=0), strict=False))
-
-
-def _collect(
-    batch: pa.RecordBatch,
-    snapshot: str,
-    manifest: dict[str, Any],
-    begins: dict[int, int],
-    tensors: dict[str, bytearray],
-) -> None:
+def _collect(batch: pa.RecordBatch, snapshot: str, manifest: dict[str, Any], tensors: dict[str, bytearray]) -> None:
     """Take the wanted tensors' bytes out of a state's parts, which come in order."""
     of_it = _true(pc.and_(pc.equal(batch["snapshot"], snapshot), pc.greater_equal(batch["part"], 0)))
-    for row in batch.filter(pa.array(of_it)).sort_by("part").to_pylist():
-        begin, start = begins[row["part"]], 0
+    found = batch.filter(pa.array(of_it)).sort_by("part")
+    for part, data in zip(found["part"].to_pylist(), bytes_of(found["data"]), strict=True):
+        begins, start = part * len(data), 0
         for name, header in manifest["tensors"].items():
             stop = start + header["bytes"]
             if name in tensors:
-                tensors[name] += row["data"][max(0, start - begin) : max(0, stop - begin)]
+                tensors[name] += data[max(0, start - begins) : max(0, stop - begins)].tobytes()
             start = stop
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import structlog
 import torch
 from crc32c import crc32c
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raymem.cold.catalog import Entry
@@ -21,10 +22,10 @@ from raymem.cold.failures import reading, writing
 from raymem.cold.tables import Tables, quote, snapshot_table
 from raymem.errors import Corrupt
 
-# a scan gives parts of this size back thrice as fast as those of 4 MB: their memory is used again and again
-_PART_BYTES = 2**18
+# all of one width: LanceDB reads and writes these thrice as fast as binaries of any length, and doesn't compress them
+_PART_BYTES = 4096
 # parts that are written, and read, together
-_BATCH_PARTS, _READ_PARTS = 16, 4
+_BATCH_PARTS, _READ_PARTS = 1024, 256
 # a part's number; the manifest is the commit marker and has none
 _MANIFEST = -1
 _SCHEMA = pa.schema(
@@ -32,9 +33,10 @@ _SCHEMA = pa.schema(
         pa.field("snapshot", pa.string(), nullable=False),
         pa.field("pos", pa.int64(), nullable=False),
         pa.field("part", pa.int32(), nullable=False),
-        pa.field("crc32c", pa.uint32(), nullable=False),
-        # states hardly get smaller, and taking them apart would be most of an attach
-        pa.field("data", pa.large_binary(), nullable=False, metadata={"lance-encoding:compression": "none"}),
+        pa.field("data", pa.list_(pa.uint8(), _PART_BYTES), nullable=False),
+        # of the marker alone
+        pa.field("manifest", pa.large_binary()),
+        pa.field("crc32c", pa.uint32()),
     ]
 )
 _log = structlog.get_logger(__name__)
@@ -89,7 +91,7 @@ class Snapshots:
             table = self._tables.create(self._name, _SCHEMA.empty_table())
             table.add(pa.RecordBatchReader.from_batches(_SCHEMA, _batches(snapshot, pos, tensors)))
             self._make_durable()
-            table.add(pa.Table.from_batches([_batch(snapshot, pos, _MANIFEST, [body])]))
+            table.add(pa.Table.from_batches([_marker(snapshot, pos, body)]))
             self._make_durable()
         self._prune()
 
@@ -129,7 +131,7 @@ class Snapshots:
 
     def _manifests(self) -> list[dict[str, Any]]:
         """Manifest rows, newest first."""
-        rows = self._select(f"part = {_MANIFEST}", _SCHEMA.names)
+        rows = self._select(f"part = {_MANIFEST}", ["snapshot", "pos", "manifest", "crc32c"])
         # a stable sort: of two at one position, the one that was written later comes first
         return sorted(reversed(rows), key=lambda row: -row["pos"])
 
@@ -146,9 +148,9 @@ class Snapshots:
         return found
 
     def _parse(self, row: dict[str, Any]) -> _Manifest:
-        if crc32c(row["data"]) != row["crc32c"]:
+        if not row["manifest"] or crc32c(row["manifest"]) != row["crc32c"]:
             raise Corrupt(f"the manifest of {self._bank}'s snapshot at {row['pos']} does not match its checksum")
-        return _Manifest(row["snapshot"], row["pos"], **json.loads(row["data"]))
+        return _Manifest(row["snapshot"], row["pos"], **json.loads(row["manifest"]))
 
     def _load(self, manifest: _Manifest) -> Snapshot:
         what = f"{self._bank}'s snapshot at position {manifest.pos}"
@@ -157,7 +159,8 @@ class Snapshots:
         stream.require_end()
         return manifest.pos, tensors, manifest.meta
 
-    def _parts(self, manifest: _Manifest, what: str) -> Iterator[pa.Buffer]:
+    def _parts(self, manifest: _Manifest, what: str) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of a snapshot's parts in order, some at a time."""
         where = f"snapshot = {quote(manifest.snapshot)} AND part >= 0"
         with reading(f"read {what}"):
             dataset = self._tables.open(self._name).to_lance()
@@ -169,11 +172,11 @@ class Snapshots:
                 batch = next(batches, None)
             if batch is None:
                 return
-            for part, data in zip(batch["part"].to_pylist(), batch["data"], strict=True):
-                if part != number:
-                    raise Corrupt(f"{what} has part {part} where {number} belongs")
-                number += 1
-                yield data.as_buffer()
+            expected = np.arange(number, number + len(batch))
+            if not np.array_equal(batch["part"].to_numpy(), expected):
+                raise Corrupt(f"{what} has other parts than {number} to {number + len(batch) - 1} there")
+            number += len(batch)
+            yield bytes_of(batch["data"]).reshape(-1)
 
     def _prune(self) -> None:
         manifests = self._manifests()
@@ -199,63 +202,79 @@ class Snapshots:
                 self._sync.sync()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
+def bytes_of(parts: pa.FixedSizeListArray) -> NDArray[np.uint8]:
+    """The bytes [N, width] of N parts, not copied."""
+    flat: NDArray[np.uint8] = parts.flatten().to_numpy()
+    return flat.reshape(len(parts), parts.type.list_size)
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    flat: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat
 
 
 def _header(tensor: Tensor) -> dict[str, Any]:
-    data = _bytes(tensor)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "shape": list(tensor.shape), "bytes": len(data), "crc32c": crc32c(data)}
+    return {"dtype": dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes, "crc32c": _crc(tensor)}
+
+
+def _crc(tensor: Tensor) -> int:
+    data: Any = _bytes(tensor)
+    return crc32c(data)
 
 
 def _batches(snapshot: str, pos: int, tensors: dict[str, Tensor]) -> Iterator[pa.RecordBatch]:
     number = 0
-    for together in _pieces(tensors, _BATCH_PARTS * _PART_BYTES):
-        parts = [together[start : start + _PART_BYTES] for start in range(0, len(together), _PART_BYTES)]
-        yield _batch(snapshot, pos, number, parts)
-        number += len(parts)
+    for piece in _pieces(tensors, _BATCH_PARTS * _PART_BYTES):
+        parts = range(number, number + len(piece) // _PART_BYTES)
+        yield _batch(snapshot, pos, parts, piece)
+        number = parts.stop
 
 
-def _pieces(tensors: dict[str, Tensor], size: int) -> Iterator[bytes]:
-    """The bytes of all tensors, one after another, `size` at a time."""
-    pending = bytearray()
+def _pieces(tensors: dict[str, Tensor], size: int) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of all tensors, one after another, `size` at a time, and zeros where the last part is not full."""
+    piece, filled = np.zeros(size, np.uint8), 0
     for tensor in tensors.values():
         data = _bytes(tensor)
-        while data:
-            room = size - len(pending)
-            pending += data[:room]
-            data = data[room:]
-            if len(pending) == size:
-                yield bytes(pending)
-                pending.clear()
-    if pending:
-        yield bytes(pending)
+        while len(data):
+            taken, data = data[: size - filled], data[size - filled :]
+            piece[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            if filled == size:
+                yield piece
+                piece, filled = np.zeros(size, np.uint8), 0
+    if filled:
+        yield piece[: -(-filled // _PART_BYTES) * _PART_BYTES]
 
 
-def _batch(snapshot: str, pos: int, first: int, parts: list[bytes]) -> pa.RecordBatch:
-    number = range(first, first + len(parts))
-    columns = {"snapshot": [snapshot] * len(parts), "pos": [pos] * len(parts), "part": number}
-    return pa.RecordBatch.from_pydict(
-        columns | {"crc32c": [crc32c(part) for part in parts], "data": parts}, schema=_SCHEMA
-    )
+def _marker(snapshot: str, pos: int, manifest: bytes) -> pa.RecordBatch:
+    return _batch(snapshot, pos, range(_MANIFEST, 0), np.zeros(_PART_BYTES, np.uint8), manifest)
+
+
+def _batch(
+    snapshot: str, pos: int, parts: range, data: NDArray[np.uint8], manifest: bytes | None = None
+) -> pa.RecordBatch:
+    count, crc = len(parts), None if manifest is None else crc32c(manifest)
+    columns = {"snapshot": [snapshot] * count, "pos": [pos] * count, "part": parts}
+    columns |= {"manifest": [manifest] * count, "crc32c": [crc] * count}
+    columns["data"] = pa.FixedSizeListArray.from_arrays(pa.array(data), _PART_BYTES)
+    return pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
 
 
 class _Stream:
     """A snapshot's bytes in order, copied once: from where they were read to where they stay."""
 
-    def __init__(self, what: str, parts: Iterator[pa.Buffer]) -> None:
+    def __init__(self, what: str, parts: Iterator[NDArray[np.uint8]]) -> None:
         self._what = what
         self._parts = parts
-        self._held = memoryview(b"")
+        self._held = np.empty(0, np.uint8)
         self._given = 0
 
-    def fill(self, target: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def fill(self, target: NDArray[np.uint8]) -> None:
         """Fill all of `target` with the next bytes."""
         filled = 0
         while filled < len(target):
-            if not self._held:
+            if not len(self._held):
                 self._held = self._next()
             piece = self._held[: len(target) - filled]
             target[filled : filled + len(piece)] = piece
@@ -263,15 +282,15 @@ class _Stream:
         self._given += filled
 
     def require_end(self) -> None:
-        """Refuse bytes that no tensor asked for."""
-        if self._held or next(self._parts, None) is not None:
+        """Refuse bytes that no tensor asked for, but those that fill the last part up."""
+        if len(self._held) >= _PART_BYTES or next(self._parts, None) is not None:
             raise Corrupt(f"{self._what} holds more than the {self._given} bytes that its manifest says")
 
-    def _next(self) -> memoryview:
+    def _next(self) -> NDArray[np.uint8]:
         part = next(self._parts, None)
         if part is None:
             raise Corrupt(f"{self._what} ends after {self._given} bytes, and its manifest says more")
-        return memoryview(part)
+        return part
 
 
 def _tensor(what: str, name: str, header: dict[str, Any], stream: _Stream) -> Tensor:
@@ -279,7 +298,7 @@ def _tensor(what: str, name: str, header: dict[str, Any], stream: _Stream) -> Te
     data = np.empty(header["bytes"] + header["bytes"] // 8, np.uint8)
     tensor = torch.from_numpy(data)[: header["bytes"]]
     stream.fill(data[: len(tensor)])
-    if crc32c(_bytes(tensor)) != header["crc32c"]:
+    if _crc(tensor) != header["crc32c"]:
         raise Corrupt(f"tensor {name!r} of {what} does not match its checksum", tensor=name)
     dtype: torch.dtype = getattr(torch, header["dtype"])
     # bytes that aren't there have no stride to be viewed by

@@ -17,7 +17,7 @@ import torch
 
 import raymem
 from raymem import Bank, Settings, Store, Trace, merging
-from raymem.cold import erasure, snapshots
+from raymem.cold import erasure
 from raymem.cold.evidence import inspect
 from raymem.cold.export import export_bank
 from raymem.cold.files import Files
@@ -267,20 +267,6 @@ def test_the_check_decodes_files_that_no_version_names(store, tiny, cold):
     # a delete of LanceDB's own takes the rows out of sight and leaves all of their bytes
     assert table.count_rows("stream = 'alice'") == 0
     assert inspect(Files(cold.tables), evidence).found == before.found == 66
-
-
-def test_rows_in_a_state_are_found_whatever_the_length_of_its_parts(store, tiny, cold, monkeypatch):
-    found = []
-    for name, part_bytes in (("long", snapshots._PART_BYTES), ("short", 1000)):
-        monkeypatch.setattr(snapshots, "_PART_BYTES", part_bytes)
-        bank_of(store, tiny, name, "spalm", "alice", "bob").detach()
-        entry = cold.catalog.get(f"lab/{name}")
-        evidence = erasure.find(cold, entry, raymem.types.Selection(stream="alice"))
-        cold.tables.drop(f"journal-{entry.id}")
-        found.append(inspect(Files(cold.tables), evidence).found)
-
-    # each of its 66 positions, and the tail and the name of its run
-    assert found[0] == found[1] > 66
 
 
 def test_a_file_that_can_not_be_decoded_is_no_clean_file(store, tiny, cold):
