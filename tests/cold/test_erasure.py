@@ -571,28 +571,6 @@ def test_a_follower_forgets_what_its_bank_was_made_to_forget(store, tiny, tmp_pa
     assert {row.stream for query in range(33) for row in readout.rows(query)} == {"bob"}
 
 
-def test_a_sweep_takes_ghosts_and_leaves_what_is_young_or_not_a_banks(tiny, tmp_path):
-    careful = Settings(cold=ColdSettings(sync="none", sweep_age_s=60))
-    with raymem.connect(tmp_path, settings=careful) as store:
-        store.put_calibration(tiny.calibration)
-        bank_of(store, tiny, "a", "spalm", "alice")
-        for name, age in (("journal-" + "a" * 32, 120), ("snapshots-" + "b" * 32 + "-7", 5), ("mine", 120)):
-            late = tmp_path / f"{name}.lance" / "data"
-            late.mkdir(parents=True)
-            (late / "late.lance").write_bytes(b"a late row")
-            os.utime(late / "late.lance", (time.time() - age,) * 2)
-        tables = Files(store._store.backend.cold.tables)
-        there = tables.tables()
-
-        planned = store.sweep(dry_run=True)
-        assert tables.tables() == there
-        swept = store.sweep()
-
-        assert (swept.deleted, swept.young) == (planned.deleted, planned.young)
-        assert (swept.deleted, swept.young) == (("journal-" + "a" * 32,), ("snapshots-" + "b" * 32 + "-7",))
-        assert set(there) - set(tables.tables()) == set(swept.deleted)
-
-
 def test_rows_that_settled_leave_the_log_though_another_banks_older_ones_wait_in_it(store, tiny):
     fill(store.create("a/other", tiny.spec("spalm")), tiny, "kept")
     bank = store.create("a/one", tiny.spec("spalm"))
