@@ -4,10 +4,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -18,7 +20,7 @@ from raymem.actors.calls import NAMESPACE
 from raymem.actors.cluster import local_nodes
 from raymem.cold.store import ColdStore
 from raymem.config import ColdSettings, HostSettings
-from raymem.errors import RaymemError
+from raymem.errors import BackendUnavailable, RaymemError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 SETTINGS = Settings(cold=ColdSettings(sync="none"), host=HostSettings(lease_s=2.0))
@@ -77,24 +79,55 @@ class Writer:
         return self.acknowledged
 
 
+@pytest.fixture
+def moving() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def halted(stops: Path, step: str, move: Callable[[], Future[Any]]) -> Future[Any]:
+    """Begin a move, which waits at a step until its file is taken away."""
+    reached = stops / f"{step}.reached"
+    reached.unlink(missing_ok=True)
+    (stops / step).touch()
+    moved = move()
+    until(reached.exists, "the step was never reached")
+    return moved
+
+
+def until(met: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + 60
+    while not met():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.01)
+
+
+def goes_on(writer: Writer) -> None:
+    before = len(writer.acknowledged)
+    until(lambda: len(writer.acknowledged) >= before + 20, "nobody acknowledges any more")
+
+
+def owner_of_every_row(folder: Path, bank: raymem.Bank, acknowledged: list[tuple[str, int]]) -> str | None:
+    cold = ColdStore.open(str(folder), "none")
+    entry = cold.catalog.get(bank.name)
+    parts = cold.journal(entry).scan()
+    rows = [row for part in parts for row in zip(part.runs, part.seq_T.tolist(), strict=True)]
+    assert len(rows) == len(set(rows))
+    assert set(rows) == {("r", seq) for seq in range(100)} | set(acknowledged)
+    return entry.owner
+
+
 @pytest.mark.parametrize(("step", "victim"), CASES)
-def test_a_migration_killed_at_a_step_leaves_one_owner_and_every_row(store, stops, folder, tiny, step, victim):
+def test_a_migration_killed_at_a_step_leaves_one_owner_and_every_row(store, stops, folder, tiny, moving, step, victim):
     bank = store.create(f"kills/{step}-{victim}", tiny.spec("spalm"))
     bank.write(tiny.trace(100))
     source = bank.info().node
     target = next(node for node in store.nodes() if node != source)
     who = {"source": shard_on(store, source), "target": shard_on(store, target), "directory": "directory"}
-    writer, moving = Writer(bank, tiny), ThreadPoolExecutor(1)
-    pid = {shard["owner"]: shard["pid"] for shard in store.stats()["shards"]}.get(who[victim])
+    writer = Writer(bank, tiny)
+    pid = pids(store).get(who[victim])
 
-    reached = stops / f"{step}.reached"
-    reached.unlink(missing_ok=True)
-    (stops / step).touch()
-    moved = moving.submit(bank.migrate, target)
-    deadline = time.monotonic() + 60
-    while not reached.exists():
-        assert time.monotonic() < deadline, "the step was never reached"
-        time.sleep(0.01)
+    moved = halted(stops, step, lambda: moving.submit(bank.migrate, target))
     if pid is None:
         ray.kill(ray.get_actor(cluster.DIRECTORY, namespace=NAMESPACE), no_restart=False)
     else:
@@ -103,24 +136,47 @@ def test_a_migration_killed_at_a_step_leaves_one_owner_and_every_row(store, stop
     # whether the move itself succeeds is not the question: a client may repeat it
     error = moved.exception()
     assert error is None or isinstance(error, RaymemError)
-    moving.shutdown()
-    before = len(writer.acknowledged)
-    while len(writer.acknowledged) < before + 20:
-        assert time.monotonic() < deadline + 60, "nobody acknowledges any more"
-        time.sleep(0.01)
-    acknowledged = writer.finish()
+    goes_on(writer)
 
-    cold = ColdStore.open(str(folder), "none")
-    entry = cold.catalog.get(bank.name)
-    parts = cold.journal(entry).scan()
-    rows = [row for part in parts for row in zip(part.runs, part.seq_T.tolist(), strict=True)]
-    assert len(rows) == len(set(rows))
-    assert set(rows) == {("r", seq) for seq in range(100)} | set(acknowledged)
+    owner = owner_of_every_row(folder, bank, writer.finish())
     digest = bank.digest()
-    only_owner_and_no_copy(store, bank.name, entry.owner)
+    only_owner_and_no_copy(store, bank.name, owner)
     bank.detach()
     bank.attach()
     assert bank.digest() == digest
+
+
+def test_a_target_whose_node_stands_still_does_not_keep_writes_waiting(store, stops, folder, tiny, moving):
+    bank = store.create("kills/silent", tiny.spec("spalm"))
+    bank.write(tiny.trace(100))
+    source = bank.info().node
+    target = next(node for node in store.nodes() if node != source)
+    stopped = psutil.Process(pids(store)[shard_on(store, target)])
+    writer = Writer(bank, tiny)
+    moved = halted(stops, "yield", lambda: moving.submit(bank.migrate, target))
+    # the actor, and the raylet that it is a child of
+    for process in (stopped, stopped.parent()):
+        process.suspend()
+    try:
+        (stops / "yield").unlink()
+        began = time.monotonic()
+        goes_on(writer)
+        print(f"acknowledging again {time.monotonic() - began:.1f} s after the hand-over met a silent target")
+        error = moved.exception()
+    finally:
+        for process in (stopped.parent(), stopped):
+            process.resume()
+    assert isinstance(error, BackendUnavailable)
+    assert shard_on(store, target) in str(error)
+
+    # it hears what it missed, and the bank is not there any more for it to take
+    only_owner_and_no_copy(store, bank.name, shard_on(store, source))
+    assert owner_of_every_row(folder, bank, writer.finish()) == shard_on(store, source)
+    assert bank.migrate(target).rows >= 100
+
+
+def pids(store: Store) -> dict[str, int]:
+    return {shard["owner"]: shard["pid"] for shard in store.stats()["shards"]}
 
 
 def only_owner_and_no_copy(store: Store, name: str, owner: str | None) -> None:
