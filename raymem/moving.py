@@ -55,6 +55,7 @@ class MovingHost(Host):
             else:
                 self._expiring[name].cancel()
                 await self._thread(runtime.catch_up)
+            await self._thread(runtime.journal.prepare)
             self._space.room.touch(name)
             # a source that dies half-way tells nobody: its copy must not stay for good
             self._expiring[name] = asyncio.get_running_loop().call_later(_ARRIVAL_S, self.abandon, name, runtime)

@@ -249,8 +249,9 @@ class Runtime(Replica):
     def own(self, entry: Entry) -> None:
         """Take the journal over under a newly claimed entry: fence off earlier owners, then apply what they added."""
         self.unsure = True
-        self.journal = self.cold.journal(entry, self.log)
-        self.journal.fence()
+        if entry.generation != self.journal.entry.generation:
+            self.journal = self.cold.journal(entry)
+        self.journal.claim(entry, self.log)
         self.entry = self.journal.entry
         self.catch_up(upto=self.journal.counted())
         self.unsure = False

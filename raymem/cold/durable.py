@@ -33,14 +33,27 @@ class FolderSync:
         Raises:
             OSError: a file could not be made durable.
         """
-        first = not self._seen
-        folders = [self._folder, *(Path(entry.path) for entry in os.scandir(self._folder) if entry.is_dir())]
-        for folder in reversed(folders):
-            self._sync_folder(folder)
+        first = self._folder not in self._seen
+        self._sync_folders(self._folders())
         if first:
             fsync(self._folder.parent)
-        self._seen = {folder: self._seen[folder] for folder in folders}
         self._mark()
+
+    def begin(self) -> None:
+        """Do most of the first call's work beforehand, beside a writer: which versions are on disk isn't looked at.
+
+        Raises:
+            OSError: as `sync`.
+        """
+        self._sync_folders([folder for folder in self._folders()[1:] if folder.name != _VERSIONS])
+
+    def _folders(self) -> list[Path]:
+        return [self._folder, *(Path(entry.path) for entry in os.scandir(self._folder) if entry.is_dir())]
+
+    def _sync_folders(self, folders: list[Path]) -> None:
+        for folder in reversed(folders):
+            self._sync_folder(folder)
+        self._seen = {folder: self._seen[folder] for folder in folders}
 
     def _mark(self) -> None:
         newest = _newest(self._seen.get(self._folder / _VERSIONS, set()))

@@ -84,11 +84,13 @@ class Settled:
         table = self.open()
         holes = self.holes(table)
         start = max(start, self.entry.base)
-        limits = [f"pos >= {start}"] * (start > self.entry.base) + [f"pos < {stop}"] * (stop is not None)
+        # rows lie in order, so that a tail is found by its place in the table: a filter would look at every row
+        stops = [] if stop is None else [max(start, stop)]
+        first, *last = np.diff(holes.rank(np.array([self.entry.base, start, *stops]))).cumsum().tolist()
+        if last == [first]:
+            return
         with reading(f"read the journal of {name} from position {start}"):
-            query = table.search()
-            if limits:
-                query = query.where(" AND ".join(limits))
+            query = table.search().offset(first).limit(last[0] - first if last else None)
             batches = iter(query.to_batches(batch_rows))
         expect = start
         while True:

@@ -142,6 +142,23 @@ def test_a_full_disk_acknowledges_nothing_and_loses_nothing(small_disk: Path, sp
     assert store.catalog.claim("lab/a", "me", 0).epoch == 1
 
 
+def test_a_sync_that_was_begun_beside_a_writer_says_nothing_of_its_commits(store: ColdStore, journal: Journal, rows):
+    journal.append(rows(3, 0))
+    folder = Path(store.uri) / f"journal-{store.catalog.get('lab/a').id}.lance"
+    for mark in folder.glob("*.synced"):
+        mark.unlink()
+    begun = FolderSync(folder)
+    begun.begin()
+    assert not list(folder.glob("*.synced"))
+    journal.append(rows(2, 3))
+    data = {path.name for path in (folder / "data").iterdir()}
+    assert begun._seen[folder / "data"] < data
+    begun.sync()
+    assert begun._seen[folder / "data"] == data
+    newest = min((folder / "_versions").glob("*.manifest"))
+    assert [path.name for path in folder.glob("*.synced")] == [f"{newest.name}.synced"]
+
+
 def test_a_sync_takes_what_is_new_and_takes_it_again_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "t" / "data").mkdir(parents=True)
     (tmp_path / "t" / "data" / "one").touch()

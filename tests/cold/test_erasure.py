@@ -396,6 +396,24 @@ def test_a_scan_goes_on_in_the_journal_that_an_erasure_left(store, tiny, cold):
     assert sum(rows.streams.count("bob") for rows in left) == 66
 
 
+def test_a_journal_with_holes_is_read_from_any_position_to_any_other(store, tiny, cold):
+    bank = bank_of(store, tiny, "a", "spalm", "alice", "bob")
+    fork = store.fork(bank.name, "lab/fork", 50)
+    fill(fork, tiny, "carol")
+    for each in (bank, fork):
+        each.erase(stream="alice", run="r1")
+        each.erase(stream="carol", run="r2")
+        each.erase(stream="bob", run="r2", seq_from=30)
+        each.detach()
+        journal = cold.journal(cold.catalog.get(each.name))
+        there = [pos for rows in journal.scan(0) for pos in rows.pos_T.tolist()]
+        assert 33 < len(there) < there[-1] < journal.end() - 1
+        for start in range(0, journal.end() + 2, 19):
+            for stop in (None, *range(0, journal.end() + 20, 23)):
+                found = [pos for rows in journal.scan(start, stop, 16) for pos in rows.pos_T.tolist()]
+                assert found == [pos for pos in there if start <= pos and (stop is None or pos < stop)]
+
+
 @pytest.mark.parametrize("kind", ["spalm", "titans"])
 def test_a_parent_is_erased_in_its_forks_too(store, tiny, cold, kind):
     bank = bank_of(store, tiny, "a", kind, "alice", "bob")

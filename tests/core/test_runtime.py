@@ -82,10 +82,11 @@ def test_a_failed_append_acknowledges_nothing_and_loses_nothing(
             append(rows)
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(runtime.journal, "append", failing)
-    outcome = runtime.write([make_trace(5, seq=5)])[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime.journal, "append", failing)
+        outcome = runtime.write([make_trace(5, seq=5)])[0]
     assert isinstance(outcome, StorageError)
-    # the sender tries again, as the error says; the journal handle is a fresh one now
+    # the sender tries again, as the error says
     again = acks(runtime.write([make_trace(5, seq=5)]))[0]
     assert (again.rows, again.duplicates, again.end) == ((0, 5, 10) if committed else (5, 0, 10))
     assert runtime.pos == runtime.journal.end() == 10
