@@ -10,7 +10,7 @@ import raymem
 from raymem import Settings, Store
 from raymem.config import ColdSettings, HostSettings
 from raymem.errors import TooLarge
-from raymem.room import Room
+from raymem.room import PAST, Room
 
 LOADED = {"a": 10, "b": 20, "c": 30}
 
@@ -151,3 +151,38 @@ def test_a_bank_that_left_memory_is_the_next_stores_once_this_one_is_closed(tmp_
         digest = banks[2].digest()
     with open_store(tmp_path, None) as store:
         assert {store.bank(bank.name).digest() for bank in banks} == {digest}
+
+
+def test_a_bank_as_it_was_takes_room_beside_banks_and_gives_it_back(tmp_path, tiny, spec, one_bank):
+    with open_store(tmp_path, int(2.6 * one_bank)) as store:
+        store.put_calibration(tiny.calibration)
+        old, other = (store.create(f"a/{name}", spec) for name in ("old", "other"))
+        for bank in (other, old):
+            bank.write(tiny.trace(300))
+        old.tag("then")
+        host = store._store.backend.host
+
+        # the other one, not used for longest, makes room for what the first one was
+        old.read(tiny.trace(5).hidden, 4, as_of="then")
+
+        assert host.names() == ["a/old"]
+        assert host.held()[PAST] == host.past.nbytes >= one_bank
+        assert sum(host.held().values()) <= host.memory_bytes
+        # and the past leaves when the other comes back after the bank itself was used
+        old.read(tiny.trace(5).hidden, 4)
+        other.read(tiny.trace(5).hidden, 4)
+        assert host.past.nbytes == 0
+        assert "a/other" in host.names()
+
+
+def test_a_bank_as_it_was_that_does_not_fit_beside_the_bank_is_refused(tmp_path, tiny, spec, one_bank):
+    with open_store(tmp_path, int(1.5 * one_bank)) as store:
+        store.put_calibration(tiny.calibration)
+        bank = store.create("a/b", spec)
+        bank.write(tiny.trace(300))
+        bank.tag("then")
+
+        with pytest.raises(TooLarge, match=r"a bank as it was takes \d+ bytes.*raise host.memory_bytes"):
+            bank.read(tiny.trace(5).hidden, 4, as_of="then")
+
+        assert bank.read(tiny.trace(5).hidden, 4).relevance_Q.shape == (5,)
