@@ -60,10 +60,22 @@ class Trust:
         """
         if mixed_QV is own_QV:
             return own_QV
-        own = torch.log_softmax(own_QV.float(), dim=1)
-        mixed = torch.log_softmax(mixed_QV.float(), dim=1)
-        gains_Q = (mixed - own).gather(1, following_Q[:, None])[:, 0]
-        log_odds_Q1 = self.observe(gains_Q).to(own)[:, None]
-        blended_QV = torch.logaddexp(mixed + logsigmoid(log_odds_Q1), own + logsigmoid(-log_odds_Q1))
-        same_Q1 = (mixed_QV == own_QV).all(1, keepdim=True)
-        return torch.where(same_Q1, own_QV.float(), blended_QV)
+        gains_Q = log_gains(own_QV, mixed_QV).gather(1, following_Q[:, None])[:, 0]
+        return weigh(own_QV, mixed_QV, self.observe(gains_Q))
+
+
+def log_gains(own_QV: Tensor, mixed_QV: Tensor) -> Tensor:
+    """Log-probability `[Q, V]` of each token with memory minus without, of logits."""
+    gains_QV = torch.log_softmax(mixed_QV.float(), dim=1) - torch.log_softmax(own_QV.float(), dim=1)
+    # a token that the model rules out stays so
+    return gains_QV.nan_to_num(nan=0.0)
+
+
+def weigh(own_QV: Tensor, mixed_QV: Tensor, log_odds_Q: Tensor) -> Tensor:
+    """Log-probabilities `[Q, V]` of both logits, mixed by the odds of the second; rows that are the same stay so."""
+    own = torch.log_softmax(own_QV.float(), dim=1)
+    mixed = torch.log_softmax(mixed_QV.float(), dim=1)
+    log_odds_Q1 = log_odds_Q.to(own)[:, None]
+    blended_QV = torch.logaddexp(mixed + logsigmoid(log_odds_Q1), own + logsigmoid(-log_odds_Q1))
+    same_Q1 = (mixed_QV == own_QV).all(1, keepdim=True)
+    return torch.where(same_Q1, own_QV.float(), blended_QV)

@@ -97,13 +97,17 @@ class Step:
     """What one forward pass of vLLM's V1 model runner computed, and for whom.
 
     `states` are the extracted layers `[T, D]` each, `final_TD` the head's input, `positions_T` each row's place in
-    its context; request i's rows are `starts[i]` to `starts[i + 1]`. `sampled_N` are the rows that get logits.
+    its context, `tokens_T` the input tokens (None for a model that is fed embeddings). Request i's rows are `starts[i]`
+    to `starts[i + 1]`; `sampled_N` are the rows that get logits.
     """
 
-    def __init__(self, runner: Any, positions_T: Tensor, final_TD: Tensor, states: list[Tensor]) -> None:
+    def __init__(
+        self, runner: Any, tokens_T: Tensor | None, positions_T: Tensor, final_TD: Tensor, states: list[Tensor]
+    ) -> None:
         count = int(runner.input_batch.num_reqs)
         self.requests: list[str] = list(runner.input_batch.req_ids[:count])
         self.starts: list[int] = runner.query_start_loc.np[: count + 1].tolist()
+        self.tokens_T = tokens_T
         self.positions_T = positions_T
         self.final_TD = final_TD
         self.states = states
@@ -175,7 +179,7 @@ class LogitsTap:
         # a runner that extracts no layers returns a bare tensor: there is nothing to make keys of
         if isinstance(output, tuple) and len(output) == 2 and kwargs.get("positions") is not None:
             final_TD, states = output
-            self._step = Step(self._runner, kwargs["positions"], final_TD, list(states))
+            self._step = Step(self._runner, kwargs.get("input_ids"), kwargs["positions"], final_TD, list(states))
             self._step.sampled_N = self._sampled_N
 
     def _logits(self, head_input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raymem.errors import RaymemError
+from raymem.serving.vllm.belief import Belief
 from raymem.serving.vllm.params import banks_to_read
 from raymem.types import Readout
 
@@ -34,6 +35,7 @@ class Step(Protocol):
 
     requests: list[str]
     starts: list[int]
+    tokens_T: Tensor | None
     positions_T: Tensor
 
     def states_RLD(self, rows_R: Tensor) -> Tensor: ...
@@ -66,6 +68,8 @@ class ReadCounters:
 class MemoryMixer:
     """Mixes attached banks into the logits of the requests that ask for them, and touches no others.
 
+    How much a bank counts is learned by each request for itself, from the tokens whose logits vLLM computes.
+
     Args:
         banks: attached banks by name; may change between steps.
         blend: gets logits `[R, V]` float32 and what a bank answered, and returns new logits.
@@ -87,11 +91,13 @@ class MemoryMixer:
         self._request_args = request_args
         self._earlier_states = earlier_states
         self._neighbours = neighbours
+        self._beliefs: dict[str, dict[str, Belief]] = {}
         self.counters = ReadCounters()
 
     def change(self, step: Step, rows_R: Tensor, logits_RV: Tensor) -> Tensor:
         """Return the logits to use: the very same tensor when no request of these rows reads."""
         mixed = logits_RV
+        self._forget_finished(step)
         for span, names in self._readers(step, rows_R):
             for name in names:
                 bank = self._banks.get(name)
@@ -123,7 +129,9 @@ class MemoryMixer:
         try:
             states_QLD, start = self._queries(span, bank.window, step)
             answer = last(bank.read(states_QLD, self._neighbours, start), len(span.places))
-            logits_RV[span.places] = self._blend(logits_RV[span.places], answer)
+            own_QV = logits_RV[span.places]
+            mixed_QV = self._blend(own_QV, answer)
+            logits_RV[span.places] = self._weigh(own_QV, mixed_QV, span, name, step)
         except RaymemError as error:
             # a request whose memory fails goes on without it
             log.error("read failed", bank=name, code=error.code, reason=str(error))
@@ -131,6 +139,20 @@ class MemoryMixer:
             return
         self.counters.reads += 1
         self.counters.rows_mixed += len(span.places)
+
+    def _weigh(self, own_QV: Tensor, mixed_QV: Tensor, span: Span, name: str, step: Step) -> Tensor:
+        if step.tokens_T is None:
+            return mixed_QV
+        first, stop = int(span.rows[0]), step.starts[span.request + 1]
+        tokens = step.tokens_T[first : min(first + len(span.rows) + 1, stop)].tolist()
+        beliefs = self._beliefs.setdefault(step.requests[span.request], {})
+        return beliefs.setdefault(name, Belief(self._neighbours)).logits(own_QV, mixed_QV, span.start, tokens)
+
+    def _forget_finished(self, step: Step) -> None:
+        # one that was preempted is in no step for a while, and comes back
+        for request in self._beliefs.keys() - set(step.requests):
+            if not banks_to_read(self._request_args(request)):
+                del self._beliefs[request]
 
     def _queries(self, span: Span, window: int, step: Step) -> tuple[Tensor, int]:
         """Return the span's states, led by those that the first one's window reaches back to."""

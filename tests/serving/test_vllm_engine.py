@@ -1,5 +1,6 @@
 """A real engine, one for all tests: what leaves it, what reaches the banks, and what memory does to its logits."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -332,18 +333,34 @@ def test_memory_reaches_the_logits_of_those_who_ask_and_nobody_elses(engine, rem
     assert engine.call("detach_bank", bank) is False
 
 
+@pytest.mark.parametrize(("bank", "topic"), [("lab/single", "typesseq"), ("lab/window", "floating")])
+def test_a_bank_of_another_text_costs_next_to_nothing(engine, remembered, bank, topic):
+    prompt, ask = engine.tokens(topics[topic], 250), {"max_tokens": 1, "prompt_logprobs": 0}
+    base = scores(engine.run([prompt], **ask)[0])
+    engine.call("attach_bank", bank)
+    with_memory = scores(engine.run([prompt], read=[bank], **ask)[0])
+    engine.call("detach_bank", bank)
+    cost = math.exp((sum(base) - sum(with_memory)) / len(base)) - 1
+    print(f"perplexity with a bank of another text: {cost:+.2%}")
+    assert with_memory != base
+    # by Bayes' rule at most 1.6 nats in all, 0.65 % of 249 tokens; vLLM rounds its logits
+    assert cost <= 0.01
+
+
 @pytest.mark.parametrize("bank", WINDOWS)
 def test_what_is_decoded_with_memory_scores_the_same_when_it_is_read_back(engine, remembered, bank):
     engine.call("attach_bank", bank)
     prompts = [remembered[:71], remembered[100:130]]
-    spoken = engine.run(prompts, read=[bank], max_tokens=14, logprobs=0)
+    spoken = engine.run(prompts, read=[bank], max_tokens=14, logprobs=0, prompt_logprobs=0)
     plain = engine.run(prompts, max_tokens=14)
     assert spoken[0].outputs[0].token_ids != plain[0].outputs[0].token_ids
     for output in spoken:
         whole = [*output.prompt_token_ids, *output.outputs[0].token_ids]
         (again,) = engine.run([whole], read=[bank], max_tokens=1, prompt_logprobs=0)
-        # row by row or all at once, in this step or from the cache: the states differ by bfloat16's rounding alone
-        assert scores(again)[-14:] == pytest.approx(sampled(output), abs=0.15)
+        # row by row or all at once, in this step or from the cache: the states differ by bfloat16's rounding alone.
+        # the first token is sampled before vLLM has scored its chunk of the prompt: the bank is trusted less then
+        assert scores(again)[-13:] == pytest.approx(sampled(output)[1:], abs=0.15)
+        assert scores(again)[-14] == pytest.approx(sampled(output)[0], abs=0.3)
     engine.call("detach_bank", bank)
 
 

@@ -37,6 +37,7 @@ class FakeStep:
     requests: list[str]
     lengths: list[int]
     firsts: list[int]
+    tokens_T: torch.Tensor | None = None
 
     def __post_init__(self):
         self.starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
@@ -85,6 +86,31 @@ def test_only_the_rows_of_reading_requests_change_and_each_asks_with_its_own_sta
     assert torch.equal(after[2], before[2].float() + 111)
     assert bank.asked == [([110.0, 111.0], 10)]
     assert memory.counters.rows_mixed == 2
+
+
+def test_each_request_learns_by_itself_what_a_bank_is_worth_and_is_forgotten_when_it_ends():
+    def blend(logits_RV, readout):
+        mixed = logits_RV.clone()
+        mixed[:, 3] += 2.0
+        return mixed
+
+    reads = {name: {"raymem": {"read": ["lab/x"]}} for name in ("a", "b")}
+    memory = MemoryMixer({"lab/x": EchoBank()}, blend, reads.get, lambda *_: torch.zeros(0))
+    flat = torch.zeros(8, VOCABULARY)
+    # the bank says 3 all the time: a hears it, b something else
+    tokens = torch.tensor([3, 3, 3, 3, 1, 1, 1, 1])
+    after = memory.change(FakeStep(["a", "b"], [4, 4], [0, 0], tokens), torch.arange(8), flat)
+    believed = torch.log_softmax(after, 1)[:, 3]
+    assert believed[0] == believed[4]
+    assert list(believed[:4]) == sorted(believed[:4])
+    assert list(believed[4:]) == sorted(believed[4:], reverse=True)
+    goes_on = memory.change(FakeStep(["b"], [1], [4], torch.tensor([1])), torch.tensor([0]), flat[:1])
+    assert torch.log_softmax(goes_on, 1)[0, 3] < believed[7]
+    # a waits, preempted; then it has ended
+    assert set(memory._beliefs) == {"a", "b"}
+    del reads["a"]
+    memory.change(FakeStep(["b"], [1], [5], torch.tensor([1])), torch.tensor([0]), flat[:1])
+    assert set(memory._beliefs) == {"b"}
 
 
 def test_a_window_reaches_back_into_this_step_and_into_the_cache():
