@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,7 +18,7 @@ from raymem.errors import Conflict, Overloaded, RaymemError, StorageError
 ATTEMPTS = 12
 # a change of several rows takes longer than one of a single row, and is cut short by each that crosses it
 _SWAP_ATTEMPTS = 48
-_COMPACT_EVERY = 128
+_COMPACT_EVERY = 32
 # longer than any process takes from opening the table to the end of its read
 _KEEP_VERSIONS = timedelta(minutes=5)
 
@@ -45,6 +46,7 @@ class SharedTable:
         self._what = what
         self._keep = keep
         self._sync = tables.folder_sync(name)
+        self._turn = threading.Lock()
 
     def create(self, rows: pa.Table) -> None:
         """Make the table with these rows, durably, unless it is there already."""
@@ -67,17 +69,19 @@ class SharedTable:
         Raises:
             Overloaded: the others never ended.
         """
-        for attempt in range(attempts):
-            try:
-                with writing(what):
-                    result = change()
-                break
-            except Conflict:
-                time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 5)))
-        else:
-            raise Overloaded(f"{what}: {self._what} is too busy; try again", retry_after_s=0.5)
-        self._make_durable()
-        self._compact()
+        # threads of one process wait for each other: their commits would only cross
+        with self._turn:
+            for attempt in range(attempts):
+                try:
+                    with writing(what):
+                        result = change()
+                    break
+                except Conflict:
+                    time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 5)))
+            else:
+                raise Overloaded(f"{what}: {self._what} is too busy; try again", retry_after_s=0.5)
+            self._make_durable()
+            self._compact()
         return result
 
     def swap(self, what: str, pivot: str, counter: str, decide: Callable[[Find], Change]) -> None:
