@@ -223,6 +223,11 @@ class LocalNodes:
         """What RAY_ADDRESS is set to."""
         return str(self._cluster.address)
 
+    @property
+    def names(self) -> list[str]:
+        """The nodes that run."""
+        return list(self._nodes)
+
     def add(self, name: str) -> None:
         """Start a node called `name`."""
         with warnings.catch_warnings():

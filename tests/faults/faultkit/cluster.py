@@ -36,7 +36,10 @@ SETTINGS = Settings(
     cold=ColdSettings(snapshot_bytes=8192), host=HostSettings(lease_s=LEASE_S), actors=ActorSettings(retry_s=40.0)
 )
 RECOVERY_S = 90.0
-KINDS = ("shard", "place", "place", "silent shard", "directory", "raylet", "cut", "gateway")
+KINDS = (
+    *("shard", "place", "place", "silent shard", "directory", "silent directory"),
+    *("raylet", "cut", "gateway", "silent gateway"),
+)
 PLACES: Sequence[dict[str, Any]] = [
     {"op": op, "table": table, "when": when}
     for op, table in (("add", "journal"), ("add", "log"), ("restore", ""), ("update", "catalog"), ("add", "snapshots"))
@@ -66,6 +69,10 @@ class Gateway:
         self._port = 0
         self.url = ""
         self.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def start(self) -> None:
         command = [sys.executable, "-m", "raymem.cli", "serve", "--store", "ray", "--json", "--port", str(self._port)]
@@ -157,6 +164,8 @@ class ClusterSchedule:
                 await _freeze([await self._shard(store)], 1.5 * LEASE_S)
             case "directory":
                 ray.kill(ray.get_actor(cluster.DIRECTORY, namespace=NAMESPACE), no_restart=False)
+            case "silent directory":
+                await _freeze([self._directory(nodes)], 3 * LEASE_S)
             case "raylet":
                 nodes.kill(self._leave(nodes))
             case "cut":
@@ -164,7 +173,15 @@ class ClusterSchedule:
             case "gateway":
                 gateway.kill()
                 await asyncio.to_thread(gateway.start)
+            case "silent gateway":
+                await _freeze([gateway.pid], 3 * LEASE_S)
         return kind
+
+    def _directory(self, nodes: LocalNodes) -> int:
+        """The process that Ray has named after the actor."""
+        raylets = [psutil.Process(nodes.raylet(name)) for name in nodes.names]
+        workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
+        return next(worker.pid for worker in workers if "ray::DirectoryActor" in worker.cmdline()[0])
 
     async def _shard(self, store: AsyncStore) -> int:
         for _ in range(200):
