@@ -50,15 +50,13 @@ class MovingHost(Host):
             await self.tenure.commits()
             runtime = await self._arrived(name)
             if runtime is None:
-                runtime = await self._copy(name)
-                self._arriving[name] = runtime
+                runtime = self._arriving[name] = await self._copy(name)
+                self._expire(name, runtime)
             else:
-                self._expiring[name].cancel()
                 await self._thread(runtime.catch_up)
             await self._thread(runtime.journal.prepare)
             self._space.room.touch(name)
-            # a source that dies half-way tells nobody: its copy must not stay for good
-            self._expiring[name] = asyncio.get_running_loop().call_later(_ARRIVAL_S, self.abandon, name, runtime)
+            self._expire(name, runtime)
             return runtime.pos
 
     async def settle(self, name: str) -> None:
@@ -144,6 +142,12 @@ class MovingHost(Host):
         del self._arriving[name]
         self._expiring.pop(name).cancel()
         return True
+
+    def _expire(self, name: str, runtime: Runtime) -> None:
+        """A source that dies half-way tells nobody: its copy must not stay for good."""
+        if earlier := self._expiring.pop(name, None):
+            earlier.cancel()
+        self._expiring[name] = asyncio.get_running_loop().call_later(_ARRIVAL_S, self.abandon, name, runtime)
 
     async def _arrived(self, name: str) -> Runtime | None:
         """The copy that is here, unless rows of it were erased since: its state has them still."""

@@ -319,6 +319,25 @@ async def test_a_copy_that_nobody_comes_back_for_is_dropped(shards, bank, monkey
     assert (await one.migrate(name, "two")).rows == 50
 
 
+async def test_a_copy_that_could_not_be_made_ready_stands_in_nobodys_way(shards, bank, monkeypatch):
+    one, two = shards.start("one"), shards.start("two")
+    name = await bank(one)
+
+    def fails(_):
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("raymem.cold.journal.Journal.prepare", fails)
+        with pytest.raises(OSError, match="the disk is gone"):
+            await two.prepare(name)
+        with pytest.raises(OSError, match="the disk is gone"):
+            await two.prepare(name)
+
+    await two.abandon(name)
+    await two.abandon(name)
+    assert (await one.migrate(name, "two")).rows == 50
+
+
 async def test_two_moves_at_once_leave_one_owner(shards, bank, cold):
     one, two, three = shards.start("one"), shards.start("two"), shards.start("three")
     name = await bank(one)

@@ -207,6 +207,9 @@ class _Sync:
     def __init__(self, real: Any, hit: Callable[[str], _Write]) -> None:
         self._real, self._hit = real, hit
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
     def sync(self) -> None:
         with self._hit("sync"):
             self._real.sync()
