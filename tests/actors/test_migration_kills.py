@@ -107,14 +107,13 @@ def goes_on(writer: Writer) -> None:
     until(lambda: len(writer.acknowledged) >= before + 20, "nobody acknowledges any more")
 
 
-def owner_of_every_row(folder: Path, bank: raymem.Bank, acknowledged: list[tuple[str, int]]) -> str | None:
+def every_row_is_there_once(folder: Path, bank: raymem.Bank, acknowledged: list[tuple[str, int]]) -> None:
     cold = ColdStore.open(str(folder), "none")
     entry = cold.catalog.get(bank.name)
     parts = cold.journal(entry).scan()
     rows = [row for part in parts for row in zip(part.runs, part.seq_T.tolist(), strict=True)]
     assert len(rows) == len(set(rows))
     assert set(rows) == {("r", seq) for seq in range(100)} | set(acknowledged)
-    return entry.owner
 
 
 @pytest.mark.parametrize(("step", "victim"), CASES)
@@ -138,9 +137,9 @@ def test_a_migration_killed_at_a_step_leaves_one_owner_and_every_row(store, stop
     assert error is None or isinstance(error, RaymemError)
     goes_on(writer)
 
-    owner = owner_of_every_row(folder, bank, writer.finish())
+    every_row_is_there_once(folder, bank, writer.finish())
     digest = bank.digest()
-    only_owner_and_no_copy(store, bank.name, owner)
+    only_owner_and_no_copy(store, folder, bank)
     bank.detach()
     bank.attach()
     assert bank.digest() == digest
@@ -170,8 +169,9 @@ def test_a_target_whose_node_stands_still_does_not_keep_writes_waiting(store, st
     assert shard_on(store, target) in str(error)
 
     # it hears what it missed, and the bank is not there any more for it to take
-    only_owner_and_no_copy(store, bank.name, shard_on(store, source))
-    assert owner_of_every_row(folder, bank, writer.finish()) == shard_on(store, source)
+    every_row_is_there_once(folder, bank, writer.finish())
+    only_owner_and_no_copy(store, folder, bank)
+    assert bank.info().node == source
     assert bank.migrate(target).rows >= 100
 
 
@@ -179,15 +179,19 @@ def pids(store: Store) -> dict[str, int]:
     return {shard["owner"]: shard["pid"] for shard in store.stats()["shards"]}
 
 
-def only_owner_and_no_copy(store: Store, name: str, owner: str | None) -> None:
+def only_owner_and_no_copy(store: Store, folder: Path, bank: raymem.Bank) -> None:
+    cold = ColdStore.open(str(folder), "none")
     deadline = time.monotonic() + 30
     while True:
-        shards = store.stats()["shards"]
+        # on a busy machine a lease may run out once more: who has the bank then loads it when it is used
+        bank.digest()
+        owner, shards = cold.catalog.get(bank.name).owner, store.stats()["shards"]
         # one that was killed has perhaps not come back yet
         if all("banks" in shard for shard in shards):
-            holders = [shard["owner"] for shard in shards if name in shard["banks"]]
+            holders = [shard["owner"] for shard in shards if bank.name in shard["banks"]]
             copies = sum(shard["memory"]["arriving"] for shard in shards)
             if (holders, copies) == ([owner], 0):
                 return
+            print(f"{owner} owns it, {holders} hold it, {copies} copies arrive")
         assert time.monotonic() < deadline, shards
         time.sleep(0.2)
