@@ -61,17 +61,26 @@ class Rehoming:
     async def _look(self) -> None:
         living = await asyncio.to_thread(self._leases.living)
         owners = await asyncio.to_thread(self._cold.catalog.owners)
-        # a process outside the cluster that holds a bank is nobody's to replace
-        gone = {owner for owner in owners if node_prefix(owner) and owner not in living}
-        # beside the watch: a look that comes late sees nothing stand still
-        if gone and (self._moving is None or self._moving.done()):
-            self._moving = asyncio.create_task(self._rehome(gone))
+        # a process outside the cluster that holds a bank is nobody's to replace; beside the watch: a look that comes
+        # late sees nothing stand still
+        if any(map(node_prefix, owners - living.keys())) and (self._moving is None or self._moving.done()):
+            if left := await self._left():
+                self._moving = asyncio.create_task(self._rehome(left))
 
-    async def _rehome(self, gone: set[str]) -> None:
+    async def _left(self) -> list[Entry]:
+        """Banks that were claimed under leases which are over."""
+        entries = await asyncio.to_thread(self._cold.catalog.list)
+        # who claims comes after: an owner that had come back by then, under the same name, is seen here
+        living = await asyncio.to_thread(self._leases.living)
+        hot = [entry for entry in entries if entry.state == "hot"]
+        return [entry for entry in hot if node_prefix(entry.owner or "") and entry.owner not in living]
+
+    async def _rehome(self, left: Sequence[Entry]) -> None:
+        gone = {entry.owner or "" for entry in left}
         shards = self._shards()
         loads = await ask_all([self._peer(info.name) for info in shards], "bytes", timeout_s=self._lease_s)
         try:
-            banks = await asyncio.to_thread(self._sizes, gone)
+            banks = await asyncio.to_thread(self._sizes, left)
             await self._spread(banks, shards, loads)
         except RaymemError as error:
             log.warning("banks not re-homed", owners=sorted(gone), error=str(error))
@@ -80,10 +89,9 @@ class Rehoming:
                 log.warning("silent shard restarted", shard=info.name)
                 await self._restart(info.name)
 
-    def _sizes(self, gone: set[str]) -> list[tuple[Entry, int]]:
-        """The banks of owners that are gone, and about how many bytes each takes in memory; large ones first."""
-        entries = [entry for entry in self._cold.catalog.list() if entry.state == "hot" and entry.owner in gone]
-        return sorted(((entry, self._size(entry)) for entry in entries), key=lambda pair: -pair[1])
+    def _sizes(self, left: Sequence[Entry]) -> list[tuple[Entry, int]]:
+        """About how many bytes each bank takes in memory; large ones first."""
+        return sorted(((entry, self._size(entry)) for entry in left), key=lambda pair: -pair[1])
 
     def _size(self, entry: Entry) -> int:
         try:
@@ -109,7 +117,7 @@ class Rehoming:
     async def _attach(self, gate: asyncio.Semaphore, entry: Entry, target: str) -> None:
         async with gate:
             try:
-                await self._peer(target).call("attach", entry.name, entry.owner)
+                await self._peer(target).call("attach", entry.name, entry.owner, entry.epoch)
             except (Moved, Conflict):
                 # somebody was faster
                 return

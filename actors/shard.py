@@ -85,15 +85,15 @@ class Shard:
         """As `Host.materialise`."""
         await (await self._hot(name)).materialise(name)
 
-    async def attach(self, name: str, take_from: str) -> None:
-        """Claim and load a bank that is cold, owned by nobody, or owned by `take_from`.
+    async def attach(self, name: str, take_from: str, epoch: int | None = None) -> None:
+        """Claim and load a bank that is cold, owned by nobody, or owned by `take_from`, if it says so at `epoch`.
 
         Raises:
             Conflict: this node is being drained.
         """
         host = await self._host()
         await asyncio.to_thread(self._check_open, host.cold, name)
-        await host.attach(name, take_from=take_from)
+        await host.attach(name, take_from=take_from, epoch=epoch)
 
     async def detach(self, name: str) -> None:
         """Settle, snapshot and free a bank."""

@@ -91,12 +91,13 @@ class Host:
         """What is in memory, what stays there, and how often a bank had to leave."""
         return await self._space.stats() | {"loaded": len(self._workers)}
 
-    async def attach(self, name: str, *, take_from: str | None = None) -> None:
+    async def attach(self, name: str, *, take_from: str | None = None, epoch: int | None = None) -> None:
         """Claim a bank in the catalog and load it: snapshot, then the journal's tail.
 
         Args:
             name: the bank.
             take_from: the only other owner that it may be taken from; by default whoever has it.
+            epoch: the only one at which it may be: an owner that died may have come back under its name and claimed it.
 
         Raises:
             Moved: another owner has it.
@@ -105,8 +106,9 @@ class Host:
             if self.has(name):
                 return
             entry = (await self._thread(lambda: self.cold.catalog.get(name))).whole()
-            if take_from is not None and entry.owner not in (None, self.owner, take_from):
-                raise Moved(f"bank {name!r} is hot on {entry.owner}", to=entry.owner)
+            is_later = epoch not in (None, entry.epoch)
+            if take_from is not None and (entry.owner not in (None, self.owner, take_from) or is_later):
+                raise Moved(f"bank {name!r} is hot on {entry.owner}", to=entry.owner or "")
             await self._load(entry)
 
     async def reopen(self, name: str) -> None:

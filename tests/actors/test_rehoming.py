@@ -133,3 +133,17 @@ async def test_a_bank_held_outside_the_cluster_is_left_alone(shards, bank, cold,
 
     assert cold.catalog.get(name).owner == "process 1"
     task.cancel()
+
+
+async def test_a_bank_that_its_owner_claimed_again_is_not_taken_from_it(shards, bank, cold):
+    name = await bank(shards.start("one"))
+    two, seen = shards.start("two"), cold.catalog.get(name)
+    # under the same name, as an actor that was restarted
+    again = shards.start("one")
+    await again.digest(name)
+
+    with pytest.raises(Moved):
+        await two.attach(name, "one", seen.epoch)
+
+    assert cold.catalog.get(name).owner == "one"
+    assert await two.bytes() == {}
