@@ -8,16 +8,18 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
+from raymem.cold.catalog import Moment
 from raymem.cold.interleave import Tally, merged
 from raymem.cold.lineage import steady
+from raymem.cold.partitions import Layout
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore, Entry
 from raymem.cold.tables import snapshot_table
-from raymem.errors import InvalidInput, InvalidSpec, Unsupported
+from raymem.errors import InvalidInput, InvalidSpec, Partitioned, RaymemError, Unsupported
 from raymem.memory import keeps_rows, merge_rule
 from raymem.memory.base import State
 from raymem.runtime import Replica
-from raymem.types import BankSpec, MergeReport
+from raymem.types import BankSpec, MergeReport, check_bank_name
 
 # names the position whose state was merged and not replayed, so that it is kept
 MERGED_TAG = "merged"
@@ -43,6 +45,7 @@ def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild
     rule = merge_rule(spec.kind)
     with steady(cold.catalog, *entries):
         ends = [cold.journal(entry).end() for entry in entries]
+        given = [end - len(cold.journal(entry).holes()) for end, entry in zip(ends, entries, strict=True)]
         state = _merged_state(cold, entries, ends) if rule != "exact" and not rebuild else None
     prefixes = _prefixes(sources) if rename else [""] * len(sources)
     made, tally = Entry(id=uuid.uuid4().hex, name=target, spec=spec, state="hot", created=time.time()), Tally()
@@ -53,15 +56,15 @@ def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild
             cold.catalog.add(made, (batch for table in tables for batch in table.to_batches()))
         else:
             # the position is known only when all rows have passed, and the tag must be there with the bank
-            made.tags[MERGED_TAG] = sum(ends)
+            made.tags[MERGED_TAG] = sum(given)
             cold.catalog.add(made, _with_state(cold, made, tables, state, tally))
     except BaseException:
         cold.tables.drop(snapshot_table(made.id))
         raise
     return MergeReport(
         bank=target,
-        rows=sum(ends) - tally.duplicates - tally.conflicts,
-        sources=dict(zip(sources, ends, strict=True)),
+        rows=sum(given) - tally.duplicates - tally.conflicts,
+        sources=dict(zip(sources, given, strict=True)),
         streams=dict(zip(sources, prefixes, strict=True)),
         rule=rule,
         rebuilt=state is None,
@@ -69,6 +72,102 @@ def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild
         conflicts=tally.conflicts,
         conflict_rows=tuple(tally.named),
     )
+
+
+class _Part:
+    """A whole bank or a partition of one, as it is when this is made."""
+
+    def __init__(self, cold: ColdStore, name: str, source: str, prefix: str) -> None:
+        self.entry = cold.catalog.get(name)
+        self.source = source
+        self.prefix = prefix
+        self._journal = cold.journal(self.entry)
+        self.end = self._journal.end()
+        self.rows = self.end - len(self._journal.holes())
+
+    def scan(self) -> Iterator[JournalRows]:
+        return self._journal.scan(stop=self.end)
+
+    def streams(self) -> list[str]:
+        return [self.prefix + stream for stream in self._journal.streams(self.end)]
+
+
+def merge_partitions(
+    cold: ColdStore, target: str, sources: Sequence[str], layouts: Sequence[Layout | None], *, rename: bool
+) -> MergeReport:
+    """As `merge_banks`, of row banks of which some are partitioned: `target` has as many partitions as the largest.
+
+    Whole partitions of the sources come together in one, so that a stream is in one still.
+
+    Args:
+        cold: the store.
+        target: the new bank.
+        sources: the banks.
+        layouts: of those that are partitioned.
+        rename: must be: streams of one name may live in two places.
+
+    Raises:
+        Partitioned: without `rename`. Conflict: streams are being moved. And what `merge_banks` does.
+    """
+    if not rename:
+        raise Partitioned(
+            f"streams of one name can't be brought together in {target}, as they may live in two partitions; merge "
+            "with rename=True (without --keep-names), or export the banks and merge what is imported"
+        )
+    spec = _common_spec([cold.catalog.get(source) for source in sources])
+    prefixes = _prefixes(sources)
+    parts = [
+        _Part(cold, name, source, prefix)
+        for source, layout, prefix in zip(sources, layouts, prefixes, strict=True)
+        for name in ([source] if layout is None else layout.parts)
+    ]
+    placed = _placed(parts, max(layout.count for layout in layouts if layout is not None))
+    # after the ends were read: a stream with a row before them is among these
+    homes = {stream: index for index, together in enumerate(placed) for part in together for stream in part.streams()}
+    made = cold.partitions.lay_out(check_bank_name(target), spec, len(placed), homes)
+    entries = [Entry(uuid.uuid4().hex, name, spec, state="hot", created=time.time()) for name in made.parts]
+    journals = {entry.id: _together(cold, each) for entry, each in zip(entries, placed, strict=True)}
+
+    def still(_: Moment, entries: Sequence[Entry]) -> Sequence[Entry]:
+        for layout in layouts:
+            if layout is not None:
+                cold.partitions.require_still(layout)
+        return entries
+
+    try:
+        cold.catalog.add_together([made.entry(), *entries], journals, still)
+    except RaymemError:
+        cold.partitions.drop(made)
+        raise
+    given = {source: sum(part.rows for part in parts if part.source == source) for source in sources}
+    return MergeReport(
+        bank=target,
+        rows=sum(given.values()),
+        sources=given,
+        streams=dict(zip(sources, prefixes, strict=True)),
+        rule=merge_rule(spec.kind),
+        rebuilt=True,
+        duplicates=0,
+        conflicts=0,
+    )
+
+
+def _placed(parts: Sequence[_Part], count: int) -> list[list[_Part]]:
+    """The partitions that come together in each new one: of one source never two, the largest where there is least."""
+    placed: list[list[_Part]] = [[] for _ in range(count)]
+    for source in dict.fromkeys(part.source for part in parts):
+        emptiest = sorted(placed, key=lambda each: sum(part.rows for part in each))
+        largest = sorted((part for part in parts if part.source == source), key=lambda part: -part.rows)
+        for part, each in zip(largest, emptiest, strict=False):
+            each.append(part)
+    return placed
+
+
+def _together(cold: ColdStore, parts: Sequence[_Part]) -> Iterator[pa.RecordBatch]:
+    scans, names = [part.scan() for part in parts], [part.source for part in parts]
+    tables = merged(scans, names, [part.prefix for part in parts], Tally())
+    for table in _steadily(cold, [part.entry for part in parts], tables):
+        yield from table.to_batches()
 
 
 def _steadily(cold: ColdStore, entries: Sequence[Entry], tables: Iterator[pa.Table]) -> Iterator[pa.Table]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from raymem.backend import Backend, ColdBackend, detached
+from raymem.cold.branching import fork_together, positions_of, restore_together, tag_together, untag_together
 from raymem.cold.catalog import part_name, part_of
 from raymem.cold.export import export_together
 from raymem.cold.history import seconds
@@ -34,7 +35,7 @@ from raymem.errors import (
     Unavailable,
     Unsupported,
 )
-from raymem.fanout import combine, common_tags, merge_readouts, one_receipt
+from raymem.fanout import combine, merge_readouts, one_receipt
 from raymem.memory import keeps_rows
 from raymem.rebalancing import Mover
 from raymem.types import (
@@ -42,9 +43,11 @@ from raymem.types import (
     BankInfo,
     BankSpec,
     EraseReceipt,
+    MergeReport,
     MigrationReport,
     Readout,
     RebalanceReport,
+    RestoreReport,
     Selection,
     Trace,
     shorten,
@@ -239,7 +242,7 @@ class PartitionedBackend:
         layout = await self._layout(name)
         if layout is None:
             return await self._inner.detach(name)
-        hot = [info.name for info in await self._infos(layout) if info.state == "hot"]
+        hot = await self._hot(layout)
         if not hot:
             raise detached(name)
         await asyncio.gather(*map(self._inner.detach, hot))
@@ -278,25 +281,62 @@ class PartitionedBackend:
         return await self._each(name, self._inner.digest, lambda _, all_: _hash(all_))
 
     async def tag(self, name: str, tag: str) -> dict[str, int]:
-        """Name the present position, of each partition its own."""
-        tags = await self._each(name, lambda part: self._inner.tag(part, tag), lambda _, all_: common_tags(all_))
-        layout = self._layouts.get(name)
-        if layout is not None and await asyncio.to_thread(self._partitions.on_the_way, layout):
-            await self.untag(name, tag)
-            raise Conflict(f"streams of bank {name} are just being moved; tag it when that is over")
-        return tags
+        """Name the present position, of each partition its own, in one commit."""
+        layout = await self._layout(name)
+        if layout is None:
+            return await self._inner.tag(name, tag)
+        # also what was written without waiting
+        await asyncio.gather(*(self._inner.release(part, None) for part in await self._hot(layout)))
+        await asyncio.to_thread(tag_together, self._inner.cold, layout, tag)
+        return (await self.info(name)).tags
 
     async def untag(self, name: str, tag: str) -> dict[str, int]:
         """Forget a tag."""
         layout = await self._layout(name)
         if layout is None:
             return await self._inner.untag(name, tag)
-        infos = await self._infos(layout)
-        if not any(tag in info.tags for info in infos):
-            raise TagNotFound(f"bank {name} has no tag {shorten(tag)!r}; it has {sorted(infos[0].tags) or 'none'}")
-        # also one that a failure has left on some of them
-        left = [await self._inner.untag(info.name, tag) if tag in info.tags else info.tags for info in infos]
-        return common_tags(left)
+        await asyncio.to_thread(untag_together, self._inner.cold, layout, tag)
+        return (await self.info(name)).tags
+
+    async def fork(self, source: str, target: str, at: str | int | None) -> BankInfo:
+        """Create a bank that begins with another's rows; of a partitioned one it has as many partitions."""
+        layout = await self._layout(source)
+        if layout is None:
+            return await self._inner.fork(source, target, at)
+        await asyncio.to_thread(fork_together, self._inner.cold, layout, target, at)
+        return await self.info(target)
+
+    async def restore(self, name: str, at: str | int) -> RestoreReport:
+        """Go back to a tag; what came after stays in a bank of its own, in as many partitions."""
+        layout = await self._layout(name)
+        if layout is None:
+            return await self._inner.restore(name, at)
+        cold, hot = self._inner.cold, await self._hot(layout)
+        entries = [await asyncio.to_thread(cold.catalog.get, part) for part in layout.parts]
+        await asyncio.to_thread(positions_of, cold, layout, entries, at)
+        await asyncio.gather(*map(self._inner.detach, hot))
+        try:
+            return await asyncio.to_thread(restore_together, cold, layout, at)
+        finally:
+            for part in hot:
+                await self._inner.attach(part, None)
+
+    async def materialise(self, name: str) -> BankInfo:
+        """Give a fork rows of its own, one partition after the other; what was cut short goes on."""
+        layout = await self._layout(name)
+        for part in [name] if layout is None else layout.parts:
+            await self._inner.materialise(part)
+        return await self.info(name)
+
+    async def merge(self, target: str, sources: list[str], rebuild: bool, rename: bool) -> MergeReport:
+        """Create a bank from the rows of several; it is partitioned if one of them is."""
+        layouts = [await self._layout(source) for source in sources]
+        if not any(layouts):
+            return await self._inner.merge(target, sources, rebuild, rename)
+        from raymem.merging import merge_partitions
+
+        cold = self._inner.cold
+        return await asyncio.to_thread(merge_partitions, cold, target, sources, layouts, rename=rename)
 
     async def tokens(self, name: str, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
         """Token ids of a run's rows."""
@@ -326,9 +366,8 @@ class PartitionedBackend:
             return await self._inner.erase(name, what, rebuild)
         # a stream on its way stays at home, and nobody copies rows of it any more
         await asyncio.to_thread(self._partitions.cancel, layout, what.stream)
-        for info in await self._infos(layout):
-            if info.state == "hot":
-                await self._inner.release(info.name, what.stream)
+        for part in await self._hot(layout):
+            await self._inner.release(part, what.stream)
         return one_receipt(name, layout.id, [await self._inner.erase(part, what, rebuild) for part in layout.parts])
 
     async def grow(self, name: str, partitions: int) -> BankInfo:
@@ -340,23 +379,14 @@ class PartitionedBackend:
         layout = await self._layout(name)
         if layout is None:
             raise _whole(name)
-        infos = await self._infos(layout)
         wider = await asyncio.to_thread(self._partitions.grow, layout, partitions)
-        like = combine(name, infos)
+        hot = len(await self._hot(layout)) == layout.count
         for part in wider.parts[layout.count :]:
-            await asyncio.to_thread(self._make_alike, part, infos)
-            if like.state == "hot":
+            if hot:
                 await self._inner.attach(part, None)
         if wider.count > layout.count:
             await asyncio.to_thread(self._partitions.widen, wider)
         return await self.info(name)
-
-    def _make_alike(self, part: str, infos: Sequence[BankInfo]) -> None:
-        catalog = self._inner.cold.catalog
-        catalog.change(catalog.get(part), pinned=infos[0].pinned, ttl_s=infos[0].ttl_s)
-        for tag in common_tags([info.tags for info in infos]):
-            # it had no row then
-            catalog.tag(part, tag, 0)
 
     async def rebalance(self, name: str) -> RebalanceReport:
         """Move streams to where they would go if they came now; see `raymem.rebalancing`.
@@ -389,6 +419,9 @@ class PartitionedBackend:
         if missing:
             raise BankNotFound(f"bank {layout.name} lacks partitions, as if it was being removed: {', '.join(missing)}")
         return [found[part] for part in layout.parts]
+
+    async def _hot(self, layout: Layout) -> list[str]:
+        return [info.name for info in await self._infos(layout) if info.state == "hot"]
 
     async def _each(self, name: str, verb: Callable[[str], Awaitable[T]], together: Callable[[str, list[T]], T]) -> T:
         layout = await self._layout(name)

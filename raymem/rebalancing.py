@@ -22,8 +22,9 @@ from collections.abc import Mapping, Sequence
 import structlog
 
 from raymem.backend import ColdBackend
+from raymem.cold.branching import require_no_past
 from raymem.cold.partitions import Layout, Place
-from raymem.errors import BankDetached, Conflict, RaymemError
+from raymem.errors import BankDetached, RaymemError
 from raymem.types import RebalanceReport, Selection
 
 log = structlog.get_logger("raymem.rebalancing")
@@ -80,7 +81,7 @@ class Mover:
         """Finish what was cut short, then move what evens the partitions out.
 
         Raises:
-            Conflict: tags or forks read rows where they are. BankDetached: a partition is cold.
+            Conflict: tags or forks read rows where they are, or it is a fork. BankDetached: a partition is cold.
         """
         began = time.perf_counter()
         await asyncio.to_thread(self._require_no_past)
@@ -118,7 +119,7 @@ class Mover:
 
     async def _move(self, stream: str, place: Place, target: int) -> None:
         place = await self._put(stream, place, dataclasses.replace(place, target=target))
-        # whoever has tagged it in between is seen here, and whoever tags it now sees the target
+        # who has tagged or forked it in between is seen here, and who does now sees the target
         await asyncio.to_thread(self._require_no_past)
         home, away = self._layout.parts[place.home], self._layout.parts[target]
         copied, seen = await self._banks.pull(away, home, stream, 0)
@@ -145,11 +146,4 @@ class Mover:
         return [cold.journal(cold.catalog.get(part)).streams() for part in self._layout.parts]
 
     def _require_no_past(self) -> None:
-        catalog = self._banks.cold.catalog
-        for entry in map(catalog.get, self._layout.parts):
-            if entry.tags:
-                raise Conflict(
-                    f"bank {self._layout.name} has the tags {', '.join(sorted(entry.tags))}, and a stream that moves "
-                    "leaves its past: export the bank if you need it, and remove them: bank.untag(…)"
-                )
-            catalog.require_no_forks(entry)
+        require_no_past(self._banks.cold, self._layout)

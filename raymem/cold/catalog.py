@@ -8,8 +8,9 @@ import difflib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -147,51 +148,69 @@ class Catalog:
         self._add_with_journal(entry, schema, journal, lambda: self._commit(f"create {entry.name}", decide))
         return entry
 
-    def add_together(self, entries: Sequence[Entry]) -> None:
-        """Add several cold banks with empty journals, all or none.
-
-        Raises:
-            BankExists: one of the names is taken.
-        """
-        tables = {entry.id: journal_table(entry.id) for entry in entries if entry.state != "split"}
-
-        def decide(find: Find) -> Change:
-            for entry in entries:
-                _require_new(entry, find)
-            return [_entry_row(entry) for entry in entries], []
-
-        try:
-            for entry in entries:
-                if entry.id in tables:
-                    self._tables.fill(tables[entry.id], bank_schema(entry.spec), [])
-            self._commit(f"create {entries[0].name}", decide)
-        except RaymemError:
-            for id in tables:
-                if self.by_id(id) is None:
-                    self._tables.drop(tables[id])
-            raise
-
-    def supersede(self, old: Entry, kept_as: str, new: Entry) -> Entry:
-        """Put a fork of a cold bank in its place, and keep the bank itself under another name, in one commit.
+    def add_together(
+        self,
+        entries: Sequence[Entry],
+        journals: Mapping[str, Iterable[pa.RecordBatch]] = MappingProxyType({}),
+        revise: Callable[[Moment, Sequence[Entry]], Sequence[Entry]] = lambda moment, entries: entries,
+    ) -> None:
+        """Add several banks, all or none.
 
         Args:
-            old: the bank as it was looked up.
-            kept_as: the name under which it lives on.
-            new: its fork, with the bank's present name.
+            entries: of new ids.
+            journals: rows of some, by the id; the others have none.
+            revise: makes them what they are to be at the moment of the commit; what it raises is raised.
 
         Raises:
-            NotOwner: somebody has claimed or rewritten it since it was looked up. BankExists: `kept_as` is taken.
+            BankExists: one of the names is taken. BankNotFound: one is a fork, and its parent is gone.
         """
 
-        def decide(find: Find) -> Change:
-            present = [_entry(row) for row in find(f"id = {quote(old.id)}")]
-            if not present or (present[0].epoch, present[0].generation) != (old.epoch, old.generation):
-                raise _not_owner(present[0] if present else old, old.epoch)
-            _require_new(dataclasses.replace(new, name=kept_as), find)
-            return [_entry_row(dataclasses.replace(present[0], name=kept_as)), _entry_row(new)], []
+        def decide(moment: Moment) -> Sequence[Entry]:
+            for entry in entries:
+                moment.require_new(entry)
+            return revise(moment, entries)
 
-        self._add_with_journal(new, bank_schema(new.spec), [], lambda: self._commit(f"restore {old.name}", decide))
-        return new
+        self._with_journals(entries, journals, lambda: self.together(f"create {entries[0].name}", decide))
+
+    def supersede(
+        self,
+        olds: Sequence[Entry],
+        kept_as: Sequence[str],
+        news: Sequence[Entry],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Put forks of cold banks in their places, and keep the banks themselves under other names, in one commit.
+
+        Args:
+            olds: the banks as they were looked up.
+            kept_as: the names under which they live on.
+            news: their forks, with the banks' present names, and what else is to be there with them.
+            check: raises, at the moment of the commit, if something else stands in the way.
+
+        Raises:
+            NotOwner: somebody has claimed or rewritten one since it was looked up. BankExists: a name is taken.
+        """
+        names = dict(zip((old.name for old in olds), kept_as, strict=True))
+
+        def decide(moment: Moment) -> list[Entry]:
+            check()
+            kept = [dataclasses.replace(moment.require_same(old), name=names[old.name]) for old in olds]
+            for new in news:
+                moment.require_new(dataclasses.replace(new, name=names.get(new.name, new.name)))
+            return [*kept, *news]
+
+        self._with_journals(news, {}, lambda: self.together(f"restore {olds[0].name}", decide))
+
+    def together(self, what: str, decide: Callable[[Moment], Iterable[Entry]]) -> None:
+        """Change or add lines depending on what all say at one moment; of two that do so the later looks again.
+
+        That holds where nothing is to be changed too: who looked before this has not committed, or does so again.
+
+        Args:
+            what: the change in errors.
+            decide: gives the lines as they are to be; what it raises is raised, and nothing changed.
+        """
+        self._commit(what, lambda find: ([_entry_row(entry) for entry in decide(Moment(find))], []))
 
     def get(self, name: str) -> Entry:
         """The bank of that name.
@@ -352,6 +371,22 @@ class Catalog:
     def _rows(self, where: str) -> builtins.list[dict[str, Any]]:
         return self._table.rows(where)
 
+    def _with_journals(
+        self, entries: Sequence[Entry], journals: Mapping[str, Iterable[pa.RecordBatch]], commit: Callable[[], None]
+    ) -> None:
+        """Make the tables first and the lines last; after an error there are none."""
+        tables = {entry.id: journal_table(entry.id) for entry in entries if entry.state != "split"}
+        try:
+            for entry in entries:
+                if entry.id in tables:
+                    self._tables.fill(tables[entry.id], bank_schema(entry.spec), journals.get(entry.id, []))
+            commit()
+        except RaymemError:
+            for id in tables:
+                if self.by_id(id) is None:
+                    self._tables.drop(tables[id])
+            raise
+
     def _add_with_journal(
         self, entry: Entry, schema: pa.Schema, journal: Iterable[pa.RecordBatch], commit: Callable[[], None]
     ) -> None:
@@ -394,6 +429,43 @@ class Catalog:
         return f"there are {len(names)} banks; list them to see their names" if names else "the store holds no banks"
 
 
+class Moment:
+    """The catalog as it is at one moment, for those who change several lines at once."""
+
+    def __init__(self, find: Find) -> None:
+        self._find = find
+
+    def get(self, name: str) -> Entry:
+        """The bank of that name.
+
+        Raises:
+            BankNotFound: there is none any more.
+        """
+        rows = self._find(f"name = {quote(name)}")
+        if not rows:
+            raise BankNotFound(f"bank {name} was removed just now")
+        return _entry(rows[0])
+
+    def parts(self, bank: str) -> list[Entry]:
+        """The partitions of a bank, also those that are just being added."""
+        return [_entry(row) for row in self._find(f"starts_with(name, {quote(part_name(bank, 0)[:-1])})")]
+
+    def require_same(self, entry: Entry) -> Entry:
+        """The bank as it is now; raise NotOwner if somebody has claimed or rewritten it since it was looked up."""
+        present = [_entry(row) for row in self._find(f"id = {quote(entry.id)}")]
+        if not present or (present[0].epoch, present[0].generation) != (entry.epoch, entry.generation):
+            raise _not_owner(present[0] if present else entry, entry.epoch)
+        return present[0]
+
+    def require_new(self, entry: Entry) -> None:
+        """Raise BankExists if its name is taken, BankNotFound if it is a fork whose parent is gone."""
+        _require_new(entry, self._find)
+
+    def require_no_forks(self, entry: Entry) -> None:
+        """Raise Conflict, naming them, if a bank has forks."""
+        _require_no_forks(entry, self._find)
+
+
 def part_name(bank: str, index: int) -> str:
     """The name of a partition, which no user can give: a bank's name has no dot."""
     return f"{bank}.p{index}"
@@ -403,6 +475,10 @@ def part_of(name: str) -> tuple[str, int] | None:
     """The bank that a partition belongs to, and its number; None for any other bank."""
     bank, dot, index = name.rpartition(".p")
     return (bank, int(index)) if dot else None
+
+
+def _bank_of(name: str) -> str:
+    return (part_of(name) or (name, 0))[0]
 
 
 def _entry_row(entry: Entry) -> dict[str, Any]:
@@ -418,11 +494,12 @@ def _require_new(entry: Entry, find: Find) -> None:
 
 
 def _require_no_forks(entry: Entry, find: Find) -> None:
-    forks = sorted(row["name"] for row in find(f"parent = {quote(entry.id)}"))
+    # of a partition each is one of a fork
+    forks = sorted({_bank_of(row["name"]) for row in find(f"parent = {quote(entry.id)}")})
     if forks:
         raise Conflict(
-            f"bank {entry.name} has the forks {', '.join(forks)}, which read its rows; remove them first, or remove it "
-            "with materialise=True (`raymem bank rm --materialise`), which copies the rows to them",
+            f"bank {_bank_of(entry.name)} has the forks {', '.join(forks)}, which read its rows; remove them first, or "
+            "remove it with materialise=True (`raymem bank rm --materialise`), which copies the rows to them",
             forks=forks,
         )
 

@@ -81,7 +81,7 @@ def fork_at(cold: ColdStore, source: str, target: str, at: str | int | None) -> 
     parent = cold.catalog.get(source)
     with steady(cold.catalog, parent):
         pos = fork_position(cold, parent, at)
-    return cold.catalog.add(_fork(cold.catalog, parent, target, pos), [])
+    return cold.catalog.add(fork_of(cold.catalog, parent, target, pos), [])
 
 
 def restore_to(cold: ColdStore, name: str, at: str | int) -> RestoreReport:
@@ -96,8 +96,8 @@ def restore_to(cold: ColdStore, name: str, at: str | int) -> RestoreReport:
     if pos == end:
         # nothing came after it
         return RestoreReport(name, pos=pos, undone=0, kept_as=None)
-    kept_as = _free_name(cold.catalog, name)
-    cold.catalog.supersede(old, kept_as, _fork(cold.catalog, old, name, pos))
+    kept_as = free_name(cold.catalog, name)
+    cold.catalog.supersede([old], [kept_as], [fork_of(cold.catalog, old, name, pos)])
     return RestoreReport(name, pos=pos, undone=end - pos, kept_as=kept_as)
 
 
@@ -153,7 +153,7 @@ def _batches(cold: ColdStore, entry: Entry) -> Iterator[pa.RecordBatch]:
         yield from rows.to_arrow().to_batches()
 
 
-def _fork(catalog: Catalog, parent: Entry, name: str, pos: int) -> Entry:
+def fork_of(catalog: Catalog, parent: Entry, name: str, pos: int) -> Entry:
     """What the catalog will say of a fork: it names the nearest ancestor that has rows of its own before `pos`."""
     origin = parent
     for ancestor, upto in ancestors(catalog, parent):
@@ -176,7 +176,8 @@ def _fork(catalog: Catalog, parent: Entry, name: str, pos: int) -> Entry:
     )
 
 
-def _free_name(catalog: Catalog, name: str) -> str:
+def free_name(catalog: Catalog, name: str) -> str:
+    """A name that is not taken, for what a bank was before it went back."""
     namespace, _, bank = name.partition("/")
     number = 1
     while True:

@@ -217,14 +217,15 @@ class Journal:
             if picked:
                 yield rows.pick(picked).verify()
 
-    def streams(self) -> dict[str, int]:
-        """The streams that have rows here, and how many."""
+    def streams(self, stop: int | None = None) -> dict[str, int]:
+        """The streams that have rows here before position `stop`, and how many."""
+        where = "true" if stop is None else f"pos < {stop}"
 
         def look() -> dict[str, int]:
             settled, left = self._look()
             end = settled.end()
-            unsettled = [name for rows in left for name in rows.since(end).streams]
-            return dict(Counter(settled.select("true", ["stream"])["stream"]) + Counter(unsettled))
+            unsettled = [name for rows in left for name in rows.since(end).until(stop).streams]
+            return dict(Counter(settled.select(where, ["stream"])["stream"]) + Counter(unsettled))
 
         return _again(look)
 

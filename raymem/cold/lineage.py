@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,10 @@ class Lineage(Journal):
             yield from self._parent().scan(start, self._upto(stop), batch_rows)
         if stop is None or stop > self.entry.base:
             yield from super().scan(max(start, self.entry.base), stop, batch_rows)
+
+    def streams(self, stop: int | None = None) -> dict[str, int]:
+        """As `Journal.streams`, with what the fork inherited."""
+        return dict(Counter(self._parent().streams(self._upto(stop))) + Counter(super().streams(stop)))
 
     def find(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> dict[int, int]:
         """As `Journal.find`; what the fork inherited is there already."""

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,10 @@ class Layout:
         """The partitions' names."""
         return [part_name(self.name, index) for index in range(self.count)]
 
+    def entry(self) -> Entry:
+        """What the catalog says of the bank besides its partitions."""
+        return Entry(self.id, self.name, self.spec, state="split", created=time.time())
+
 
 @dataclass(frozen=True)
 class Place:
@@ -83,14 +87,49 @@ class Partitions:
         Raises:
             BankExists: the name is taken.
         """
-        bank = Entry(uuid.uuid4().hex, check_bank_name(name), spec, state="split", created=time.time())
-        layout = Layout(bank.id, name, spec, count)
-        self._table.create(_SCHEMA.empty_table())
-        # a layout that no bank has harms nobody
-        row = {"id": _id(bank.id), "bank": bank.id, "streams": [0] * count, "version": 0, "moved": 0.0, "swaps": 0}
-        self._swap(layout.id, lambda find: ([row], []))
-        self._catalog.add_together([bank, *_new_parts(layout, set())])
+        layout = self.lay_out(check_bank_name(name), spec, count, {})
+        self._catalog.add_together([layout.entry(), *_new_parts(layout, set())])
         return layout
+
+    def lay_out(self, name: str, spec: BankSpec, count: int, homes: Mapping[str, int]) -> Layout:
+        """Write down where the streams of a bank live that is not there yet; a layout that no bank has harms nobody."""
+        layout = Layout(uuid.uuid4().hex, name, spec, count)
+        loads = [0] * count
+        for home in homes.values():
+            loads[home] += 1
+        row = {"id": _id(layout.id), "bank": layout.id, "streams": loads, "version": 0, "moved": 0.0, "swaps": 0}
+        rows = [row, *(_stream_row(layout.id, stream, Place(home)) for stream, home in homes.items())]
+        self._table.create(_SCHEMA.empty_table())
+        self._swap(layout.id, lambda find: (rows, []))
+        return layout
+
+    def copy(self, layout: Layout, name: str) -> tuple[Layout, Layout]:
+        """Write down for a bank that is not there yet that its streams live where those of another do.
+
+        Who reads the other one meanwhile reads it again.
+
+        Returns:
+            The new bank's layout, and the other's as it is now.
+
+        Raises:
+            Conflict: streams are being moved, or were.
+        """
+        made = dataclasses.replace(layout, id=uuid.uuid4().hex, name=name)
+
+        def decide(find: Find) -> Change:
+            row = self._require(find, layout.id)
+            _require_still(find, layout)
+            rows = find(f"bank = {quote(layout.id)}")
+            # both ids are as long
+            copied = [each | {"id": made.id + each["id"][len(made.id) :], "bank": made.id} for each in rows]
+            return [*copied, row | {"version": layout.version + 1}], []
+
+        self._swap(layout.id, decide)
+        return made, dataclasses.replace(layout, version=layout.version + 1)
+
+    def require_still(self, layout: Layout) -> None:
+        """Raise Conflict if a bank is laid out otherwise by now, or streams of it are on their way, or left rows."""
+        _require_still(self._table.rows, layout)
 
     def get(self, name: str) -> Layout | None:
         """The layout of a bank as it is now; None if it is not partitioned.
@@ -174,14 +213,9 @@ class Partitions:
         if self._table.rows(f"{which} AND target IS NOT NULL"):
             self._swap(layout.id, decide)
 
-    def on_the_way(self, layout: Layout) -> bool:
-        """Whether a stream is being moved."""
-        return bool(self._table.rows(f"bank = {quote(layout.id)} AND target IS NOT NULL"))
-
     def unfinished(self, layout: Layout, streams: Iterable[str]) -> list[str]:
         """Those of the streams that are on their way, or have left rows behind."""
-        where = f"bank = {quote(layout.id)} AND (target IS NOT NULL OR stale IS NOT NULL)"
-        ids = {row["id"] for row in self._table.rows(where)}
+        ids = {row["id"] for row in self._table.rows(_unfinished(layout))}
         return [stream for stream in streams if _id(layout.id, stream) in ids]
 
     def grow(self, layout: Layout, count: int) -> Layout:
@@ -196,7 +230,7 @@ class Partitions:
         there = {entry.name for entry in self._catalog.list(part_name(layout.name, 0)[:-1])}
         new = _new_parts(wider, there)
         if new:
-            self._catalog.add_together(new)
+            self._catalog.add_together(new, revise=lambda moment, parts: _alike(moment.get(layout.parts[0]), parts))
         return wider
 
     def widen(self, layout: Layout) -> None:
@@ -225,6 +259,26 @@ class Partitions:
         if not rows:
             raise BankNotFound("the partitioned bank was removed just now")
         return rows[0]
+
+
+def _alike(first: Entry, parts: Sequence[Entry]) -> list[Entry]:
+    """Partitions that are added, with what the first has; at its tags they had no row."""
+    tags = dict.fromkeys(first.tags, 0)
+    return [dataclasses.replace(part, pinned=first.pinned, ttl_s=first.ttl_s, tags=tags) for part in parts]
+
+
+def _unfinished(layout: Layout) -> str:
+    return f"bank = {quote(layout.id)} AND (target IS NOT NULL OR stale IS NOT NULL)"
+
+
+def _require_still(find: Find, layout: Layout) -> None:
+    if find(_unfinished(layout)):
+        raise Conflict(
+            f"streams of bank {layout.name} are being moved, or a rebalancing was cut short: try again when it is "
+            "over, or finish it: bank.rebalance() (`raymem bank rebalance`)"
+        )
+    if not find(f"id = {quote(_id(layout.id))} AND version = {layout.version}"):
+        raise Conflict(f"the partitions of bank {layout.name} were changed meanwhile; try again")
 
 
 def _key(stream: str) -> str:

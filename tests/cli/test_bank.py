@@ -70,6 +70,11 @@ def test_a_bank_in_partitions_on_the_command_line(raymem, alice, model, tmp_path
     assert raymem("bank", "erase", "lab/many", "--stream", "b", "--yes", "--json").json["rows"] == 10
     # of the streams that moved too
     assert [receipt["rows"] for receipt in raymem("bank", "receipts", "lab/many", "--json").json] == [10] * 3
+    assert raymem("bank", "fork", "lab/many", "lab/fork", "--at", "all", "--json").json["rows"] == 30
+    assert "name a tag" in raymem("bank", "fork", "lab/many", "lab/none", "--pos", 3).err
+    assert raymem("bank", "materialise", "lab/fork", "--json").json["rows"] == 30
+    assert "is at position 60 already" in raymem("bank", "restore", "lab/fork", "all").out
+    assert raymem("bank", "merge", "lab/all", "lab/fork", alice, "--json").json["rows"] == 40
     file = tmp_path / "many.raymem"
     assert raymem("bank", "export", "lab/many", file, "--json").json["bytes"] == file.stat().st_size
     assert raymem("bank", "import", file, "lab/whole", "--json").json["rows"] == 30

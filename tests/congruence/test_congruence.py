@@ -192,14 +192,38 @@ step("Bank.read", "partitions, or some")(
 )
 step("Bank.tag", "of partitions")(lambda on: on.other("parts").tag("now"))
 step("Bank.read", "partitions as of a tag")(lambda on: on.other("parts").read(on.tiny.trace(3).hidden, 5, as_of="now"))
+step("Bank.write", "to partitions after a tag")(lambda on: on.other("parts").write(on.tiny.trace(9, stream="late")))
+step("Store.fork", "of partitions")(lambda on: on.store.fork(f"{on.kind}/parts", f"{on.kind}/pfork", "now").info())
+step("Store.fork", "of partitions at a position")(lambda on: on.store.fork(f"{on.kind}/parts", f"{on.kind}/none", 3))
+step("Bank.read", "a fork of partitions")(lambda on: on.other("pfork").read(on.tiny.trace(7).hidden, 9))
+step("Bank.rebalance", "a fork")(lambda on: on.other("pfork").rebalance())
+step("Bank.materialise", "a fork of partitions")(lambda on: on.other("pfork").materialise())
+step("Bank.restore", "partitions")(lambda on: on.other("parts").restore("now"))
+step("Bank.read", "partitions that went back")(lambda on: on.other("parts").read(on.tiny.trace(7).hidden, 9))
+step("Store.merge", "of partitions")(
+    lambda on: on.store.merge(f"{on.kind}/pall", [f"{on.kind}/pfork", f"{on.kind}/parts-before-restore"])
+)
+step("Store.merge", "of partitions under their names")(
+    lambda on: on.store.merge(f"{on.kind}/none", [f"{on.kind}/parts"], rename=False)
+)
+step("Bank.read", "partitions that were merged")(lambda on: on.other("pall").read(on.tiny.trace(7).hidden, 9))
+step("Bank.export", "of partitions")(lambda on: on.other("pall").export(on.folder / "parts") > 0)
+step("Store.import_", "of what was in partitions")(
+    lambda on: on.store.import_(on.folder / "parts", f"{on.kind}/pwhole").info().rows
+)
+step("Bank.materialise", "partitions that went back")(lambda on: on.other("parts").materialise())
+step("Store.delete", "what came of partitions")(
+    lambda on: [on.store.delete(f"{on.kind}/{name}") for name in ("pfork", "parts-before-restore", "pall", "pwhole")]
+)
 step("Bank.untag", "of partitions")(lambda on: on.other("parts").untag("now"))
-step("Store.fork", "of partitions")(lambda on: on.store.fork(f"{on.kind}/parts", f"{on.kind}/none"))
+step("Bank.set_ttl", "of partitions")(lambda on: on.other("parts").set_ttl(9e9))
 step("Bank.grow", "adds partitions")(lambda on: on.other("parts").grow(3))
 step("Bank.grow", "a bank without")(lambda on: on.bank.grow(3))
 step("Bank.rebalance", "moves streams")(lambda on: _still(on.other("parts").rebalance()))
 step("Bank.rebalance", "a bank without")(lambda on: on.bank.rebalance())
 step("Bank.migrate", "a partition that isn't there")(lambda on: on.other("parts").migrate("x", partition=7))
 step("Bank.tokens", "of partitions")(lambda on: on.other("parts").tokens("s1", "r", 3, 9).tolist())
+step("Bank.receipts", "of partitions")(lambda on: [each.rows for each in on.other("parts").receipts()])
 step("Bank.erase", "a stream of partitions")(lambda on: on.other("parts").erase(stream="s1"))
 step("Bank.detach", "partitions")(lambda on: on.other("parts").detach())
 step("Bank.read", "cold partitions")(lambda on: on.other("parts").read(on.tiny.trace(3).hidden, 5))
@@ -365,6 +389,10 @@ def test_the_steps_do_what_they_say(outcome, kind):
     assert [receipt.rows for receipt in found["Bank.receipts", "of a bank"]][-2:] == [6, 6]
     if kind == "spalm":
         assert found["Bank.read", "partitions"].partition_Qk.unique().tolist() == [0, 1]
+        assert found["Bank.restore", "partitions"].kept_as == "spalm/parts-before-restore"
+        assert_same(found["Bank.read", "partitions that went back"], found["Bank.read", "partitions"], "")
+        assert_same(found["Bank.read", "a fork of partitions"], found["Bank.read", "partitions"], "")
+        assert found["Store.merge", "of partitions"].rows == found["Store.import_", "of what was in partitions"] == 141
         assert found["Bank.rebalance", "moves streams"].streams == 1
         assert found["Store.banks", "has partitions as one"] == ["spalm/parts"]
     errors = {what: outcome for (_, what), outcome in found.items() if isinstance(outcome, RaymemError)}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import raymem
-from raymem import BankSpec, Calibration, Fingerprint, KeySpec, Store, Trace
+from raymem import BankSpec, Calibration, Fingerprint, KeySpec, Settings, Store, Trace
 
 
 @pytest.fixture
@@ -24,8 +24,13 @@ def spec(fingerprint: Fingerprint) -> BankSpec:
 
 
 @pytest.fixture
-def store(tmp_path: Path, calibration: Calibration) -> Iterator[Store]:
-    with raymem.connect(tmp_path / "memory") as opened:
+def settings() -> Settings:
+    return Settings.load()
+
+
+@pytest.fixture
+def store(tmp_path: Path, calibration: Calibration, settings: Settings) -> Iterator[Store]:
+    with raymem.connect(tmp_path / "memory", settings=settings) as opened:
         opened.put_calibration(calibration)
         yield opened
 

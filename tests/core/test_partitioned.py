@@ -4,7 +4,6 @@ import dataclasses
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from raymem.errors import (
     Conflict,
     InvalidInput,
     InvalidName,
-    Partitioned,
     Reassigned,
     TagNotFound,
     Unsupported,
@@ -33,10 +31,8 @@ FAST = Settings(cold=ColdSettings(sync="none"))
 
 
 @pytest.fixture
-def store(tmp_path: Path, tiny):
-    with raymem.connect(tmp_path / "memory", settings=FAST) as opened:
-        opened.put_calibration(tiny.calibration)
-        yield opened
+def settings() -> Settings:
+    return FAST
 
 
 def backend(store: Store):
@@ -259,20 +255,6 @@ def test_a_time_before_streams_moved_is_refused(store, tiny):
 
     with pytest.raises(InvalidInput, match="moved between its partitions"):
         bank.read(tiny.trace(2).hidden, 2, as_of=5.0)
-
-
-def test_verbs_of_one_journal_say_what_to_do_instead(store, tiny, tmp_path):
-    bank = filled(store, tiny)
-
-    for refused in (
-        lambda: store.fork("lab/many", "lab/fork"),
-        lambda: store.merge("lab/all", ["lab/many"]),
-        lambda: bank.restore(3),
-        bank.materialise,
-    ):
-        with pytest.raises(Partitioned, match="export"):
-            refused()
-    assert [info.name for info in store.banks()] == ["lab/many"]
 
 
 def test_an_export_is_one_bank_with_all_rows(store, tiny, tmp_path):
