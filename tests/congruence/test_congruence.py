@@ -304,7 +304,7 @@ def _cut_short(on: On) -> Path:
 
 
 # these texts name what differs between backends: nodes, paths
-PLACES = {"to no node", "refuses a damaged file", "no bank"}
+PLACES = {"to no node", "refuses a damaged file", "no bank", "of what was in partitions"}
 
 
 def plain(outcome: Any, what: str) -> Any:
