@@ -43,7 +43,7 @@ from raymem.cold.snapshots import Snapshot
 from raymem.cold.store import ColdStore
 from raymem.cold.tables import snapshot_table
 from raymem.encode.calibration import Calibration
-from raymem.errors import BankExists, BankNotFound, CalibrationNotFound, Corrupt
+from raymem.errors import BankExists, BankNotFound, CalibrationNotFound, Corrupt, InvalidInput
 from raymem.memory.learned import name_of
 from raymem.types import BankSpec, check_bank_name
 
@@ -199,7 +199,8 @@ def import_bank(store: ColdStore, path: str | Path, name: str, progress: Progres
         progress: called with rows read and rows in all.
 
     Raises:
-        Corrupt: naming the member that did not hold. BankExists: the name is taken. In either case nothing was made.
+        InvalidInput: the file can't be opened. Corrupt: naming the member that did not hold. BankExists: the name is
+            taken. In each case nothing was made.
     """
     check_bank_name(name)
     with _opened(Path(path)) as archive:
@@ -329,7 +330,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except zipfile.BadZipFile as error:
         raise _corrupt(path, "the file", f"is not a whole export ({error})") from error
     except OSError as error:
-        raise _corrupt(path, "the file", f"can't be read ({error.strerror})") from error
+        raise InvalidInput(f"can't read {path}: {error}") from error
     with archive:
         yield archive
 
