@@ -9,6 +9,7 @@ import torch
 
 from raymem.cold.branching import require_no_past
 from raymem.cold.partitions import Place
+from raymem.cold.store import ColdStore
 from raymem.config import ColdSettings, Settings
 from raymem.errors import BankExists, Conflict, InvalidInput, Partitioned, RaymemError, StorageError, TagNotFound
 
@@ -213,15 +214,17 @@ def test_a_stream_that_moves_between_two_looks_is_seen_by_whoever_looks_last(sto
 def test_who_looked_before_a_stream_set_out_looks_again(store, bank, monkeypatch, verb):
     cold, rows, looks = inner(store).cold, rows_of(store, "lab/many"), []
     still = cold.partitions.require_still
+    # another process: of one, all take turns at the catalog
+    mover = ColdStore.open(cold.uri)
 
     def set_out(layout):
         still(layout)
         looks.append(layout)
         if len(looks) == 1:
             # all that a mover does before it copies a row
-            place = cold.partitions.find(layout.id, "s1")
-            cold.partitions.change(layout, "s1", place, Place(place.home, target=(place.home + 1) % 3))
-            require_no_past(cold, layout)
+            place = mover.partitions.find(layout.id, "s1")
+            mover.partitions.change(layout, "s1", place, Place(place.home, target=(place.home + 1) % 3))
+            require_no_past(mover, layout)
 
     monkeypatch.setattr(cold.partitions, "require_still", set_out)
     verbs = {
