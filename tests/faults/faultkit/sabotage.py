@@ -140,6 +140,8 @@ class _Dataset:
         value = getattr(self._real, name)
         if name == "optimize":
             return _Dataset(value, self._hit)
+        if name == "merge_insert":
+            return lambda *args: _Merge(value(*args), self._hit)
         return _wrapped(value, self._hit, DATASET_WRITES[name]) if name in DATASET_WRITES else value
 
 

@@ -36,6 +36,9 @@ PLACES: Places = [
     *({"op": op, "table": "", "when": when} for op in ("restore", "compact", "clean") for when in ("before", "after")),
     *({"op": "update", "table": "catalog", "when": when} for when in ("before", "after")),
     *({"op": "add", "table": "snapshots", "when": when} for when in ("before", "after")),
+    # while a schedule runs, forks, merges and erasures alone make and drop journals
+    *({"op": op, "table": "journal", "when": when} for op in ("create", "drop") for when in ("before", "after")),
+    *({"op": "merge", "table": "catalog", "when": when} for when in ("before", "after")),
 ]
 
 
