@@ -44,12 +44,13 @@ def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild
     spec = _common_spec(entries)
     rule = merge_rule(spec.kind)
     with steady(cold.catalog, *entries):
-        ends = [cold.journal(entry).end() for entry in entries]
-        given = [end - len(cold.journal(entry).holes()) for end, entry in zip(ends, entries, strict=True)]
+        journals = [cold.journal(entry) for entry in entries]
+        ends = [journal.end() for journal in journals]
+        given = [end - len(journal.holes()) for end, journal in zip(ends, journals, strict=True)]
         state = _merged_state(cold, entries, ends) if rule != "exact" and not rebuild else None
     prefixes = _prefixes(sources) if rename else [""] * len(sources)
     made, tally = Entry(id=uuid.uuid4().hex, name=target, spec=spec, state="hot", created=time.time()), Tally()
-    scans = [cold.journal(entry).scan(stop=end) for entry, end in zip(entries, ends, strict=True)]
+    scans = [journal.scan(stop=end) for journal, end in zip(journals, ends, strict=True)]
     tables = _steadily(cold, entries, merged(scans, sources, prefixes, tally))
     try:
         if state is None:
@@ -126,7 +127,8 @@ def merge_partitions(
     homes = {stream: index for index, together in enumerate(placed) for part in together for stream in part.streams()}
     made = cold.partitions.lay_out(check_bank_name(target), spec, len(placed), homes)
     entries = [Entry(uuid.uuid4().hex, name, spec, state="hot", created=time.time()) for name in made.parts]
-    journals = {entry.id: _together(cold, each) for entry, each in zip(entries, placed, strict=True)}
+    tally = Tally()
+    journals = {entry.id: _together(cold, each, tally) for entry, each in zip(entries, placed, strict=True)}
 
     def still(_: Moment, entries: Sequence[Entry]) -> Sequence[Entry]:
         for layout in layouts:
@@ -135,20 +137,21 @@ def merge_partitions(
         return entries
 
     try:
-        cold.catalog.add_together([made.entry(), *entries], journals, still)
+        cold.catalog.add_together([made.entry(), *entries], journals, revise=still)
     except RaymemError:
         cold.partitions.drop(made)
         raise
     given = {source: sum(part.rows for part in parts if part.source == source) for source in sources}
     return MergeReport(
         bank=target,
-        rows=sum(given.values()),
+        rows=sum(given.values()) - tally.duplicates - tally.conflicts,
         sources=given,
         streams=dict(zip(sources, prefixes, strict=True)),
         rule=merge_rule(spec.kind),
         rebuilt=True,
-        duplicates=0,
-        conflicts=0,
+        duplicates=tally.duplicates,
+        conflicts=tally.conflicts,
+        conflict_rows=tuple(tally.named),
     )
 
 
@@ -163,9 +166,9 @@ def _placed(parts: Sequence[_Part], count: int) -> list[list[_Part]]:
     return placed
 
 
-def _together(cold: ColdStore, parts: Sequence[_Part]) -> Iterator[pa.RecordBatch]:
+def _together(cold: ColdStore, parts: Sequence[_Part], tally: Tally) -> Iterator[pa.RecordBatch]:
     scans, names = [part.scan() for part in parts], [part.source for part in parts]
-    tables = merged(scans, names, [part.prefix for part in parts], Tally())
+    tables = merged(scans, names, [part.prefix for part in parts], tally)
     for table in _steadily(cold, [part.entry for part in parts], tables):
         yield from table.to_batches()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raymem.backend import Backend, ColdBackend, detached
 from raymem.cold.branching import fork_together, positions_of, restore_together, tag_together, untag_together
-from raymem.cold.catalog import part_name, part_of
+from raymem.cold.catalog import part_name, part_of, part_prefix
 from raymem.cold.export import export_together
 from raymem.cold.history import seconds
 from raymem.cold.partitions import MOST, Layout
@@ -123,7 +123,7 @@ class PartitionedBackend:
         if layout is None:
             return await self._inner.delete(name, materialise)
         catalog = self._inner.cold.catalog
-        there = await asyncio.to_thread(catalog.list, part_name(name, 0)[:-1])
+        there = await asyncio.to_thread(catalog.list, part_prefix(name))
         for part in there if not materialise else []:
             await asyncio.to_thread(catalog.require_no_forks, part)
         for part in there:
@@ -414,7 +414,7 @@ class PartitionedBackend:
         return layout
 
     async def _infos(self, layout: Layout) -> list[BankInfo]:
-        found = {info.name: info for info in await self._inner.banks(part_name(layout.name, 0)[:-1])}
+        found = {info.name: info for info in await self._inner.banks(part_prefix(layout.name))}
         missing = [part for part in layout.parts if part not in found]
         if missing:
             raise BankNotFound(f"bank {layout.name} lacks partitions, as if it was being removed: {', '.join(missing)}")

@@ -166,6 +166,7 @@ async def _one_row_each(bed: Bed, banks: int) -> tuple[list[float], int, float, 
     commits = (await host.stats())["log"]["commits"]
     if cold.journal(cold.catalog.get(names[-1])).end() != bed.repeats:
         raise StorageError(f"{names[-1]} does not have the rows that were acknowledged")
+    await host.close()
     return taken, int(commits), made_s, attached_s
 
 

@@ -140,18 +140,14 @@ class Catalog:
         if self._rows(f"name = {quote(entry.name)}"):
             raise _bank_exists(entry.name)
 
-        def decide(find: Find) -> Change:
-            _require_new(entry, find)
-            return [_entry_row(entry)], []
-
-        schema = bank_schema(entry.spec, holes)
-        self._add_with_journal(entry, schema, journal, lambda: self._commit(f"create {entry.name}", decide))
+        self.add_together([entry], {entry.id: journal}, holes={entry.id: holes})
         return entry
 
     def add_together(
         self,
         entries: Sequence[Entry],
         journals: Mapping[str, Iterable[pa.RecordBatch]] = MappingProxyType({}),
+        holes: Mapping[str, Holes | None] = MappingProxyType({}),
         revise: Callable[[Moment, Sequence[Entry]], Sequence[Entry]] = lambda moment, entries: entries,
     ) -> None:
         """Add several banks, all or none.
@@ -159,6 +155,7 @@ class Catalog:
         Args:
             entries: of new ids.
             journals: rows of some, by the id; the others have none.
+            holes: the positions that no row of theirs has.
             revise: makes them what they are to be at the moment of the commit; what it raises is raised.
 
         Raises:
@@ -170,7 +167,7 @@ class Catalog:
                 moment.require_new(entry)
             return revise(moment, entries)
 
-        self._with_journals(entries, journals, lambda: self.together(f"create {entries[0].name}", decide))
+        self._with_journals(entries, journals, holes, lambda: self.together(f"create {entries[0].name}", decide))
 
     def supersede(
         self,
@@ -199,7 +196,7 @@ class Catalog:
                 moment.require_new(dataclasses.replace(new, name=names.get(new.name, new.name)))
             return [*kept, *news]
 
-        self._with_journals(news, {}, lambda: self.together(f"restore {olds[0].name}", decide))
+        self._with_journals(news, {}, {}, lambda: self.together(f"restore {olds[0].name}", decide))
 
     def together(self, what: str, decide: Callable[[Moment], Iterable[Entry]]) -> None:
         """Change or add lines depending on what all say at one moment; of two that do so the later looks again.
@@ -372,31 +369,24 @@ class Catalog:
         return self._table.rows(where)
 
     def _with_journals(
-        self, entries: Sequence[Entry], journals: Mapping[str, Iterable[pa.RecordBatch]], commit: Callable[[], None]
+        self,
+        entries: Sequence[Entry],
+        journals: Mapping[str, Iterable[pa.RecordBatch]],
+        holes: Mapping[str, Holes | None],
+        commit: Callable[[], None],
     ) -> None:
         """Make the tables first and the lines last; after an error there are none."""
-        tables = {entry.id: journal_table(entry.id) for entry in entries if entry.state != "split"}
+        tables = {entry.id: journal_table(entry.id, entry.generation) for entry in entries if entry.state != "split"}
         try:
             for entry in entries:
                 if entry.id in tables:
-                    self._tables.fill(tables[entry.id], bank_schema(entry.spec), journals.get(entry.id, []))
+                    schema = bank_schema(entry.spec, holes.get(entry.id))
+                    self._tables.fill(tables[entry.id], schema, journals.get(entry.id, []))
             commit()
         except RaymemError:
             for id in tables:
                 if self.by_id(id) is None:
                     self._tables.drop(tables[id])
-            raise
-
-    def _add_with_journal(
-        self, entry: Entry, schema: pa.Schema, journal: Iterable[pa.RecordBatch], commit: Callable[[], None]
-    ) -> None:
-        table = journal_table(entry.id, entry.generation)
-        self._tables.fill(table, schema, journal)
-        try:
-            commit()
-        except RaymemError:
-            if self.by_id(entry.id) is None:
-                self._tables.drop(table)
             raise
 
     def _commit(self, what: str, decide: Callable[[Find], Change]) -> None:
@@ -443,12 +433,19 @@ class Moment:
         """
         rows = self._find(f"name = {quote(name)}")
         if not rows:
-            raise BankNotFound(f"bank {name} was removed just now")
+            raise _removed(name)
         return _entry(rows[0])
 
     def parts(self, bank: str) -> list[Entry]:
-        """The partitions of a bank, also those that are just being added."""
-        return [_entry(row) for row in self._find(f"starts_with(name, {quote(part_name(bank, 0)[:-1])})")]
+        """The partitions of a bank, also those that are just being added.
+
+        Raises:
+            BankNotFound: there are none any more.
+        """
+        rows = self._find(f"starts_with(name, {quote(part_prefix(bank))})")
+        if not rows:
+            raise _removed(bank)
+        return [_entry(row) for row in rows]
 
     def require_same(self, entry: Entry) -> Entry:
         """The bank as it is now; raise NotOwner if somebody has claimed or rewritten it since it was looked up."""
@@ -468,13 +465,22 @@ class Moment:
 
 def part_name(bank: str, index: int) -> str:
     """The name of a partition, which no user can give: a bank's name has no dot."""
-    return f"{bank}.p{index}"
+    return f"{part_prefix(bank)}{index}"
+
+
+def part_prefix(bank: str) -> str:
+    """How the names of all partitions of a bank begin, and no others."""
+    return f"{bank}.p"
 
 
 def part_of(name: str) -> tuple[str, int] | None:
     """The bank that a partition belongs to, and its number; None for any other bank."""
     bank, dot, index = name.rpartition(".p")
     return (bank, int(index)) if dot else None
+
+
+def _removed(name: str) -> BankNotFound:
+    return BankNotFound(f"bank {name} was removed just now")
 
 
 def _bank_of(name: str) -> str:

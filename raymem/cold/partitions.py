@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raymem.cold.catalog import Catalog, Entry, part_name
+from raymem.cold.catalog import Catalog, Entry, part_name, part_prefix
 from raymem.cold.shared import Change, Find, SharedTable
 from raymem.cold.tables import Tables, quote
 from raymem.errors import BankNotFound, Conflict, InvalidInput
@@ -227,7 +227,7 @@ class Partitions:
         if not layout.count <= count <= MOST:
             raise InvalidInput(f"bank {layout.name} has {layout.count} partitions; grow it to between that and {MOST}")
         wider = dataclasses.replace(layout, count=count)
-        there = {entry.name for entry in self._catalog.list(part_name(layout.name, 0)[:-1])}
+        there = {entry.name for entry in self._catalog.list(part_prefix(layout.name))}
         new = _new_parts(wider, there)
         if new:
             self._catalog.add_together(new, revise=lambda moment, parts: _alike(moment.get(layout.parts[0]), parts))

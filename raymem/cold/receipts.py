@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from raymem.cold.catalog import part_name
+from raymem.cold.catalog import part_prefix
 from raymem.cold.evidence import Evidence
 from raymem.cold.failures import reading, writing
 from raymem.cold.tables import Tables, quote
@@ -63,7 +63,7 @@ class Receipts:
 
         Those of a partitioned bank are its partitions'.
         """
-        where = f"bank = {quote(bank)} OR starts_with(bank, {quote(part_name(bank, 0)[:-1])})" if bank else "true"
+        where = f"bank = {quote(bank)} OR starts_with(bank, {quote(part_prefix(bank))})" if bank else "true"
         rows = self._rows(where)
         return [_receipt(row) for row in sorted(rows, key=lambda row: row["started"])]
 

@@ -54,8 +54,8 @@ class Owner:
                 return (await handle.erase(stream=args[0], rebuild=True)).rows
             case _:
                 answer = await getattr(handle, method)(*args)
-                return answer if isinstance(answer, str | int) else None
-        return None
+                return answer if isinstance(answer, str | int) else "done"
+        return "done"
 
 
 async def main(uri: str, plans: str, mutation: str, lease: str) -> None:

@@ -159,7 +159,9 @@ class Schedule:
 
     async def _sleep(self, fleet: Fleet, bank: str, number: int) -> None:
         await self._try(fleet.current, "detach", bank)
-        await self._try(fleet.current, "attach", bank)
+        # it would stay detached where the owner is lost in between
+        while await self._try(fleet.current, "attach", bank) is None and not (self._stop.is_set() or self.ledger.wrong):
+            await asyncio.sleep(0.05)
 
     async def _tag(self, fleet: Fleet, bank: str, number: int) -> None:
         await self._try(fleet.current, "tag", bank, "here")
