@@ -142,7 +142,7 @@ class Host:
                 await self._depart(worker)
 
     async def write(self, name: str, trace: Trace, *, durable: bool = True, caller: str = "") -> Ack:
-        """Journal and apply a trace.
+        """Journal a trace; every read that comes after the Ack sees it.
 
         With `durable=False` the Ack comes once the trace is checked and queued; its commit may still fail, which is
         counted in `stats`.
@@ -374,7 +374,7 @@ class Host:
         journal = await self._thread(runtime.journal.stats)
         return {
             "kind": runtime.spec.kind,
-            "rows": runtime.pos,
+            "rows": runtime.end,
             "bytes": runtime.nbytes,
             "budget_bytes": runtime.spec.budget_bytes,
             "epoch": runtime.entry.epoch,
@@ -386,4 +386,4 @@ class Host:
         }
 
     async def _thread(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+        return await self._crew.run(function)

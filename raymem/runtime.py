@@ -1,7 +1,7 @@
 """One bank at work: journal, encoder and mechanism, kept in step.
 
-A runtime is used by one owner at a time. Writes are journaled first and applied after; a read waits for an
-application, never for a commit.
+A runtime is used by one owner at a time. Writes are journaled first and applied after: large groups at once, small ones
+together, at the latest when somebody looks. A read waits for an application, never for a commit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from raymem.backlog import SMALL_BYTES, Backlog
 from raymem.cold.catalog import part_of
 from raymem.cold.history import materialise
 from raymem.cold.log import Log
@@ -234,6 +235,9 @@ class Runtime(Replica):
         self.log = log
         # whether the journal may be other than this runtime knows: the next write looks
         self.unsure = False
+        # whether the state may be another than the journal's: only a fresh runtime is sound
+        self.broken = False
+        self._backlog = Backlog()
 
     @classmethod
     def open(
@@ -254,6 +258,7 @@ class Runtime(Replica):
     def own(self, entry: Entry) -> None:
         """Take the journal over under a newly claimed entry: fence off earlier owners, then apply what they added."""
         self.unsure = True
+        self.absorb()
         if entry.generation != self.journal.entry.generation:
             self.journal = self.cold.journal(entry)
         self.journal.claim(entry, self.log)
@@ -263,6 +268,7 @@ class Runtime(Replica):
 
     def become(self, replica: Replica, entry: Entry) -> None:
         """Go on with the state that `replica` made, under an entry whose journal was rewritten."""
+        self._backlog.clear()
         with self.lock:
             self.encoder, self.state = replica.encoder, replica.state
             self.pos, self.snapshot_pos = replica.pos, replica.snapshot_pos
@@ -270,7 +276,7 @@ class Runtime(Replica):
         self.own(entry)
 
     def write(self, traces: Sequence[Trace]) -> list[Ack | RaymemError]:
-        """Journal the new rows of all traces in one commit, then apply them: `stage`, `commit` and `finish`.
+        """Journal the new rows of all traces in one commit, then apply them: `stage`, `commit`, `finish` and `absorb`.
 
         Returns:
             For each trace its Ack, or the error that refused it; a refused trace changes nothing and does not keep
@@ -282,14 +288,28 @@ class Runtime(Replica):
                 self.commit(staged.rows, logged=staged.logged)
             except RaymemError as error:
                 return self.fail(traces, error).outcomes
-        return self.finish(staged)
+        outcomes = self.finish(staged)
+        self.absorb()
+        return outcomes
+
+    def at_hand(self, traces: Sequence[Trace]) -> bool:
+        """Whether `stage` needs no look into the store for these traces, and so takes no time worth a thread."""
+        if self.unsure or not self.journal.ready:
+            return False
+        heads: dict[tuple[str, str], int] = {}
+        for trace in traces:
+            run = (trace.stream, trace.run)
+            if trace.seq < (heads.get(run) or self._next_seq(*run)):
+                return False
+            heads[run] = trace.seq + len(trace)
+        return True
 
     def stage(self, traces: Sequence[Trace]) -> Staged:
         """Check a group of traces and decide which of their rows are new; nothing is changed yet."""
         try:
             if self.unsure:
                 self.own(self.entry)
-            staging = Staging(self.entry, self.encoder.next_seq, self.journal.find, self.pos)
+            staging = Staging(self.entry, self._next_seq, self.journal.find, self.end)
             outcomes = [staging.add(trace) for trace in traces]
             rows = staging.rows()
             return Staged(outcomes, rows, rows is not None and self.journal.accept(rows))
@@ -304,15 +324,39 @@ class Runtime(Replica):
             self.journal.append(rows)
 
     def finish(self, staged: Staged) -> list[Ack | RaymemError]:
-        """Apply what was committed; return the outcomes."""
+        """Apply what was committed, or keep it for `absorb` where it is small; return the outcomes."""
         rows = staged.rows
         if rows is not None:
-            self.apply(rows)
+            if rows.nbytes <= SMALL_BYTES:
+                self._backlog.add(rows)
+            else:
+                self.absorb()
+                self._attempt(rows)
             self.counters.commits += 1
             self.unsaved_bytes += rows.nbytes
             self._unsaved_since = self._unsaved_since or time.monotonic()
         self._count(staged.outcomes)
         return staged.outcomes
+
+    def absorb(self) -> None:
+        """Apply what is committed and has waited.
+
+        Raises:
+            RaymemError: the state is no longer the journal's; nothing that was acknowledged is lost.
+        """
+        if self.broken:
+            raise self._unsound("it failed before")
+        self._backlog.apply(self._attempt)
+
+    @property
+    def behind(self) -> bool:
+        """Whether it is time to `absorb` although nobody has looked."""
+        return self._backlog.due
+
+    @property
+    def end(self) -> int:
+        """The position after the last row committed, as this owner knows it."""
+        return self._backlog.end or self.pos
 
     def fail(self, traces: Sequence[Trace], error: RaymemError) -> Staged:
         """Acknowledge nothing. Some of a failed commit may be in the journal all the same: look before the next one."""
@@ -326,11 +370,17 @@ class Runtime(Replica):
         self.journal.let_go()
 
     def read(self, hidden_QLD: Tensor, k: int = 32, start: int = 1) -> Readout:
-        """As `Replica.read`, counted."""
+        """As `Replica.read`, of all that is committed; counted."""
+        self.absorb()
         readout = super().read(hidden_QLD, k, start)
         self.counters.reads += 1
         self.counters.queries += len(hidden_QLD)
         return readout
+
+    def digest(self) -> str:
+        """As `Replica.digest`, of all that is committed."""
+        self.absorb()
+        return super().digest()
 
     def rest(self) -> int:
         """Settle every row and snapshot: what a bank does before it is cold; return the position it stands at."""
@@ -339,6 +389,7 @@ class Runtime(Replica):
 
     def snapshot(self) -> int:
         """Write the whole state to the cold store; return the position it stands at."""
+        self.absorb()
         if self.pos > self.snapshot_pos:
             self.save()
         self.unsaved_bytes = 0
@@ -354,13 +405,27 @@ class Runtime(Replica):
         """Tag the present position; return all tags. A bounded state can't be wound back, so it is kept there."""
         if not keeps_rows(self.spec.kind):
             self.snapshot()
-        self.cold.catalog.tag(self.entry.name, tag, self.pos)
+        self.cold.catalog.tag(self.entry.name, tag, self.end)
         return self.cold.catalog.tags(self.entry.name)
 
     def materialise(self) -> None:
         """Copy the rows that a fork inherited into its own journal."""
         self.let_go()
         self.own(materialise(self.cold, self.entry))
+
+    def _next_seq(self, stream: str, run: str) -> int:
+        return self._backlog.head(stream, run) or self.encoder.next_seq(stream, run)
+
+    def _attempt(self, rows: JournalRows) -> None:
+        """Apply rows of the journal; a state that took some of them and failed is none any more."""
+        try:
+            self.apply(rows)
+        except Exception as error:
+            self.broken = True
+            raise self._unsound(repr(error)) from error
+
+    def _unsound(self, why: str) -> RaymemError:
+        return RaymemError(f"bank {self.entry.name} failed and will be reopened: {why}")
 
     def _count(self, outcomes: Sequence[Ack | RaymemError]) -> None:
         for outcome in outcomes:

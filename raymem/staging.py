@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-from raymem.cold.rows import JournalRows
+from raymem.cold.rows import JournalRows, concat
 from raymem.cold.store import Entry
 from raymem.errors import RaymemError, SequenceConflict
 from raymem.types import Ack, Trace
@@ -48,7 +48,7 @@ class Staging:
 
     def rows(self) -> JournalRows | None:
         """The group's new rows in order, or None if there are none."""
-        return _concat(self._staged) if self._staged else None
+        return concat(self._staged) if self._staged else None
 
     def _stage(self, trace: Trace) -> Ack:
         run = (trace.stream, trace.run)
@@ -89,23 +89,3 @@ def _from(rows: JournalRows, first: int, pos: int) -> JournalRows:
     if first == 0:
         return rows
     return dataclasses.replace(rows.part(first), pos_T=torch.arange(pos, pos + len(rows) - first, dtype=torch.int64))
-
-
-def _concat(parts: Sequence[JournalRows]) -> JournalRows:
-    """Consecutive parts of one epoch as one; a bank's fingerprint says whether all or none carry values."""
-    if len(parts) == 1:
-        return parts[0]
-    cat = torch.cat
-    values = [part.value_TV for part in parts if part.value_TV is not None]
-    return JournalRows(
-        pos_T=cat([part.pos_T for part in parts]),
-        epoch=parts[0].epoch,
-        streams=[stream for part in parts for stream in part.streams],
-        runs=[run for part in parts for run in part.runs],
-        seq_T=cat([part.seq_T for part in parts]),
-        token_T=cat([part.token_T for part in parts]),
-        hidden_TLD=cat([part.hidden_TLD for part in parts]),
-        value_TV=cat(values) if values else None,
-        time_T=cat([part.time_T for part in parts]),
-        crc_T=cat([part.crc_T for part in parts]),
-    )

@@ -461,7 +461,7 @@ def check_hidden(hidden: Tensor, fingerprint: Fingerprint) -> None:
 
 def _finite(tensor: Tensor) -> bool:
     # NaN goes through both ends; no mask as large as the tensor is made
-    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+    return not tensor.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
 
 
 def shorten(text: str, limit: int = 80) -> str:

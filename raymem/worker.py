@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import structlog
 from torch import Tensor
 
+from raymem.backlog import SMALL_BYTES
 from raymem.committer import Committer
 from raymem.config import Settings
 from raymem.crew import Crew, settle
@@ -22,8 +23,6 @@ from raymem.types import Ack, Readout, Trace
 
 T = TypeVar("T")
 log = structlog.get_logger("raymem.worker")
-# a write of so few bytes takes less time than the hop to a thread
-_SMALL_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class BankWorker:
     """Runs one bank's runtime on its host's threads.
 
     Writes that arrive while a commit is under way go into the next commit together: the group grows with the load and
-    a lone writer waits for nobody. Small groups are committed together with those of the host's other banks.
+    a lone writer waits for nobody. Small groups are committed together with those of the host's other banks, and
+    applied once there are many or somebody reads.
     """
 
     def __init__(self, runtime: Runtime, crew: Crew, committer: Committer, settings: Settings) -> None:
@@ -74,14 +74,18 @@ class BankWorker:
         return isinstance(self._ending, Moved)
 
     def write(self, trace: Trace) -> asyncio.Future[Ack]:
-        """Queue a trace; its Ack comes once the group it went into is committed and applied."""
+        """Queue a trace; its Ack comes once the group it went into is committed, and every later read sees it."""
         done: asyncio.Future[Ack] = asyncio.get_running_loop().create_future()
         self._put(_Write(trace, done))
         return done
 
     async def read(self, hidden_QLD: Tensor, k: int, start: int) -> Readout:
         """Read now, beside the writers."""
-        return await self._crew.run(lambda: self.runtime.read(hidden_QLD, k, start))
+        try:
+            return await self._crew.run(lambda: self.runtime.read(hidden_QLD, k, start))
+        finally:
+            if self.runtime.broken:
+                self.give_up()
 
     async def beside(self, function: Callable[[], T]) -> T:
         """Run `function` now, beside the writers."""
@@ -196,8 +200,8 @@ class BankWorker:
 
     async def _write(self, traces: list[Trace]) -> list[Ack | RaymemError]:
         runtime, run = self.runtime, self._crew.run
-        small = sum(trace.nbytes for trace in traces) <= _SMALL_BYTES
-        staged = await run(lambda: runtime.stage(traces), small=small)
+        small = sum(trace.nbytes for trace in traces) <= SMALL_BYTES and runtime.at_hand(traces)
+        staged = runtime.stage(traces) if small else await run(lambda: runtime.stage(traces))
         rows = staged.rows
         try:
             if rows is not None and staged.logged:
@@ -206,7 +210,7 @@ class BankWorker:
                 await run(lambda: runtime.commit(rows, logged=False))
         except RaymemError as error:
             staged = runtime.fail(traces, error)
-        outcomes = await run(lambda: runtime.finish(staged), small=small)
+        outcomes = runtime.finish(staged) if small else await run(lambda: runtime.finish(staged))
         if any(isinstance(outcome, NotOwner) for outcome in outcomes):
             self.lost = True
             why = await run(self._why)
@@ -224,7 +228,8 @@ class BankWorker:
 
     def _due(self) -> bool:
         runtime = self.runtime
-        return not self.lost and (runtime.journal.due or self._settle_due() or self._snapshot_due())
+        due = runtime.behind or runtime.journal.due or self._settle_due() or self._snapshot_due()
+        return due and not self.lost
 
     def _settle_due(self) -> bool:
         rows, bank = self.committer.log, self.runtime.entry.id
@@ -238,6 +243,7 @@ class BankWorker:
 
     def _maintain(self, *, settle: bool = False) -> None:
         try:
+            self.runtime.absorb()
             if settle or self._settle_due():
                 self.runtime.journal.settle()
             self.runtime.journal.maintain()
@@ -245,7 +251,7 @@ class BankWorker:
                 self.runtime.snapshot()
         except RaymemError as error:
             self.upkeep_errors += 1
-            self.lost |= isinstance(error, NotOwner)
+            self.lost |= isinstance(error, NotOwner) or self.runtime.broken
             log.warning("upkeep failed", bank=self.runtime.entry.name, error=str(error))
 
     async def _run(self, item: _Write | _Call) -> None:
@@ -255,4 +261,5 @@ class BankWorker:
             self._held = item.holds
             settle(item.done, result)
         except Exception as error:  # noqa: BLE001 - handed to the caller
+            self.lost |= self.runtime.broken
             settle(item.done, error)

@@ -121,6 +121,11 @@ class Journal:
             self._log.settled(entry.id, self._settled_end)
         self._owned = True
 
+    @property
+    def ready(self) -> bool:
+        """Whether this is the journal's writer, as far as it knows."""
+        return self._owned and self._writer.ready
+
     def accept(self, rows: JournalRows) -> bool:
         """Make sure that these are the next rows; say whether they belong in the log, and not in the bank's table.
 
@@ -128,7 +133,7 @@ class Journal:
             NotOwner: a later owner has fenced. StorageError: the journal does not end where they start because an
             earlier append was cut short: reopen the bank.
         """
-        if not (self._owned and self._writer.ready):
+        if not self.ready:
             self.fence()
         self._require_end(int(rows.pos_T[0]))
         return self._log is not None and rows.nbytes <= self._log_bytes and not self._log.full
@@ -149,7 +154,7 @@ class Journal:
 
     def settle(self, *parts: JournalRows) -> None:
         """Move the rows that the log holds into the bank's table, in one commit with `parts`, which follow them."""
-        if not (self._owned and self._writer.ready):
+        if not self.ready:
             self.fence()
         held = [] if self._log is None else self._log.rows(self.entry.id)
         if held or parts:
@@ -176,8 +181,8 @@ class Journal:
 
     def counted(self) -> int:
         """The same as its owner counts it since the fence, without a look."""
-        held = [] if self._log is None else self._log.rows(self.entry.id)
-        return int(held[-1].pos_T[-1]) + 1 if held else self._settled_end
+        logged = None if self._log is None else self._log.end(self.entry.id)
+        return self._settled_end if logged is None else logged
 
     def rows(self) -> int:
         """How many rows there are; positions are more once rows were erased."""

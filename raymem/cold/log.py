@@ -66,6 +66,7 @@ class Log:
         self._left: dict[str, int] = {}
         self._lsn = 0
         self._pending: Sequence[Part] = ()
+        self._awaited: frozenset[str] = frozenset()
         self._rows = 0
 
     def create(self) -> None:
@@ -83,7 +84,7 @@ class Log:
             self._ensure()
             table = to_log(self._lsn + 1, parts)
             self._lsn += 1
-            self._pending = parts
+            self._await(parts)
             try:
                 self._table.add(table)
             except NotOwner:
@@ -103,6 +104,19 @@ class Log:
         with self._lock:
             held = self._held.get(bank)
             return [rows for _, rows in held.parts] if held else []
+
+    def end(self, bank: str) -> int | None:
+        """The position after the last of `rows`, None if there are none; other banks' commits are not waited for.
+
+        Raises:
+            As `rows`.
+        """
+        if bank in self._awaited:
+            with self._writing:
+                self._ensure()
+        with self._lock:
+            held = self._held.get(bank)
+            return int(held.parts[-1][1].pos_T[-1]) + 1 if held else None
 
     def nbytes(self, bank: str | None = None) -> int:
         """Bytes that are held, of one bank or in all."""
@@ -243,7 +257,11 @@ class Log:
             raise
         if landed and self._pending:
             self._hold()
-        self._pending = ()
+        self._await(())
+
+    def _await(self, parts: Sequence[Part]) -> None:
+        """These are in a commit that is under way, or of which nobody knows yet what became."""
+        self._pending, self._awaited = parts, frozenset(entry.id for entry, _ in parts)
 
     def _hold(self) -> None:
         now = time.monotonic()
@@ -255,7 +273,7 @@ class Log:
                 self._last[entry.id] = self._lsn
                 self._nbytes += rows.nbytes
                 self._rows += len(rows)
-        self._pending = ()
+        self._await(())
 
     def _first(self, bank: str | None = None) -> int:
         """The commit with the oldest row held, of one bank or of all."""

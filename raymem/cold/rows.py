@@ -179,6 +179,26 @@ class JournalRows:
         )
 
 
+def concat(parts: Sequence[JournalRows]) -> JournalRows:
+    """Consecutive parts as one, under the epoch of the first; a bank's fingerprint says whether all carry values."""
+    if len(parts) == 1:
+        return parts[0]
+    cat = torch.cat
+    values = [part.value_TV for part in parts if part.value_TV is not None]
+    return JournalRows(
+        pos_T=cat([part.pos_T for part in parts]),
+        epoch=parts[0].epoch,
+        streams=[stream for part in parts for stream in part.streams],
+        runs=[run for part in parts for run in part.runs],
+        seq_T=cat([part.seq_T for part in parts]),
+        token_T=cat([part.token_T for part in parts]),
+        hidden_TLD=cat([part.hidden_TLD for part in parts]),
+        value_TV=cat(values) if values else None,
+        time_T=cat([part.time_T for part in parts]),
+        crc_T=cat([part.crc_T for part in parts]),
+    )
+
+
 def journal_schema(dtype: torch.dtype, layers: int, width: int) -> pa.Schema:
     """The journal's Arrow schema for hidden states [rows, layers, width] of `dtype`.
 
