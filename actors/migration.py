@@ -57,10 +57,9 @@ async def _copy(name: str, source: MovingHost, target: Peer, silence_s: float) -
     # each round copies what was written during the last; a writer as fast as the copy would never let it end
     reached = await watched(target, "prepare", name, silence_s=silence_s)
     for _ in range(_ROUNDS):
-        await source.settle(name)
-        before, reached = reached, await watched(target, "prepare", name, silence_s=silence_s)
-        if reached - before <= _SHORT_ROWS:
+        if await source.settle(name) - reached <= _SHORT_ROWS:
             return
+        reached = await watched(target, "prepare", name, silence_s=silence_s)
 
 
 async def _abandon(name: str, target: Peer, silence_s: float) -> None:

@@ -59,10 +59,11 @@ class MovingHost(Host):
             self._expire(name, runtime)
             return runtime.pos
 
-    async def settle(self, name: str) -> None:
-        """At the source, before the hand-over: move the bank's rows from the log to its table while writes go on."""
+    async def settle(self, name: str) -> int:
+        """At the source, before the hand-over: move rows from the log to the bank's table; return where it ends now."""
         worker = self._worker(name)
         await worker.call(worker.runtime.journal.settle)
+        return worker.runtime.end
 
     async def yield_writes(self, name: str, to: str) -> Yielded:
         """At the source: finish queued writes, keep later ones waiting, go on answering reads.

@@ -10,6 +10,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -110,10 +111,14 @@ class Replica:
 
     def recover(self, progress: Progress | None = None, upto: int | None = None) -> None:
         """Load the newest sound snapshot, then replay the journal's tail, both up to position `upto`."""
+        self.load(upto)
+        self.catch_up(progress, upto)
+
+    def load(self, upto: int | None = None) -> None:
+        """Load the newest sound snapshot up to position `upto`, if there is one."""
         found = self.cold.state(self.entry, upto)
         if found is not None:
             self._restore(*found)
-        self.catch_up(progress, upto)
 
     def catch_up(self, progress: Progress | None = None, upto: int | None = None) -> int:
         """Apply the rows journaled since the last call; return how many. The scan runs ahead of the encoder.
@@ -251,8 +256,12 @@ class Runtime(Replica):
     ) -> Runtime:
         """A recovered runtime of a bank that this process owns."""
         runtime = cls(cold, entry, device, log)
-        runtime.recover(progress)
-        runtime.own(entry)
+        with ThreadPoolExecutor(1, thread_name_prefix="raymem-fence") as beside:
+            # a fence waits for the disk most of the time
+            fenced = beside.submit(runtime.journal.claim, entry, log)
+            runtime.load()
+            fenced.result()
+        runtime._follow(progress)
         return runtime
 
     def own(self, entry: Entry) -> None:
@@ -262,9 +271,7 @@ class Runtime(Replica):
         if entry.generation != self.journal.entry.generation:
             self.journal = self.cold.journal(entry)
         self.journal.claim(entry, self.log)
-        self.entry = self.journal.entry
-        self.catch_up(upto=self.journal.counted())
-        self.unsure = False
+        self._follow()
 
     def become(self, replica: Replica, entry: Entry) -> None:
         """Go on with the state that `replica` made, under an entry whose journal was rewritten."""
@@ -412,6 +419,12 @@ class Runtime(Replica):
         """Copy the rows that a fork inherited into its own journal."""
         self.let_go()
         self.own(materialise(self.cold, self.entry))
+
+    def _follow(self, progress: Progress | None = None) -> None:
+        """Apply what is in the journal, now that nobody else can add to it."""
+        self.entry = self.journal.entry
+        self.catch_up(progress, self.journal.counted())
+        self.unsure = False
 
     def _next_seq(self, stream: str, run: str) -> int:
         return self._backlog.head(stream, run) or self.encoder.next_seq(stream, run)

@@ -18,7 +18,7 @@ from raymem.errors import Conflict, Overloaded, RaymemError, StorageError
 ATTEMPTS = 12
 # a change of several rows takes longer than one of a single row, and is cut short by each that crosses it
 _SWAP_ATTEMPTS = 48
-_COMPACT_EVERY = 32
+_COMPACT_EVERY = 16
 # longer than any process takes from opening the table to the end of its read
 _KEEP_VERSIONS = timedelta(minutes=5)
 

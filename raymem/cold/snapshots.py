@@ -21,11 +21,13 @@ from raymem.cold.catalog import Entry
 from raymem.cold.failures import reading, writing
 from raymem.cold.tables import Tables, quote, snapshot_table
 from raymem.errors import Corrupt
+from raymem.prefetch import prefetch
 
 # all of one width: LanceDB reads and writes these thrice as fast as binaries of any length, and doesn't compress them
 _PART_BYTES = 4096
 # parts that are written, and read, together
-_BATCH_PARTS, _READ_PARTS = 1024, 256
+_BATCH_PARTS, _READ_PARTS = 1024, 512
+_AHEAD = 4
 # a part's number; the manifest is the commit marker and has none
 _MANIFEST = -1
 _SCHEMA = pa.schema(
@@ -154,7 +156,8 @@ class Snapshots:
 
     def _load(self, manifest: _Manifest) -> Snapshot:
         what = f"{self._bank}'s snapshot at position {manifest.pos}"
-        stream = _Stream(what, self._parts(manifest, what))
+        # some are read while others are copied and checked
+        stream = _Stream(what, prefetch(self._parts(manifest, what), _AHEAD))
         tensors = {name: _tensor(what, name, header, stream) for name, header in manifest.tensors.items()}
         stream.require_end()
         return manifest.pos, tensors, manifest.meta
@@ -270,16 +273,20 @@ class _Stream:
         self._held = np.empty(0, np.uint8)
         self._given = 0
 
-    def fill(self, target: NDArray[np.uint8]) -> None:
-        """Fill all of `target` with the next bytes."""
-        filled = 0
+    def fill(self, target: NDArray[np.uint8]) -> int:
+        """Fill all of `target` with the next bytes; return their checksum."""
+        filled, crc = 0, 0
         while filled < len(target):
             if not len(self._held):
                 self._held = self._next()
             piece = self._held[: len(target) - filled]
-            target[filled : filled + len(piece)] = piece
+            copied: Any = target[filled : filled + len(piece)]
+            copied[:] = piece
+            # of the copy, while it is in the processor's cache
+            crc = crc32c(copied, crc)
             filled, self._held = filled + len(piece), self._held[len(piece) :]
         self._given += filled
+        return crc
 
     def require_end(self) -> None:
         """Refuse bytes that no tensor asked for, but those that fill the last part up."""
@@ -297,8 +304,7 @@ def _tensor(what: str, name: str, header: dict[str, Any], stream: _Stream) -> Te
     # rows find room behind it without a copy; memory that is never touched costs none
     data = np.empty(header["bytes"] + header["bytes"] // 8, np.uint8)
     tensor = torch.from_numpy(data)[: header["bytes"]]
-    stream.fill(data[: len(tensor)])
-    if _crc(tensor) != header["crc32c"]:
+    if stream.fill(data[: len(tensor)]) != header["crc32c"]:
         raise Corrupt(f"tensor {name!r} of {what} does not match its checksum", tensor=name)
     dtype: torch.dtype = getattr(torch, header["dtype"])
     # bytes that aren't there have no stride to be viewed by
