@@ -31,6 +31,7 @@ def add(total: dict[str, Any], outcome: Outcome, seed: int) -> None:
     """Sum one schedule up."""
     verdict = outcome.verdict
     total["seeds"] += 1
+    total["comparisons"] = total.get("comparisons", 0) + outcome.comparisons
     total["faults"] = dict(Counter(total["faults"]) + Counter(outcome.faults))
     total["recoveries_s"] = total.get("recoveries_s", []) + [round(taken, 3) for taken in outcome.recoveries_s]
     for name in ("acknowledged", "lost", "doubled"):
@@ -44,7 +45,8 @@ def line(total: dict[str, Any]) -> str:
     taken = total.get("recoveries_s") or [0.0]
     return (
         f"{sum(total['faults'].values())} faults, {total['acknowledged']} rows acknowledged, {total['lost']} lost, "
-        f"{total['doubled']} doubled, {len(total['wrong'])} other findings; recovery {statistics.median(taken):.2f} s "
+        f"{total['doubled']} doubled, {len(total['wrong'])} other findings "
+        f"in {total.get('comparisons', 0)} comparisons; recovery {statistics.median(taken):.2f} s "
         f"(median), {max(taken):.2f} s (longest); at most {total['fragments']} fragments"
     )
 

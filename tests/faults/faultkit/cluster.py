@@ -19,7 +19,8 @@ import psutil
 import ray
 from faultkit import made
 from faultkit.fleet import lay_out
-from faultkit.ledger import Ledger, check
+from faultkit.gate import Gate, compare
+from faultkit.ledger import Checker, Ledger
 from faultkit.schedule import PASSING, Outcome
 
 from raymem import AsyncStore, Settings
@@ -105,6 +106,8 @@ class ClusterSchedule:
         self.random = random.Random(seed)
         self.ledger = Ledger(dict(BANKS))
         self.outcome = Outcome()
+        self._gate = Gate()
+        self._checker = Checker(self.uri, self.ledger, folder / "undisturbed")
         self._stop = asyncio.Event()
         self._acks: dict[str, float] = {}
         self._began = 0.0
@@ -120,13 +123,13 @@ class ClusterSchedule:
         through = await AsyncStore.connect(gateway.url, settings=SETTINGS)
         try:
             await self._inject(kinds, nodes, gateway, store, through)
-            digests = {bank: await store.bank(bank).digest() for bank in BANKS}
+            digests = await _digests(store)
         finally:
             self._stop.set()
             gateway.kill()
         await through.close()
-        scratch = self._folder / "undisturbed"
-        self.outcome.verdict = await asyncio.to_thread(check, self.uri, self.ledger, scratch, digests)
+        self.outcome.verdict = await asyncio.to_thread(self._checker.finish, digests)
+        self.outcome.comparisons = self._checker.times
         await store.close()
         return self.outcome
 
@@ -144,6 +147,8 @@ class ClusterSchedule:
                 continue
             self.outcome.faults[name] = self.outcome.faults.get(name, 0) + 1
             self.outcome.recoveries_s.append(await self._recovered())
+            if not self.ledger.wrong:
+                await compare(self._gate, self._checker, self.ledger, lambda: _digests(store), name, RECOVERY_S)
             if self.ledger.wrong:
                 break
         self._stop.set()
@@ -215,7 +220,8 @@ class ClusterSchedule:
                 self.ledger.send(bank, (stream, run), seq + rows)
                 asked = time.monotonic()
                 try:
-                    await handle.write(made.trace(stream, run, seq, rows))
+                    async with self._gate.work():
+                        await handle.write(made.trace(stream, run, seq, rows))
                 except RaymemError as error:
                     if type(error).__name__ not in PASSING:
                         self.ledger.wrong.append(f"{bank}: {type(error).__name__}: {error}")
@@ -230,20 +236,17 @@ class ClusterSchedule:
     async def _operate(self, store: AsyncStore) -> None:
         """Someone who moves banks, detaches and attaches them all the while."""
         while not self._stop.is_set():
-            bank = store.bank(self.random.choice(sorted(BANKS)))
-            with contextlib.suppress(RaymemError):
-                if self.random.random() < 0.6:
-                    await bank.migrate(self.random.choice(await store.nodes()))
-                else:
-                    await bank.detach()
-            with contextlib.suppress(RaymemError):
-                if (await bank.info()).state == "cold":
-                    await bank.attach()
+            async with self._gate.work():
+                bank = store.bank(self.random.choice(sorted(BANKS)))
+                with contextlib.suppress(RaymemError):
+                    if self.random.random() < 0.6:
+                        await bank.migrate(self.random.choice(await store.nodes()))
+                    else:
+                        await bank.detach()
+                await _attach(store, bank.name)
             await asyncio.sleep(0.3)
         for name in BANKS:
-            with contextlib.suppress(RaymemError):
-                if (await store.bank(name).info()).state == "cold":
-                    await store.bank(name).attach()
+            await _attach(store, name)
 
     async def _recovered(self) -> float:
         """Wait until every bank took a write that was sent after the fault, directly and through the gateway."""
@@ -256,6 +259,18 @@ class ClusterSchedule:
                 self.ledger.wrong.append(f"{missing} took no write for {time.monotonic() - began:.0f} s after a fault")
                 return RECOVERY_S
         return max(self._acks.values()) - began
+
+
+async def _attach(store: AsyncStore, name: str) -> None:
+    with contextlib.suppress(RaymemError):
+        if (await store.bank(name).info()).state == "cold":
+            await store.bank(name).attach()
+
+
+async def _digests(store: AsyncStore) -> dict[str, str | None]:
+    for name in BANKS:
+        await _attach(store, name)
+    return {name: await store.bank(name).digest() for name in BANKS}
 
 
 async def _freeze(pids: Sequence[int], seconds: float) -> None:

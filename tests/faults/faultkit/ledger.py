@@ -76,32 +76,73 @@ class Verdict:
         assert (self.lost, self.doubled, self.wrong) == (0, 0, []), self
 
 
-def check(uri: str, ledger: Ledger, scratch: Path, digests: dict[str, str | None] | None = None) -> Verdict:
-    """Compare a store with the ledger.
+class Checker:
+    """Compares a store with the ledger, as often as asked: an undisturbed run goes on beside the disturbed one.
 
     Args:
         uri: the store.
         ledger: what was sent and acknowledged.
         scratch: an empty folder for the undisturbed run.
-        digests: of banks, as their living owners gave them.
     """
-    verdict = Verdict(acknowledged=ledger.rows, wrong=list(ledger.wrong))
-    cold = ColdStore.open(uri)
-    undisturbed = made.open_cold(str(scratch), "none")
-    for bank in sorted(ledger.kinds):
-        try:
-            entry = cold.catalog.get(bank)
-            rows = list(cold.journal(entry).scan())
-            _check_rows(bank, rows, ledger, verdict)
-            _check_state(cold, entry, rows, undisturbed, (digests or {}).get(bank), verdict)
-            verdict.fragments = max(verdict.fragments, cold.journal(entry).stats()["fragments"])
-        except RaymemError as error:
-            verdict.lost += sum(ledger.acknowledged[bank].values())
-            verdict.wrong.append(f"{bank} can't be read: {error}")
-    _check_others(cold, ledger, verdict)
-    names = [entry.name for entry in cold.catalog.list()]
-    verdict.wrong += [f"the catalog has {name} twice" for name, times in Counter(names).items() if times > 1]
-    return verdict
+
+    def __init__(self, uri: str, ledger: Ledger, scratch: Path) -> None:
+        self._uri = uri
+        self._ledger = ledger
+        self._clean = made.open_cold(str(scratch), "none")
+        self._undisturbed: dict[str, Runtime] = {}
+        self.times = 0
+
+    def compare(self, digests: dict[str, str | None]) -> Verdict:
+        """Rows and state of each bank that is written to, while nobody writes.
+
+        Args:
+            digests: of banks, as their living owners gave them.
+        """
+        verdict = Verdict(acknowledged=self._ledger.rows)
+        cold = ColdStore.open(self._uri)
+        for bank in sorted(self._ledger.kinds):
+            try:
+                entry = cold.catalog.get(bank)
+                rows = list(cold.journal(entry).scan())
+                _check_rows(bank, rows, self._ledger, verdict)
+                _check_state(cold, entry, self._follow(entry, rows, verdict), digests.get(bank), verdict)
+                verdict.fragments = max(verdict.fragments, cold.journal(entry).stats()["fragments"])
+            except RaymemError as error:
+                verdict.lost += sum(self._ledger.acknowledged[bank].values())
+                verdict.wrong.append(f"{bank} can't be read: {error}")
+        names = [entry.name for entry in cold.catalog.list()]
+        verdict.wrong += [f"the catalog has {name} twice" for name, times in Counter(names).items() if times > 1]
+        self.times += 1
+        return verdict
+
+    def finish(self, digests: dict[str, str | None]) -> Verdict:
+        """`compare`, and what else is in the store, once everybody has gone."""
+        verdict = self.compare(digests)
+        verdict.wrong = [*self._ledger.wrong, *verdict.wrong]
+        _check_others(ColdStore.open(self._uri), self._ledger, verdict)
+        return verdict
+
+    def _follow(self, entry: Entry, parts: list[JournalRows], verdict: Verdict) -> Runtime:
+        """The undisturbed run, which writes the rows that it has not seen."""
+        if entry.name not in self._undisturbed:
+            fresh = self._clean.catalog.create(entry.name, entry.spec)
+            claimed = self._clean.catalog.claim(entry.name, "undisturbed", fresh.epoch)
+            self._undisturbed[entry.name] = Runtime.open(self._clean, claimed)
+        runtime = self._undisturbed[entry.name]
+        for part in parts:
+            refused = [
+                outcome
+                for (stream, run), seq, rows in _pieces(part.since(runtime.end))
+                for outcome in runtime.write([made.trace(stream, run, seq, rows)])
+                if isinstance(outcome, RaymemError)
+            ]
+            verdict.wrong += [f"{entry.name}: an undisturbed run refuses the journal's rows: {e}" for e in refused]
+        return runtime
+
+
+def check(uri: str, ledger: Ledger, scratch: Path, digests: dict[str, str | None] | None = None) -> Verdict:
+    """Compare a store with the ledger once, when everybody has gone; see `Checker`."""
+    return Checker(uri, ledger, scratch).finish(digests or {})
 
 
 def _check_others(cold: ColdStore, ledger: Ledger, verdict: Verdict) -> None:
@@ -154,6 +195,8 @@ def _check_content(bank: str, part: JournalRows, verdict: Verdict) -> None:
 
 def _pieces(part: JournalRows) -> Iterator[tuple[Run, int, int]]:
     """Stretches of consecutive rows of one run: the run, its first seq, and how many."""
+    if not len(part):
+        return
     start = 0
     seqs = part.seq_T.tolist()
     keys = list(zip(part.streams, part.runs, strict=True))
@@ -163,21 +206,9 @@ def _pieces(part: JournalRows) -> Iterator[tuple[Run, int, int]]:
             start = at
 
 
-def _check_state(
-    cold: ColdStore, entry: Entry, parts: list[JournalRows], clean: ColdStore, digest: str | None, verdict: Verdict
-) -> None:
+def _check_state(cold: ColdStore, entry: Entry, runtime: Runtime, digest: str | None, verdict: Verdict) -> None:
     recovered = Replica(cold, entry)
     recovered.recover()
-    fresh = clean.catalog.create(entry.name, entry.spec)
-    runtime = Runtime.open(clean, clean.catalog.claim(entry.name, "undisturbed", fresh.epoch))
-    for part in parts:
-        refused = [
-            outcome
-            for (stream, run), seq, rows in _pieces(part)
-            for outcome in runtime.write([made.trace(stream, run, seq, rows)])
-            if isinstance(outcome, RaymemError)
-        ]
-        verdict.wrong += [f"{entry.name}: an undisturbed run refuses the journal's rows: {error}" for error in refused]
     if entry.spec.kind in ROW_KINDS:
         for whose, found in (("recovered", recovered.digest()), ("live", digest)):
             if found is not None and found != runtime.digest():
