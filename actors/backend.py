@@ -158,7 +158,7 @@ class RayBackend(ColdBackend):
         topology = await self._router.refresh()
         owner = await self._router.call(name, "locate")
         stays = owner in {info.name for info in topology.on(to)}
-        target = owner if stays else await self._router.least(topology.taking(to))
+        target = owner if stays else await self._router.least(name, topology.taking(to))
         return await self._move(name, target)
 
     async def _move(self, name: str, target: str) -> MigrationReport:
@@ -211,7 +211,7 @@ class RayBackend(ColdBackend):
         while names := [name for name in await self._owned(leaving) if name not in failed]:
             for name in names:
                 try:
-                    moved.append(await self._move(name, await self._router.least(others)))
+                    moved.append(await self._move(name, await self._router.least(name, others)))
                 except (BankDetached, BankNotFound):
                     # somebody else put it away
                     continue

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raymem.cold.catalog import part_of, part_prefix
 from raymem.errors import BackendUnavailable, Conflict, InvalidInput, RaymemError
 
 _PREFIX = 12
@@ -116,11 +117,14 @@ def name_nodes(raw: Sequence[Mapping[str, Any]]) -> list[Node]:
 
 
 def choose(
-    candidates: Sequence[ShardInfo], loads: Mapping[str, dict[str, int] | RaymemError], *, prefer_gpu: bool
+    bank: str, candidates: Sequence[ShardInfo], loads: Mapping[str, dict[str, int] | RaymemError], *, prefer_gpu: bool
 ) -> ShardInfo:
     """The shard with the fewest bytes, then the fewest banks, among those that answered.
 
+    A partition goes where the fewest others of its bank are, whatever else is there.
+
     Args:
+        bank: what is to be placed.
         candidates: shards that may take the bank.
         loads: for each shard, bytes of its banks, or why it did not answer.
         prefer_gpu: take one with a GPU if there is any; otherwise one without, if there is any.
@@ -133,4 +137,12 @@ def choose(
         reasons = "; ".join(str(loads[info.name]) for info in candidates) or "there are none"
         raise BackendUnavailable(f"no shard can take the bank: {reasons}")
     fitting = [pair for pair in answering if pair[0].gpu == prefer_gpu] or answering
-    return min(fitting, key=lambda pair: (sum(pair[1].values()), len(pair[1]), pair[0].name))[0]
+    part = part_of(bank)
+    beside = part_prefix(part[0]) if part else None
+
+    def order(pair: tuple[ShardInfo, dict[str, int]]) -> tuple[int, int, int, str]:
+        info, load = pair
+        others = 0 if beside is None else sum(name.startswith(beside) for name in load.keys() - {bank})
+        return others, sum(load.values()), len(load), info.name
+
+    return min(fitting, key=order)[0]

@@ -109,7 +109,7 @@ class Rehoming:
         for entry, size in banks:
             # an owner that answers had only stopped for a while
             back = [info for info in shards if info.name == entry.owner and isinstance(planned[info.name], dict)]
-            target = choose(back or shards, planned, prefer_gpu=any(info.gpu for info in shards)).name
+            target = choose(entry.name, back or shards, planned, prefer_gpu=any(info.gpu for info in shards)).name
             planned[target][entry.name] = size
             moves.append(self._attach(gate, entry, target))
         await asyncio.gather(*moves)

@@ -163,10 +163,10 @@ class Router:
 
         await repeat(once, self._settings.retry_s)
 
-    async def least(self, candidates: Sequence[ShardInfo]) -> str:
-        """The candidate with the fewest bytes."""
+    async def least(self, bank: str, candidates: Sequence[ShardInfo]) -> str:
+        """The candidate that a bank had best go to; see `choose`."""
         loads = await ask_all([self.remote(info.name) for info in candidates], "bytes")
-        return choose(candidates, loads, prefer_gpu=self._settings.gpus_per_shard > 0).name
+        return choose(bank, candidates, loads, prefer_gpu=self._settings.gpus_per_shard > 0).name
 
     def forget(self, bank: str) -> None:
         """Look the bank up again before its next call."""
@@ -239,7 +239,7 @@ class Router:
         return True
 
     async def _place(self, entry: Entry, candidates: Sequence[ShardInfo], take_from: str) -> str:
-        shard = await self.least(candidates)
+        shard = await self.least(entry.name, candidates)
         await self._ask(entry.name, shard, "attach", take_from)
         return shard
 

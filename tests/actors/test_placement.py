@@ -71,9 +71,23 @@ def test_a_node_without_a_shard_says_why():
     ids=["fewest bytes", "GPU asked for", "fewest banks", "by name", "silent", "all else silent", "GPU silent"],
 )
 def test_a_bank_goes_where_there_is_room(loads, prefer_gpu, expected):
-    assert choose([CPU, OTHER, GPU], loads, prefer_gpu=prefer_gpu) == expected
+    assert choose("lab/a", [CPU, OTHER, GPU], loads, prefer_gpu=prefer_gpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("loads", "expected"),
+    [
+        ({"shard-a-0": {"lab/a.p0": 0, "lab/a.p1": 0}, "shard-a-1": {"lab/a.p3": 9}}, OTHER),
+        ({"shard-a-0": {"lab/a.p0": 0}, "shard-a-1": {"lab/a.p3": 9}}, CPU),
+        ({"shard-a-0": {"lab/a.p2": 99}, "shard-a-1": {"lab/a.p3": 1}}, CPU),
+        ({"shard-a-0": {"lab/a.p0": 0}, "shard-a-1": {"lab/ab.p1": 9, "lab/x": 9}}, OTHER),
+    ],
+    ids=["fewest others", "as many others", "itself", "another bank's"],
+)
+def test_a_partition_goes_where_the_fewest_others_are(loads, expected):
+    assert choose("lab/a.p2", [CPU, OTHER], loads, prefer_gpu=False) == expected
 
 
 def test_when_no_shard_answers_the_reasons_are_given():
     with pytest.raises(BackendUnavailable, match="no answer"):
-        choose([CPU], {"shard-a-0": DOWN}, prefer_gpu=False)
+        choose("lab/a", [CPU], {"shard-a-0": DOWN}, prefer_gpu=False)
