@@ -13,7 +13,7 @@ SMALL_BYTES = 64 * 2**10
 # applying so many takes about twice as long as applying one
 _MOST_ROWS = 64
 # a bank that nobody looks at is brought up to date after so long, so that its next reader need not wait
-_MOST_S = 1.0
+_MOST_S = 10.0
 
 
 class Backlog:
@@ -25,6 +25,7 @@ class Backlog:
     def __init__(self) -> None:
         self._parts: list[JournalRows] = []
         self._heads: dict[tuple[str, str], int] = {}
+        self._end: int | None = None
         self._rows = self._nbytes = 0
         self._since = 0.0
         # one applies at a time; what is here may be looked at meanwhile
@@ -45,8 +46,7 @@ class Backlog:
     @property
     def end(self) -> int | None:
         """The position after the last row here, None if there is none."""
-        with self._lock:
-            return int(self._parts[-1].pos_T[-1]) + 1 if self._parts else None
+        return self._end
 
     @property
     def due(self) -> bool:
@@ -75,12 +75,13 @@ class Backlog:
     def _drop(self, parts: int) -> None:
         with self._lock:
             self._parts, left = [], self._parts[parts:]
-            self._heads, self._rows, self._nbytes, self._since = {}, 0, 0, time.monotonic()
+            self._heads, self._end, self._rows, self._nbytes, self._since = {}, None, 0, 0, time.monotonic()
             for rows in left:
                 self._parts.append(rows)
                 self._count(rows)
 
     def _count(self, rows: JournalRows) -> None:
         self._heads.update(zip(zip(rows.streams, rows.runs, strict=True), (rows.seq_T + 1).tolist(), strict=True))
+        self._end = int(rows.pos_T[-1]) + 1
         self._rows += len(rows)
         self._nbytes += rows.nbytes

@@ -36,6 +36,7 @@ class Committer:
         self._crew = crew
         self._group_bytes = group_bytes
         self._lost = lost
+        self._loop = asyncio.get_running_loop()
         self._waiting: deque[tuple[Part, asyncio.Future[None]]] = deque()
         self._tidied: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -46,7 +47,7 @@ class Committer:
         Raises:
             NotOwner: the log is lost for good. StorageError: nothing is acknowledged, some of it may be there.
         """
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[None] = self._loop.create_future()
         self._waiting.append((part, done))
         self._go()
         await done
@@ -58,7 +59,7 @@ class Committer:
             What is done once that was tried; others may wait for the same.
         """
         if self._tidied is None:
-            self._tidied = asyncio.get_running_loop().create_future()
+            self._tidied = self._loop.create_future()
             self._go()
         return self._tidied
 
@@ -69,7 +70,7 @@ class Committer:
 
     def _go(self) -> None:
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._drain(), name=f"log {self.log.id}")
+            self._task = self._loop.create_task(self._drain(), name=f"log {self.log.id}")
 
     async def _drain(self) -> None:
         try:

@@ -156,7 +156,7 @@ class Host:
         """
         # nothing is waited for between this and the queue
         worker, lease = await self._home(name, lambda homes: homes.require(trace.stream)), self.tenure.lease
-        self._space.room.leaving(name, worker.runtime.nbytes, {}, ())
+        self._space.check(name, lambda: worker.runtime.nbytes)
         if durable:
             with self._limiter.admit(caller, trace.nbytes):
                 ack = await worker.write(trace)

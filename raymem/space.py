@@ -61,6 +61,11 @@ class Space:
             leaving = self.room.leaving(name, needed, self._held(), pinned | {stays})
             return sum([await self._free(other) for other in leaving])
 
+    def check(self, name: str, needed: Callable[[], int]) -> None:
+        """Raise TooLarge if a bank of so many bytes is too large even alone."""
+        if self.room.limit is not None:
+            self.room.leaving(name, needed(), {}, ())
+
     async def admit(self, entry: Entry) -> None:
         """Make room for a bank before it is loaded.
 

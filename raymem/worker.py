@@ -60,8 +60,10 @@ class BankWorker:
         self._ending: RaymemError | None = None
         self._held = False
         self._queue: deque[_Write | _Call] = deque()
-        self._wake = asyncio.Event()
-        self._task = asyncio.get_running_loop().create_task(self._loop(), name=f"bank {runtime.entry.name}")
+        # asking for the running loop takes as long as a write's other steps
+        self._loop = asyncio.get_running_loop()
+        self._stirred: asyncio.Future[None] | None = None
+        self._task = self._loop.create_task(self._work(), name=f"bank {runtime.entry.name}")
 
     @property
     def queued(self) -> int:
@@ -75,7 +77,7 @@ class BankWorker:
 
     def write(self, trace: Trace) -> asyncio.Future[Ack]:
         """Queue a trace; its Ack comes once the group it went into is committed, and every later read sees it."""
-        done: asyncio.Future[Ack] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[Ack] = self._loop.create_future()
         self._put(_Write(trace, done))
         return done
 
@@ -93,7 +95,7 @@ class BankWorker:
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` after the writes queued so far and before later ones."""
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[T] = self._loop.create_future()
         self._put(_Call(function, done))
         return await done
 
@@ -108,7 +110,7 @@ class BankWorker:
 
     async def finish(self, last: Callable[[], T], later: RaymemError) -> T:
         """Finish what is queued, refuse what comes `later`, run `last` and stop; if `last` fails, go on instead."""
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[T] = self._loop.create_future()
         self._put(_Call(last, done))
         self._ending = later
         try:
@@ -116,12 +118,13 @@ class BankWorker:
         except BaseException:
             self._ending = None
             raise
-        self._task.cancel()
+        # not by cancelling: the error would keep hold of all that the bank takes
+        self.give_up()
         return result
 
     async def hold(self, last: Callable[[], T]) -> T:
         """Finish what is queued, run `last`, and let what comes later wait; if `last` fails, go on instead."""
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[T] = self._loop.create_future()
         self._put(_Call(last, done, holds=True))
         return await done
 
@@ -129,35 +132,40 @@ class BankWorker:
         """After `hold`: run `first`, then what has come meanwhile."""
         result = await self._crew.run(first)
         self._held = False
-        self._wake.set()
+        self._stir()
         return result
 
     def leave(self, where: Moved) -> None:
         """After `hold`: stop; whoever waits hears where the bank has gone."""
         self._ending, self.lost = where, True
-        self._wake.set()
+        self._stir()
 
     def nudge(self, *, settle: bool = False) -> None:
         """Do what is due after a while, or settle now, behind what is queued."""
         if (settle or self._due()) and not (self._queue or self.lost or self._ending or self._held):
-            self._put(_Call(lambda: self._maintain(settle=settle), asyncio.get_running_loop().create_future()))
+            self._put(_Call(lambda: self._maintain(settle=settle), self._loop.create_future()))
 
     def give_up(self) -> None:
         """Stop at once: another owner may have the bank; what is queued hears so."""
         self.lost = True
-        self._wake.set()
+        self._stir()
 
     def _put(self, item: _Write | _Call) -> None:
         if self.lost or self._ending:
             settle(item.done, self._ending or self._reopening())
             return
         self._queue.append(item)
-        self._wake.set()
+        self._stir()
 
-    async def _loop(self) -> None:
+    def _stir(self) -> None:
+        if self._stirred is not None:
+            settle(self._stirred, None)
+
+    async def _work(self) -> None:
         while not self.lost:
-            await self._wake.wait()
-            self._wake.clear()
+            self._stirred = self._loop.create_future()
+            if self._held or not self._queue:
+                await self._stirred
             while self._queue and not (self.lost or self._held):
                 group = self._next_group()
                 if group:

@@ -267,7 +267,9 @@ class Log:
         now = time.monotonic()
         with self._lock:
             for entry, rows in self._pending:
-                held = self._held.setdefault(entry.id, _Held(since=now))
+                held = self._held.get(entry.id)
+                if held is None:
+                    held = self._held[entry.id] = _Held(since=now)
                 held.parts.append((self._lsn, rows))
                 held.nbytes += rows.nbytes
                 self._last[entry.id] = self._lsn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -95,7 +96,9 @@ def from_log(found: pa.Table, entry: Entry) -> list[JournalRows]:
 
 def _binary(tensors: Sequence[Tensor]) -> pa.Array:
     """One value a row: the bytes of each tensor's rows, none of which is null."""
-    rows = [tensor.flatten(1).contiguous().view(torch.uint8) for tensor in tensors]
+    # those of one width at once: most are of one model, and many have a single row
+    alike = [torch.cat(list(group)) for _, group in groupby(tensors, lambda each: (each.dtype, each.shape[1:]))]
+    rows = [tensor.flatten(1).contiguous().view(torch.uint8) for tensor in alike]
     lengths = np.repeat([row.shape[1] for row in rows], [row.shape[0] for row in rows])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     data = torch.cat([row.reshape(-1) for row in rows]).numpy()

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from crc32c import crc32c
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -239,10 +240,10 @@ def checksums(
     value_TV: Tensor | None,
 ) -> Tensor:
     """crc32c of each row's stream, run, seq, token, hidden bytes and value bytes, as int64 [T]."""
-    columns = [seq_T[:, None], token_T[:, None], hidden_TLD.flatten(1)]
-    if value_TV is not None:
-        columns.append(value_TV)
-    bytes_TN = torch.cat([column.contiguous().view(torch.uint8) for column in columns], dim=1).numpy()
+    identity_T2 = np.empty((len(streams), 2), np.int64)
+    identity_T2[:, 0], identity_T2[:, 1] = seq_T.numpy(), token_T.numpy()
+    tensors = [hidden_TLD] if value_TV is None else [hidden_TLD, value_TV]
+    bytes_TN = np.concatenate([identity_T2.view(np.uint8), *map(_bytes, tensors)], axis=1)
     seeds: dict[tuple[str, str], int] = {}
     crcs = []
     for stream, run, row in zip(streams, runs, bytes_TN, strict=True):
@@ -250,6 +251,12 @@ def checksums(
             seeds[stream, run] = crc32c(f"{stream}\0{run}".encode())
         crcs.append(crc32c(row, seeds[stream, run]))
     return torch.from_numpy(np.array(crcs, dtype=np.int64))
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The bytes [T, N] of a tensor's rows."""
+    bytes_TN: NDArray[np.uint8] = tensor.contiguous().view(torch.uint8).numpy()
+    return bytes_TN.reshape(len(tensor), bytes_TN.size // max(1, len(tensor)))
 
 
 def _pieces(table: pa.Table) -> Iterator[tuple[int, int]]:

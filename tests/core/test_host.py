@@ -1,6 +1,8 @@
 """Many banks of one host: their small writes are committed together, and settle in time."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +69,27 @@ async def test_writers_of_many_banks_share_few_commits(cold: ColdStore, bank_spe
     # closing settles all, and the log is gone
     assert all(settled_rows(cold, name) == 2 for name in names[::50])
     assert not list(Path(cold.uri).glob("log-*"))
+
+
+@pytest.mark.parametrize("how", ["detached", "evicted"])
+async def test_the_memory_of_a_bank_that_left_is_free_at_once(
+    cold: ColdStore, bank_spec: BankSpec, make_trace: Make, how: str
+):
+    host = Host(cold, Settings(), "me")
+    await attached(host, bank_spec, "lab/a")
+    await host.write("lab/a", make_trace(20))
+    await host.read("lab/a", make_trace(3).hidden)
+    runtime = weakref.ref(host._workers["lab/a"].runtime)
+    gc.collect()
+    gc.disable()
+    try:
+        await (host.detach("lab/a") if how == "detached" else host._evict("lab/a"))
+        # the worker's task ends in its next turn
+        await asyncio.sleep(0.05)
+        assert runtime() is None
+    finally:
+        gc.enable()
+    await host.close()
 
 
 async def test_a_lone_writer_does_not_wait_for_company(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
