@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from raymem.actors import cluster
-from raymem.actors.calls import Remote, ask_all
+from raymem.actors.calls import Remote, ask, ask_all
 from raymem.actors.placement import ShardInfo, Topology, choose, node_prefix
 from raymem.actors.shard import ClusterSpec
 from raymem.backend import detached
@@ -82,7 +82,7 @@ class Router:
         return self._remotes.setdefault(shard, Remote(shard))
 
     async def refresh(self, *, retry_failed: bool = False) -> Topology:
-        """Ask the directory which shards there are; what is known already stands if it does not answer.
+        """Ask the directory which shards there are; what is known already stands if it does not answer in `retry_s`.
 
         Raises:
             BackendUnavailable: it does not answer, and nothing is known.
@@ -90,7 +90,7 @@ class Router:
 
         async def once() -> Topology:
             try:
-                found: Topology = await self._directory.call("ensure", retry_failed)
+                found = await self._ensure(retry_failed)
             except BackendUnavailable as error:
                 if self.topology.shards:
                     # what may have changed and matters is written down
@@ -101,6 +101,12 @@ class Router:
 
         self.topology = await repeat(once, self._settings.retry_s)
         return self.topology
+
+    async def _ensure(self, retry_failed: bool) -> Topology:
+        # one that is cut off from the cluster's head waits for Ray until it is back
+        limit_s = self._settings.retry_s if self.topology.shards else float("inf")
+        found: Topology = await ask(self._directory, "ensure", retry_failed, timeout_s=limit_s)
+        return found
 
     async def call(self, bank: str, method: str, *args: Any, settled_by: type[RaymemError] | None = None) -> Any:
         """Run a shard's method on a bank, wherever it is.

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,18 @@ class Process:
         self._listening = asyncio.create_task(self._listen())
 
     @classmethod
-    async def start(cls, uri: str, plans: Path, mutation: str, lease_s: float) -> "Process":
+    async def start(cls, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> "Process":
         """Start one; it opens the store with the first command."""
         path = os.pathsep.join([str(KIT), str(KIT.parents[1]), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-m", "faultkit.owner", uri, str(plans), mutation, str(lease_s)]
         # what it says when it is killed half-way is of interest only where the checker finds something
-        with (plans / "owners.log").open("a") as log:
+        with log.open("a") as file:
             return cls(
                 await asyncio.create_subprocess_exec(
                     *command,
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
-                    stderr=log,
-                    env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                    stderr=file,
+                    env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | variables,
                 )
             )
 
@@ -88,8 +88,9 @@ class Process:
             if "ready" in said:
                 self.ready.set()
                 continue
-            waiting = self._waiting.pop(said["id"])
-            if waiting.done():
+            waiting = self._waiting.pop(said["id"], None)
+            # given up as dead while this was on its way
+            if waiting is None or waiting.done():
                 continue
             if "error" in said:
                 waiting.set_exception(Refused(said["error"], said["text"]))
@@ -109,7 +110,7 @@ class Fleet:
     """The present owner, and a spare that has its imports behind it."""
 
     def __init__(self, uri: str, plans: Path, mutation: str, lease_s: float) -> None:
-        self._arguments = (uri, plans, mutation, lease_s)
+        self._arguments = (uri, str(plans), mutation, str(lease_s))
         self.plans = plans
         self.current: Process
         self._spare: asyncio.Task[Process]
@@ -134,7 +135,8 @@ class Fleet:
         return old
 
     async def _start(self) -> Process:
-        process = await Process.start(*self._arguments)
+        command = [sys.executable, "-m", "faultkit.owner", *self._arguments]
+        process = await Process.start(command, self.plans / "owners.log", {})
         self._all.append(process)
         await process.ready.wait()
         return process

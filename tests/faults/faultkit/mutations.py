@@ -1,4 +1,4 @@
-"""Two ways to get durability wrong, put into a process under test: the checker must find both."""
+"""Ways to get durability wrong, put into a process under test: the checker must find each."""
 
 from typing import Any
 
@@ -25,4 +25,17 @@ def skip_the_fence() -> None:
     FencedTable._take_over = lambda self, writer: None
 
 
-MUTATIONS = {"": lambda: None, "early": acknowledge_before_the_commit, "unfenced": skip_the_fence}
+def never_let_go() -> None:
+    """As `skip_the_fence`, and leases never run out for those who hold them."""
+    from raymem.lease import Lease
+
+    skip_the_fence()
+    Lease.valid = property(lambda self: self._begun is not None)
+
+
+MUTATIONS = {
+    "": lambda: None,
+    "early": acknowledge_before_the_commit,
+    "unfenced": skip_the_fence,
+    "unleased": never_let_go,
+}

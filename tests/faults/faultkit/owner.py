@@ -6,7 +6,6 @@ if its clock were wrong: the fence alone must keep the two apart.
 """
 
 import asyncio
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,17 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from faultkit import made, mutations, sabotage
+from faultkit.commands import Run, serve
 
 from raymem import AsyncStore, Settings, local
 from raymem.cold import journal, log
 from raymem.config import ColdSettings, HostSettings
-from raymem.errors import RaymemError
 
 # soon enough that a short schedule meets it
 journal._COMPACT_EVERY = log._COMPACT_EVERY = int(os.environ.get("FAULTS_COMPACT_EVERY", "12"))
-
-# logs go to stdout by default, and answers must come alone
-ANSWERS, sys.stdout = sys.stdout, sys.stderr
 
 
 class Owner:
@@ -68,30 +64,12 @@ async def main(uri: str, plans: str, mutation: str, lease: str) -> None:
     laid_out = sabotage.Plans(Path(plans))
     sabotage.install(lambda tables: laid_out)
     mutations.MUTATIONS[mutation]()
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     settings = Settings(cold=ColdSettings(snapshot_bytes=4096), host=HostSettings(lease_s=lease_s or 9.0))
-    owner = None
-    say({"ready": os.getpid()})
-    running = set()
 
-    async def answer(number: int, command: list[Any]) -> None:
-        try:
-            assert owner is not None
-            say({"id": number, "answer": await owner.run(*command)})
-        except RaymemError as error:
-            say({"id": number, "error": type(error).__name__, "text": str(error)})
+    async def begin() -> Run:
+        return Owner(await AsyncStore.connect(uri, settings=settings)).run
 
-    while line := await reader.readline():
-        if owner is None:
-            owner = Owner(await AsyncStore.connect(uri, settings=settings))
-        task = asyncio.create_task(answer(*json.loads(line)))
-        running.add(task)
-        task.add_done_callback(running.discard)
-
-
-def say(document: dict[str, Any]) -> None:
-    print(json.dumps(document), file=ANSWERS, flush=True)
+    await serve(begin)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,16 @@ class Sabotage(MetaPathFinder):
 
         def exec_module(module):
             load(module)
-            from faultkit import sabotage
+            from faultkit import mutations, sabotage
 
-            plans = sabotage.Plans(Path(os.environ["FAULTS_PLANS"]))
-            sabotage.install(lambda tables: plans, module.Tables)
+            if "FAULTS_PLANS" in os.environ:
+                plans = sabotage.Plans(Path(os.environ["FAULTS_PLANS"]))
+                sabotage.install(lambda tables: plans, module.Tables)
+            mutations.MUTATIONS[os.environ.get("FAULTS_MUTATION", "")]()
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-if "FAULTS_PLANS" in os.environ:
+if "FAULTS_PLANS" in os.environ or os.environ.get("FAULTS_MUTATION"):
     sys.meta_path.insert(0, Sabotage())
