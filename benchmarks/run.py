@@ -1,6 +1,6 @@
 """Run the registry: each contest is checked first, then timed in turn; a contest that fails its check shows no speed.
 
-python benchmarks/run.py [NAME ...] [--json FILE] [--small] [--repeats 5] [--threads 1]
+python benchmarks/run.py [NAME ...] [--json FILE] [--small] [--repeats 5] [--threads 1] [--device cuda]
 """
 
 from __future__ import annotations
@@ -8,21 +8,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from registry import REGISTRY
+from torch.profiler import ProfilerActivity, profile
 
 from raymem.bench.contest import Bench, measure
 
 
-def run_bench(bench: Bench, sizes: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
+def run_bench(bench: Bench, sizes: dict[str, Any], repeats: int, device: str = "cpu") -> list[dict[str, Any]]:
     """One line of figures for each way of doing the work."""
     torch.manual_seed(0)
-    with torch.no_grad():
+    # naming the device where it is the default anyway would be a part of what is timed
+    with torch.no_grad(), nullcontext() if device == "cpu" else torch.device(device):
         contest = bench.make(**sizes)
         taken = measure(contest, repeats)
+        busy = {name: {} if device == "cpu" else {"gpu_ms": _busy_ms(run)} for name, run in contest.runs.items()}
     *_, last = taken
     return [
         {
@@ -30,11 +35,25 @@ def run_bench(bench: Bench, sizes: dict[str, Any], repeats: int) -> list[dict[st
             "sizes": sizes,
             "run": name,
             "ms": 1e3 * seconds,
+            **busy[name],
             f"us_per_{contest.unit}": 1e6 * seconds / contest.work,
             f"times {last}": seconds / taken[last],
         }
         for name, seconds in taken.items()
     ]
+
+
+def _machine(device: str) -> dict[str, Any]:
+    name = device if device == "cpu" else torch.cuda.get_device_name(device)
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _busy_ms(run: Callable[[], Any]) -> float:
+    """How long the GPU works on one call: what is left of its time where nobody waits for each call to end."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in seen.key_averages()) / 1e3
 
 
 def main(arguments: list[str]) -> int:
@@ -47,6 +66,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="that torch may use")
+    parser.add_argument("--device", default="cpu", help="where the tensors are: cpu or cuda")
     asked = parser.parse_args(arguments)
     if unknown := set(asked.names) - {bench.name for bench in REGISTRY}:
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
@@ -57,7 +77,10 @@ def main(arguments: list[str]) -> int:
             continue
         for sizes in [bench.small] if asked.small else bench.sizes:
             try:
-                lines = run_bench(bench, sizes, asked.repeats)
+                lines = run_bench(bench, sizes, asked.repeats, asked.device)
+            except ModuleNotFoundError as error:
+                print(f"{bench.name} {sizes}: skipped, its peer is not installed: {error}", file=sys.stderr)
+                continue
             except AssertionError as error:
                 print(f"{bench.name} {sizes}: wrong results, no speed reported\n{error}", file=sys.stderr)
                 failed = True
@@ -68,7 +91,7 @@ def main(arguments: list[str]) -> int:
                     "  ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{v}" for n, v in line.items()), flush=True
                 )
     if asked.json:
-        asked.json.write_text(json.dumps({"threads": torch.get_num_threads(), "figures": figures}, indent=2) + "\n")
+        asked.json.write_text(json.dumps({**_machine(asked.device), "figures": figures}, indent=2) + "\n")
     return int(failed)
 
 

@@ -1,6 +1,7 @@
 """What every test shares: a quiet, offline, seeded environment, uninitialised memory that shows, a table of figures."""
 
 import asyncio
+import importlib
 import json
 import os
 import random
@@ -199,6 +200,8 @@ def _poisoned(make: Any, torch: Any) -> Any:
 def _unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     # fresh pages read as zeros, which hides a lane that nobody wrote. other people's calls stay as they are
     if torch := sys.modules.get("torch"):
+        # `with torch.device(...)` remembers, from its first use on, which functions make tensors: the real ones
+        importlib.import_module("torch.utils._device")._device_constructors()
         monkeypatch.setattr(torch, "empty", _poisoned(torch.empty, torch))
         monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like, torch))
         monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty, torch))

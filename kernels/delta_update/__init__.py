@@ -9,11 +9,12 @@ from torch import Tensor
 
 from raymem.kernels.delta_update.chunk import Transition, chunk_delta_update, transition
 from raymem.kernels.delta_update.reference import recurrent_delta_update_reference
-from raymem.kernels.dispatch import use_triton
+from raymem.kernels.dispatch import undispatched, use_triton
 
 __all__ = [
     "Transition",
     "chunk_delta_update",
+    "prefers_tokens",
     "recurrent_delta_update",
     "recurrent_delta_update_reference",
     "transition",
@@ -47,11 +48,20 @@ def recurrent_delta_update(
     Reference:
         Titans (2501.00663) equations 9, 10 and 13, loss summed over features.
     """
-    if not use_triton(weight_BKV, backend) or weight_BKV.dtype != torch.float32:
+    if keys_BTK.shape[1] == 0 or weight_BKV.dtype != torch.float32 or not use_triton(weight_BKV, backend):
         return recurrent_delta_update_reference(weight_BKV, momentum_BKV, keys_BTK, values_BTV, gates, active_BT)
     inputs = (weight_BKV, momentum_BKV, keys_BTK, values_BTV, *gates, active_BT)
-    weight, momentum, errors = _Recurrent.apply(*inputs)  # type: ignore[no-untyped-call]
+    with undispatched(weight_BKV):
+        weight, momentum, errors = _Recurrent.apply(*inputs)  # type: ignore[no-untyped-call]
     return weight, momentum, errors
+
+
+def prefers_tokens(weight_BKV: Tensor) -> bool:
+    """Whether `recurrent_delta_update` is the faster way to advance this memory by a chunk of tokens.
+
+    On a GPU it is one kernel where the chunk form is a dozen; but its backward pass goes token by token.
+    """
+    return weight_BKV.dtype == torch.float32 and not torch.is_grad_enabled() and use_triton(weight_BKV)
 
 
 class _Recurrent(torch.autograd.Function):

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_REGISTER_FLOATS = 4096
-
 
 @triton.jit
 def delta_update_fwd_kernel_recurrent(
@@ -29,16 +27,24 @@ def delta_update_fwd_kernel_recurrent(
     b_s = tl.zeros((BK, BV), dtype=tl.float32)
     if USE_MOMENTUM:
         b_s = tl.load(s + i_kv, mask=m_kv, other=0.0)
+    i_t = i_b * T
+    n_k = tl.load(k + i_t * K + i_k, mask=m_k, other=0.0)
+    n_v = tl.load(v + i_t * V + i_v, mask=m_v, other=0.0)
+    n_theta, n_eta, n_alpha = tl.load(theta + i_t), tl.load(eta + i_t), tl.load(alpha + i_t)
     for t in range(T):
         i_t = i_b * T + t
-        b_k = tl.load(k + i_t * K + i_k, mask=m_k, other=0.0)
-        b_v = tl.load(v + i_t * V + i_v, mask=m_v, other=0.0)
+        b_k, b_v, b_theta, b_eta, b_alpha = n_k, n_v, n_theta, n_eta, n_alpha
+        # a step is shorter than a read of memory: the next token's is under way meanwhile
+        i_next = i_b * T + tl.minimum(t + 1, T - 1)
+        n_k = tl.load(k + i_next * K + i_k, mask=m_k, other=0.0)
+        n_v = tl.load(v + i_next * V + i_v, mask=m_v, other=0.0)
+        n_theta, n_eta, n_alpha = tl.load(theta + i_next), tl.load(eta + i_next), tl.load(alpha + i_next)
         b_e = tl.sum(b_k[:, None] * b_w, 0) - b_v
         tl.store(e_out + i_t * V + i_v, b_e, mask=m_v)
-        b_step = -2.0 * tl.load(theta + i_t) * b_k[:, None] * b_e[None, :]
+        b_step = -2.0 * b_theta * b_k[:, None] * b_e[None, :]
         if USE_MOMENTUM:
-            b_step = tl.load(eta + i_t) * b_s + b_step
-        b_moved = (1.0 - tl.load(alpha + i_t)) * b_w + b_step
+            b_step = b_eta * b_s + b_step
+        b_moved = (1.0 - b_alpha) * b_w + b_step
         if USE_ACTIVE:
             on = tl.load(active + i_t) != 0
             b_w = tl.where(on, b_moved, b_w)
@@ -62,7 +68,8 @@ def recurrent_delta_update_fwd(
     """Launch the kernel on float32 tensors; shapes as in `recurrent_delta_update`."""
     (B, T, K), V = keys_BTK.shape, values_BTV.shape[2]
     BK = triton.next_power_of_2(K)
-    BV = max(1, min(triton.next_power_of_2(V), _REGISTER_FLOATS // BK))
+    # one warp a program: sums within it need no barrier. few columns make a step short, and a step is what takes time
+    BV = min(triton.next_power_of_2(V), max(2, 1024 // BK))
     weight, keys, values = (x.contiguous() for x in (weight_BKV, keys_BTK, values_BTV))
     theta, eta, alpha = (gate.expand(B, T).contiguous() for gate in gates)
     momentum = weight if momentum_BKV is None else momentum_BKV.contiguous()
@@ -73,5 +80,6 @@ def recurrent_delta_update_fwd(
         weight, momentum, keys, values, theta, eta, alpha, active,
         weight_out, weight_out if momentum_out is None else momentum_out, errors,
         T, K=K, V=V, BK=BK, BV=BV, USE_MOMENTUM=momentum_BKV is not None, USE_ACTIVE=active_BT is not None,
+        num_warps=triton.cdiv(BK, 1024),
     )  # fmt: skip
     return weight_out, momentum_out, errors

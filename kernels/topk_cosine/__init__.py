@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from raymem.errors import InvalidInput
-from raymem.kernels.dispatch import use_triton
+from raymem.kernels.dispatch import undispatched, use_triton
 from raymem.kernels.topk_cosine.coarse import coarse_scores
 from raymem.kernels.topk_cosine.reference import exact_scores, sort_found, topk_cosine_reference
 
@@ -16,6 +16,8 @@ _BLOCK_ROWS = 65_536
 # what a block gathers has to stay in a processor's cache: 64 queries take ten times as long each
 _BLOCK_QUERIES, _BLOCK_QUERIES_CUDA = 8, 64
 _SPARE_CANDIDATES = 32
+# the kernels' ranking compares all pairs of up to 32 k candidates
+_TRITON_K = 256
 
 
 def topk_cosine(
@@ -45,21 +47,34 @@ def topk_cosine(
     Raises:
         InvalidInput: shapes that don't fit, naming them.
     """
-    _check(queries_QK, rows_NK, k, mask)
-    if len(rows_NK) == 0 or len(queries_QK) == 0 or k == 0:
-        return topk_cosine_reference(queries_QK, rows_NK, scale_N, order_N, k, mask)
-    width = min(len(rows_NK), 2 * k + _SPARE_CANDIDATES)
-    coarse_Qc, index_Qc, error_Q = _candidates(queries_QK, rows_NK, scale_N, width, mask, use_triton(rows_NK, backend))
-    scores_Qk, index_Qk = _rank(queries_QK, rows_NK, scale_N, order_N, k, coarse_Qc, index_Qc)
-    if width < len(rows_NK):
-        # a row left out scores at most the worst candidate plus the error; when that reaches the k-th, look at all rows
-        unsure = torch.nonzero(coarse_Qc.amin(1) + error_Q >= scores_Qk[:, -1])[:, 0]
-        unsure = unsure[torch.isfinite(coarse_Qc[unsure].amin(1))]
+    with undispatched(rows_NK):
+        _check(queries_QK, rows_NK, k, mask)
+        if len(rows_NK) == 0 or len(queries_QK) == 0 or k == 0:
+            return topk_cosine_reference(queries_QK, rows_NK, scale_N, order_N, k, mask)
+        if use_triton(rows_NK, backend) and k <= _TRITON_K:
+            from raymem.kernels.topk_cosine.triton import topk_cosine_fwd as search
+        else:
+            search = _search
+        scores_Qk, index_Qk, unsure_Q = search(queries_QK, rows_NK, scale_N, order_N, k, mask)
+        unsure = torch.nonzero(unsure_Q)[:, 0]
         if len(unsure):
+            unsure = unsure.to(rows_NK.device)
             seen = mask if mask is None or mask.dim() == 1 else mask[unsure]
             exact = topk_cosine_reference(queries_QK[unsure], rows_NK, scale_N, order_N, k, seen)
             scores_Qk[unsure], index_Qk[unsure] = exact
     return scores_Qk, index_Qk
+
+
+def _search(
+    queries_QK: Tensor, rows_NK: Tensor, scale_N: Tensor, order_N: Tensor, k: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = min(len(rows_NK), 2 * k + _SPARE_CANDIDATES)
+    coarse_Qc, index_Qc, error_Q = _candidates(queries_QK, rows_NK, scale_N, width, mask)
+    scores_Qk, index_Qk = _rank(queries_QK, rows_NK, scale_N, order_N, k, coarse_Qc, index_Qc)
+    # a row left out scores at most the worst candidate plus the error; when that reaches the k-th, look at all rows
+    worst_Q = coarse_Qc.amin(1)
+    unsure_Q = (worst_Q + error_Q >= scores_Qk[:, -1]) & torch.isfinite(worst_Q)
+    return scores_Qk, index_Qk, unsure_Q.cpu() & (width < len(rows_NK))
 
 
 def _check(queries_QK: Tensor, rows_NK: Tensor, k: int, mask: Tensor | None) -> None:
@@ -73,12 +88,12 @@ def _check(queries_QK: Tensor, rows_NK: Tensor, k: int, mask: Tensor | None) -> 
 
 
 def _candidates(
-    queries_QK: Tensor, rows_NK: Tensor, scale_N: Tensor, width: int, mask: Tensor | None, triton: bool
+    queries_QK: Tensor, rows_NK: Tensor, scale_N: Tensor, width: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     found: tuple[Tensor, Tensor] | None = None
     for start in range(0, len(rows_NK), _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
-        scores_QN, error_Q = _score(queries_QK, rows_NK[block], scale_N[block], triton)
+        scores_QN, error_Q = coarse_scores(queries_QK, rows_NK[block], scale_N[block])
         if mask is not None:
             scores_QN = scores_QN.masked_fill(~mask[..., block], float("-inf"))
         best, index = scores_QN.topk(min(width, scores_QN.shape[1]), dim=1)
@@ -90,14 +105,6 @@ def _candidates(
         found = kept, torch.cat([found[1], index + start], 1).gather(1, place)
     assert found is not None
     return *found, error_Q
-
-
-def _score(queries_QK: Tensor, rows_NK: Tensor, scale_N: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
-    if not triton:
-        return coarse_scores(queries_QK, rows_NK, scale_N)
-    from raymem.kernels.topk_cosine.triton import topk_cosine_scores
-
-    return topk_cosine_scores(queries_QK, rows_NK, scale_N)
 
 
 def _rank(

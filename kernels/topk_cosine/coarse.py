@@ -10,6 +10,8 @@ from torch import Tensor
 _FLOAT32_ULP = 2.0**-23
 # a matrix product in bfloat16 rounds its result to 8 bits: half a unit in the last place of values up to 1
 _BF16_ROUNDING = 2.0**-9
+# what torch may round the operands of a float32 product to: TF32 keeps 10 bits after the point, bfloat16 7
+_LOST = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}
 
 
 def rounding(width: int) -> float:
@@ -26,17 +28,18 @@ def int8_product_is_exact() -> bool:
 
 def coarse_scores(queries_QK: Tensor, rows_NK: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
     """Approximate cosines [Q, N] float32 and the largest error a query's scores can have [Q]."""
+    # a GPU's bfloat16 product may add up parts that are rounded to bfloat16, in number unknown
     # torch 2.13's int8 product returns garbage for an inner width of 1
     wide = rows_NK.shape[1] > 1 and not rows_NK.is_cuda
     if rows_NK.dtype == torch.int8 and wide and int8_product_is_exact():
         scores_QN, error_Q = _int8(queries_QK, rows_NK)
-    elif rows_NK.dtype == torch.bfloat16:
+    elif rows_NK.dtype == torch.bfloat16 and not rows_NK.is_cuda:
         short_QK = queries_QK.bfloat16()
         scores_QN = (short_QK @ rows_NK.T).float()
         error_Q = (queries_QK - short_QK.float()).norm(dim=1) + _BF16_ROUNDING
     else:
         scores_QN = queries_QK @ rows_NK.float().T
-        error_Q = torch.zeros_like(queries_QK[:, 0])
+        error_Q = torch.full_like(queries_QK[:, 0], _LOST[torch.get_float32_matmul_precision()])
     return scores_QN * scale_N, error_Q + rounding(queries_QK.shape[1])
 
 

@@ -11,7 +11,12 @@ _BLOCK_ROWS = 4096
 
 def exact_scores(queries_QK: Tensor, rows_QNK: Tensor, scale_QN: Tensor) -> Tensor:
     """Cosines float32 [Q, N] of each query with its own rows; a row's score does not depend on the rows beside it."""
-    return (rows_QNK.float() * scale_QN[..., None] * queries_QK[:, None]).sum(-1)
+    terms = rows_QNK.float() * scale_QN[..., None] * queries_QK[:, None]
+    while (width := terms.shape[-1]) > 1:
+        half = 1 << (width - 1).bit_length() - 1
+        terms[..., : width - half] += terms[..., half:]
+        terms = terms[..., :half]
+    return terms.sum(-1)
 
 
 def sort_found(scores_QN: Tensor, order_QN: Tensor, index_QN: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -9,4 +9,4 @@ def vocab_scatter_reference(tokens_Qk: Tensor, weights_Qk: Tensor, vocabulary: i
     """What `vocab_scatter` computes."""
     present_Qk = tokens_Qk >= 0
     out_QV = weights_Qk.new_zeros(len(tokens_Qk), vocabulary)
-    return out_QV.scatter_add(1, tokens_Qk.clamp_min(0), weights_Qk * present_Qk)
+    return out_QV.scatter_add_(1, tokens_Qk.clamp_min(0), weights_Qk * present_Qk)

@@ -17,7 +17,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raymem.errors import InvalidSpec, Unsupported
-from raymem.kernels.delta_update import Transition, chunk_delta_update, recurrent_delta_update, transition
+from raymem.kernels.delta_update import (
+    Transition,
+    chunk_delta_update,
+    prefers_tokens,
+    recurrent_delta_update,
+    transition,
+)
 from raymem.memory import nets
 from raymem.memory.base import Dims, MergeRule, Options, State
 from raymem.memory.codes import OneHotCode, SignCode, SoftmaxCode, TokenCode, ValueCode, VectorCode
@@ -302,10 +308,15 @@ class Titans(StateMemory):
         active_BT = torch.arange(keys_BTK.shape[1], device=keys_BTK.device) < length_B[:, None]
         active = None if bool(active_BT.all()) else active_BT
         theta, eta, alpha = self._gates(keys_BTK)
-        moves = self._transition(eta, alpha, active)
-        theta = theta if active is None else theta * active
         target = self.code.target(state, items_BT, keys_BTK.dtype)
         weights, momenta = self._layers(state)
+        if self.solved and prefers_tokens(weights[0]):
+            momentum = None if momenta is None else momenta[0]
+            gates = (theta, eta, alpha)
+            weight, momentum, _ = recurrent_delta_update(weights[0], momentum, keys_BTK, target, gates, active)
+            return self._with(state, [weight], None if momentum is None else [momentum])
+        moves = self._transition(eta, alpha, active)
+        theta = theta if active is None else theta * active
         if self.solved:
             momentum = None if momenta is None else momenta[0]
             weight, momentum, _ = chunk_delta_update(weights[0], momentum, keys_BTK, target, theta, moves)

@@ -24,7 +24,7 @@ def rms_ratio(reference, got):
     return float(spread / reference.double().square().mean().sqrt().clamp_min(1e-12))
 
 
-def inputs(banks, steps, key, value, *, momentum=True, dtype=torch.float64, grad=False):
+def inputs(banks, steps, key, value, *, momentum=True, dtype=torch.float64, grad=False, device="cpu"):
     generator = torch.Generator().manual_seed(banks * 1000 + steps)
 
     def drawn(*shape):
@@ -35,6 +35,7 @@ def inputs(banks, steps, key, value, *, momentum=True, dtype=torch.float64, grad
     tensors = [weight, drawn(banks, key, value) if momentum else None, keys, drawn(banks, steps, value), *gates]
     if not momentum:
         tensors[5] = torch.zeros_like(gates[1])
+    tensors = [None if x is None else x.to(device) for x in tensors]
     if grad:
         tensors = [None if x is None else x.requires_grad_() for x in tensors]
     weight, moment, keys, values, *gates = tensors
@@ -104,16 +105,16 @@ def test_transition_is_the_closed_form_for_gradients_taken_at_the_start():
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("momentum", [True, False])
 @pytest.mark.parametrize(("banks", "steps", "key", "value"), SHAPES)
-def test_triton_equals_the_reference_forward_and_backward(banks, steps, key, value, momentum, masked):
+def test_triton_equals_the_reference_forward_and_backward(banks, steps, key, value, momentum, masked, device):
     runs = []
     for backend in ("torch", "triton"):
         weight, moment, keys, values, gates = inputs(
-            banks, steps, key, value, momentum=momentum, dtype=torch.float32, grad=True
+            banks, steps, key, value, momentum=momentum, dtype=torch.float32, grad=True, device=device
         )
-        active = (torch.arange(steps) % 3 != 1).expand(banks, -1) if masked else None
+        active = (torch.arange(steps, device=device) % 3 != 1).expand(banks, -1) if masked else None
         outputs = recurrent_delta_update(weight, moment, keys, values, gates, active, backend=backend)
         kept = [x for x in outputs if x is not None]
-        sum((x * torch.arange(x.numel()).reshape(x.shape) / x.numel()).sum() for x in kept).backward()
+        sum((x * torch.arange(x.numel(), device=device).reshape(x.shape) / x.numel()).sum() for x in kept).backward()
         leaves = [weight, keys, values, gates[0], gates[2], *([moment, gates[1]] if momentum else [])]
         runs.append([*kept, *(leaf.grad for leaf in leaves)])
     for expected, got in zip(*runs, strict=True):
@@ -121,9 +122,9 @@ def test_triton_equals_the_reference_forward_and_backward(banks, steps, key, val
         assert rms_ratio(expected.detach(), got.detach()) < 1e-5
 
 
-def test_the_gate_bites():
+def test_the_gate_bites(device):
     # one decay too many in a hundred is far outside the tolerance of the comparison above
-    weight, moment, keys, values, gates = inputs(1, 20, 63, 100, dtype=torch.float32)
+    weight, moment, keys, values, gates = inputs(1, 20, 63, 100, dtype=torch.float32, device=device)
     sound = recurrent_delta_update(weight, moment, keys, values, gates, backend="triton")[0]
     wrong = recurrent_delta_update(
         weight, moment, keys, values, (gates[0], gates[1], gates[2] * 1.01), backend="triton"

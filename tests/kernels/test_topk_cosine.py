@@ -1,12 +1,10 @@
 """Search: exact whatever the packing, the pass that picks candidates, and the order of rows."""
 
-import faiss
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.neighbors import NearestNeighbors
 from torch.nn.functional import normalize
 
 from raymem.errors import ConfigError, InvalidInput
@@ -48,6 +46,7 @@ def test_search_in_several_blocks_equals_the_reference(dtype, monkeypatch):
 
 
 def test_float32_search_finds_what_faiss_and_sklearn_find():
+    faiss, neighbors = pytest.importorskip("faiss"), pytest.importorskip("sklearn.neighbors")
     rows, scale, order = rows_of(2000, 100, "float32")
     unit, asked = unpack(rows, scale), queries_of(17, 100)
     scores, index = topk_cosine(asked, rows, scale, order, 10)
@@ -57,7 +56,7 @@ def test_float32_search_finds_what_faiss_and_sklearn_find():
     squared, found = flat.search(asked.numpy(), 10)
     assert np.array_equal(index.numpy(), found)
     np.testing.assert_allclose(scores.numpy(), 1 - squared / 2, atol=2e-6)
-    brute = NearestNeighbors(n_neighbors=10, algorithm="brute").fit(unit.numpy())
+    brute = neighbors.NearestNeighbors(n_neighbors=10, algorithm="brute").fit(unit.numpy())
     assert np.array_equal(index.numpy(), brute.kneighbors(asked.numpy(), return_distance=False))
 
 
@@ -125,32 +124,108 @@ def test_coarse_scores_stay_within_their_own_bound(dtype):
     assert float(error.max()) < 0.01
 
 
+def on(device, *tensors):
+    return [None if tensor is None else tensor.to(device) for tensor in tensors]
+
+
+SIZES = [(1, 1, 1, 1), (63, 100, 3, 7), (100, 63, 2, 60), (300, 257, 3, 32), (3000, 576, 70, 5)]
+
+
+@pytest.mark.parametrize("masked", [None, "bank", "query"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_triton_scores_equal_plain_ones(dtype):
-    rows, scale, order = rows_of(100, 63, dtype)
-    asked = queries_of(3, 63)
-    got = topk_cosine(asked, rows, scale, order, 7, backend="triton")
-    expected = topk_cosine_reference(asked, rows, scale, order, 7)
-    assert torch.equal(got[0], expected[0])
-    assert torch.equal(got[1], expected[1])
+@pytest.mark.parametrize(("count", "width", "queries", "k"), SIZES)
+def test_triton_search_equals_the_reference_bitwise(dtype, count, width, queries, k, masked, device):
+    rows, scale, _ = rows_of(count, width, dtype)
+    if device == "cpu" and count > 1000:
+        pytest.skip("the interpreter takes minutes for it")
+    # a cluster, as neighbours in a text are: many scores lie close together
+    rows[::3], scale[::3] = rows[0].clone(), scale[0].clone()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(2))
+    shape = {None: None, "bank": (count,), "query": (queries, count)}[masked]
+    mask = None if shape is None else torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.5
+    asked = queries_of(queries, width)
+    expected = topk_cosine_reference(asked, rows, scale, order, k, mask)
+    asked, rows, scale, order, mask = on(device, asked, rows, scale, order, mask)
+    for backend in ("triton", "torch"):
+        scores, index = topk_cosine(asked, rows, scale, order, k, mask=mask, backend=backend)
+        # bitwise the CPU's, wherever it ran: the scores are added up in one order
+        assert torch.equal(scores.cpu(), expected[0])
+        assert torch.equal(index.cpu(), expected[1])
 
 
-def test_a_triton_kernel_that_drops_rows_would_be_caught(monkeypatch):
-    # the comparison above must be able to fail: a scoring pass that misses some rows and claims no error is seen
+def test_triton_search_answers_equal_rows_in_order_even_when_more_than_it_collects(device):
+    rows, scale, _ = rows_of(1, 63, "bfloat16")
+    order = torch.randperm(1500, generator=torch.Generator().manual_seed(2))
+    asked, rows, scale, order = on(device, queries_of(2, 63), rows.expand(1500, -1), scale.expand(1500), order)
+    _, index = topk_cosine(asked, rows, scale, order, 5, backend="triton")
+    assert order[index].tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+@pytest.mark.parametrize("masked", [None, "bank", "query"])
+def test_triton_search_of_some_queries_at_a_time_equals_the_reference(masked, device, monkeypatch):
     from raymem.kernels.topk_cosine import triton as kernels
 
-    sound = kernels.topk_cosine_scores
+    monkeypatch.setattr(kernels, "_SCORES_AT_ONCE", 2 * 777)
+    rows, scale, order = rows_of(777, 63, "int8")
+    shape = {None: None, "bank": (777,), "query": (5, 777)}[masked]
+    mask = None if shape is None else torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.5
+    expected = topk_cosine_reference(queries_of(5, 63), rows, scale, order, 9, mask)
+    asked, rows, scale, order, mask = on(device, queries_of(5, 63), rows, scale, order, mask)
+    got = topk_cosine(asked, rows, scale, order, 9, mask=mask, backend="triton")
+    assert torch.equal(got[0].cpu(), expected[0])
+    assert torch.equal(got[1].cpu(), expected[1])
 
-    def broken(queries, rows, scale):
-        scores, error = sound(queries, rows, scale)
-        scores[:, ::2] = -1.0
-        return scores, error
 
-    monkeypatch.setattr(kernels, "topk_cosine_scores", broken)
+@pytest.mark.parametrize("near", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rough_scores_of_triton_stay_within_their_own_bound(dtype, near, device):
+    from raymem.kernels.topk_cosine import triton as kernels
+
+    asked = queries_of(20, 576)
+    # rows beside a query have terms of one sign, whose rounding adds up
+    drawn = torch.randn(500, 576, generator=torch.Generator().manual_seed(0)) + near * asked[0] * 24
+    (rows, scale), exact_bound = pack(drawn, STORED[dtype]), kernels.bound(576, STORED[dtype])
+    exact = asked.double() @ (rows.double() * scale.double()[:, None]).T
+    found = kernels.coarse_pass(*on(device, asked, rows, scale))[0]
+    got, peaks = found[:, :500], found[:, 512:]
+    error = float((got.cpu() - exact).abs().max())
+    assert error <= exact_bound
+    # a bound that is never approached would collect rows for nothing
+    assert exact_bound < 5e-4
+    groups = torch.nn.functional.pad(got, (0, -500 % 16), value=float("-inf")).unflatten(1, (-1, 16))
+    assert torch.equal(peaks, groups.amax(2))
+
+
+def test_a_triton_kernel_that_drops_rows_would_be_caught(device, monkeypatch):
+    # the comparison above must be able to fail: a rough pass that misses some rows is seen
+    from raymem.kernels.topk_cosine import triton as kernels
+
+    sound = kernels.coarse_pass
+
+    def broken(*operands):
+        scores, *rest = sound(*operands)
+        scores[:, :100:2] = float("-inf")
+        return scores, *rest
+
+    monkeypatch.setattr(kernels, "coarse_pass", broken)
     rows, scale, order = rows_of(100, 63, "float32")
-    asked = queries_of(3, 63)
-    got = topk_cosine(asked, rows, scale, order, 7, backend="triton")
-    assert not torch.equal(got[1], topk_cosine_reference(asked, rows, scale, order, 7)[1])
+    expected = topk_cosine_reference(queries_of(3, 63), rows, scale, order, 7)
+    got = topk_cosine(*on(device, queries_of(3, 63), rows, scale, order), 7, backend="triton")
+    assert not torch.equal(got[1].cpu(), expected[1])
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_rough_scores_know_how_torch_was_told_to_multiply(dtype, precision, device):
+    rows, scale, _ = rows_of(500, 257, dtype)
+    asked = queries_of(20, 257)
+    exact = asked.double() @ (rows.double() * scale.double()[:, None]).T
+    torch.set_float32_matmul_precision(precision)
+    try:
+        got, error = coarse.coarse_scores(*on(device, asked, rows, scale))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert bool(((got.cpu() - exact).abs() <= error.cpu()[:, None]).all())
 
 
 def test_search_refuses_what_does_not_fit():
