@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import reduce
+from types import MappingProxyType
+from typing import NamedTuple
 
 from raymem.cold.rows import JournalRows, concat
 
@@ -16,53 +19,70 @@ _MOST_ROWS = 64
 _MOST_S = 10.0
 
 
+class _Waiting(NamedTuple):
+    """What waits, as one value: whoever looks sees all of a change or nothing."""
+
+    parts: tuple[JournalRows, ...] = ()
+    heads: Mapping[tuple[str, str], int] = MappingProxyType({})
+    rows: int = 0
+    nbytes: int = 0
+    end: int | None = None
+    since: float = 0.0
+
+    def with_part(self, rows: JournalRows) -> _Waiting:
+        runs = zip(rows.streams, rows.runs, strict=True)
+        return _Waiting(
+            (*self.parts, rows),
+            {**self.heads, **dict(zip(runs, (rows.seq_T + 1).tolist(), strict=True))},
+            self.rows + len(rows),
+            self.nbytes + rows.nbytes,
+            int(rows.pos_T[-1]) + 1,
+            self.since if self.parts else time.monotonic(),
+        )
+
+    def without(self, parts: int) -> _Waiting:
+        return reduce(_Waiting.with_part, self.parts[parts:], _Waiting())
+
+
 class Backlog:
     """Small groups of committed rows of one bank, in order.
 
-    One thread adds; any may apply. The seq that continues a run is known here until the state knows it.
+    One thread adds; any may look, and any may apply. A run's next seq is known here until the state knows it.
     """
 
     def __init__(self) -> None:
-        self._parts: list[JournalRows] = []
-        self._heads: dict[tuple[str, str], int] = {}
-        self._end: int | None = None
-        self._rows = self._nbytes = 0
-        self._since = 0.0
-        # one applies at a time; what is here may be looked at meanwhile
+        self._now = _Waiting()
+        self._changing = threading.Lock()
+        # one applies at a time, and others may look and add meanwhile
         self._applying = threading.Lock()
-        self._lock = threading.Lock()
 
     def add(self, rows: JournalRows) -> None:
         """Take rows that follow those that are here."""
-        with self._lock:
-            self._since = self._since if self._parts else time.monotonic()
-            self._parts.append(rows)
-            self._count(rows)
+        with self._changing:
+            self._now = self._now.with_part(rows)
 
     def head(self, stream: str, run: str) -> int | None:
         """The seq that continues a run, None if it has no row here."""
-        return self._heads.get((stream, run))
+        return self._now.heads.get((stream, run))
 
     @property
     def end(self) -> int | None:
         """The position after the last row here, None if there is none."""
-        return self._end
+        return self._now.end
 
     @property
     def due(self) -> bool:
         """Whether they had better be applied although nobody looks."""
-        if not self._parts:
-            return False
-        full = self._rows >= _MOST_ROWS or self._nbytes >= SMALL_BYTES
-        return full or time.monotonic() - self._since >= _MOST_S
+        now = self._now
+        full = now.rows >= _MOST_ROWS or now.nbytes >= SMALL_BYTES
+        return bool(now.parts) and (full or time.monotonic() - now.since >= _MOST_S)
 
     def apply(self, function: Callable[[JournalRows], None]) -> None:
-        """Let `function` apply all that are here; whoever comes meanwhile waits for it."""
-        if not self._parts:
+        """Let `function` apply all that are here; whoever comes meanwhile waits for it. If it fails they stay."""
+        if not self._now.parts:
             return
         with self._applying:
-            with self._lock:
-                parts = list(self._parts)
+            parts = self._now.parts
             if parts:
                 function(concat(parts))
                 self._drop(len(parts))
@@ -70,18 +90,8 @@ class Backlog:
     def clear(self) -> None:
         """Drop them: another state has them already."""
         with self._applying:
-            self._drop(len(self._parts))
+            self._drop(len(self._now.parts))
 
     def _drop(self, parts: int) -> None:
-        with self._lock:
-            self._parts, left = [], self._parts[parts:]
-            self._heads, self._end, self._rows, self._nbytes, self._since = {}, None, 0, 0, time.monotonic()
-            for rows in left:
-                self._parts.append(rows)
-                self._count(rows)
-
-    def _count(self, rows: JournalRows) -> None:
-        self._heads.update(zip(zip(rows.streams, rows.runs, strict=True), (rows.seq_T + 1).tolist(), strict=True))
-        self._end = int(rows.pos_T[-1]) + 1
-        self._rows += len(rows)
-        self._nbytes += rows.nbytes
+        with self._changing:
+            self._now = self._now.without(parts)

@@ -58,6 +58,7 @@ class Host:
         self._limiter = Limiter(settings.host)
         self.past = Past(cold, settings.host.past_bytes, device)
         self._workers: dict[str, BankWorker] = {}
+        self._lost: dict[str, BankWorker] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._upkeep = Upkeep(cold, settings.cold, self.names, lambda name, what: self.erase(name, what, rebuild=True))
         setting = "host.memory_bytes" if device == "cpu" else "host.gpu_memory_bytes"
@@ -135,7 +136,7 @@ class Host:
             runtime = worker.runtime
             away = Moved(f"bank {name!r} is leaving {self.owner}", to="") if state == "hot" else detached(name)
             await worker.finish(runtime.rest, away)
-            self._workers.pop(name)
+            self._workers.pop(name, None)
             epoch, settled = runtime.entry.epoch, None if runtime.log is None else runtime.log.id
             await self._thread(lambda: self.cold.catalog.release(name, epoch, state=state, log=settled))
             if state == "cold":
@@ -287,10 +288,21 @@ class Host:
             if worker is None or worker.lost:
                 return False
             await worker.finish(worker.runtime.rest, Moved(f"bank {name!r} makes room for others just now", to=""))
-            self._workers.pop(name)
+            self._workers.pop(name, None)
             return True
 
+    def _retire_lost(self, name: str) -> None:
+        worker = self._workers.get(name)
+        if worker is not None and worker.lost:
+            del self._workers[name]
+            if not worker.ended:
+                self._lost[name] = worker
+
     async def _load(self, entry: Entry) -> None:
+        self._retire_lost(entry.name)
+        if (former := self._lost.pop(entry.name, None)) is not None:
+            # it may have a commit under way, in the log that the next one uses too
+            await former.end()
         await self._space.admit(entry)
         committer = await self.tenure.commits()
         claimed = await self._thread(lambda: self.tenure.claim(entry.name, entry.epoch, committer))
@@ -347,10 +359,8 @@ class Host:
 
     def _worker(self, name: str) -> BankWorker:
         self._check_lease()
+        self._retire_lost(name)
         worker = self._workers.get(name)
-        if worker is not None and worker.lost:
-            del self._workers[name]
-            worker = None
         self._space.room.touch(name)
         if worker is None:
             raise Moved(f"bank {name!r} is not hot on {self.owner}", to="")

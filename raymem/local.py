@@ -52,8 +52,9 @@ class LocalBackend(ColdBackend):
         return await self.info(name)
 
     async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
-        """Journal and apply a trace."""
-        return await self._owned(name, lambda: self.host.write(name, trace, durable=durable, caller=caller.get()))
+        """Journal and apply a copy of a trace: whoever made its tensors may go on to change them."""
+        mine = trace.copy()
+        return await self._owned(name, lambda: self.host.write(name, mine, durable=durable, caller=caller.get()))
 
     async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
         """Read a bank, or what it was."""

@@ -294,7 +294,7 @@ class Runtime(Replica):
             try:
                 self.commit(staged.rows, logged=staged.logged)
             except RaymemError as error:
-                return self.fail(traces, error).outcomes
+                staged = self.fail(traces, error)
         outcomes = self.finish(staged)
         self.absorb()
         return outcomes
@@ -351,8 +351,6 @@ class Runtime(Replica):
         Raises:
             RaymemError: the state is no longer the journal's; nothing that was acknowledged is lost.
         """
-        if self.broken:
-            raise self._unsound("it failed before")
         self._backlog.apply(self._attempt)
 
     @property
@@ -368,7 +366,6 @@ class Runtime(Replica):
     def fail(self, traces: Sequence[Trace], error: RaymemError) -> Staged:
         """Acknowledge nothing. Some of a failed commit may be in the journal all the same: look before the next one."""
         self.unsure = True
-        self.counters.refused += len(traces)
         return Staged([error] * len(traces))
 
     def let_go(self) -> None:
@@ -431,6 +428,9 @@ class Runtime(Replica):
 
     def _attempt(self, rows: JournalRows) -> None:
         """Apply rows of the journal; a state that took some of them and failed is none any more."""
+        if self.broken:
+            # somebody else's try failed while this one waited for it
+            raise self._unsound("it failed before")
         try:
             self.apply(rows)
         except Exception as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -126,6 +126,11 @@ class Trace:
         """Bytes of the tensors carried."""
         extra = 0 if self.values is None else self.values.nbytes
         return int(self.hidden.nbytes + self.tokens.nbytes + extra)
+
+    def copy(self) -> Trace:
+        """The same with tensors of its own."""
+        values = None if self.values is None else self.values.detach().clone()
+        return replace(self, hidden=self.hidden.detach().clone(), tokens=self.tokens.detach().clone(), values=values)
 
     def validate(self, fingerprint: Fingerprint) -> None:
         """Check shapes, dtype, names and finiteness against a bank's fingerprint.

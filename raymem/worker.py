@@ -145,6 +145,15 @@ class BankWorker:
         if (settle or self._due()) and not (self._queue or self.lost or self._ending or self._held):
             self._put(_Call(lambda: self._maintain(settle=settle), self._loop.create_future()))
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of it is under way any more."""
+        return self._task.done()
+
+    async def end(self) -> None:
+        """Wait until it has `ended`."""
+        await asyncio.wait([self._task])
+
     def give_up(self) -> None:
         """Stop at once: another owner may have the bank; what is queued hears so."""
         self.lost = True
@@ -211,6 +220,8 @@ class BankWorker:
         small = sum(trace.nbytes for trace in traces) <= SMALL_BYTES and runtime.at_hand(traces)
         staged = runtime.stage(traces) if small else await run(lambda: runtime.stage(traces))
         rows = staged.rows
+        # vectors that came narrow are kept as float32
+        small = small and (rows is None or rows.nbytes <= SMALL_BYTES)
         try:
             if rows is not None and staged.logged:
                 await self.committer.commit((runtime.entry, rows))
@@ -261,6 +272,9 @@ class BankWorker:
             self.upkeep_errors += 1
             self.lost |= isinstance(error, NotOwner) or self.runtime.broken
             log.warning("upkeep failed", bank=self.runtime.entry.name, error=str(error))
+        except Exception as error:  # noqa: BLE001 - writers must not wait for a worker that is gone
+            self.lost = True
+            log.error("bank lost", bank=self.runtime.entry.name, error=repr(error))
 
     async def _run(self, item: _Write | _Call) -> None:
         assert isinstance(item, _Call)

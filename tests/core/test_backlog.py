@@ -1,7 +1,9 @@
 """Small writes are acknowledged once they are durable and applied together later: only the time tells."""
 
 import asyncio
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,6 +144,102 @@ def test_one_applies_at_a_time_and_what_comes_meanwhile_stays(make_trace: Make):
         thread.join()
     assert applied == [[0, 1], [2, 3]]
     assert (backlog.head("s", "r"), backlog.end) == (None, None)
+
+
+def test_who_waited_for_an_application_that_failed_does_not_repeat_it(
+    cold: ColdStore, bank_spec: BankSpec, make_trace: Make, monkeypatch: pytest.MonkeyPatch
+):
+    runtime = opened(cold, bank_spec)
+    write(runtime, make_trace(4))
+    began, go_on, applied = threading.Event(), threading.Event(), []
+
+    def fail_late(replica: Replica, rows: JournalRows) -> None:
+        applied.append(rows)
+        began.set()
+        assert go_on.wait(10)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Replica, "apply", fail_late)
+    refused = []
+
+    def look() -> None:
+        with pytest.raises(RaymemError, match="will be reopened"):
+            runtime.absorb()
+        refused.append(1)
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    threads[0].start()
+    assert began.wait(10)
+    threads[1].start()
+    # the second one is past every check that comes before the wait
+    time.sleep(0.1)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert (len(applied), len(refused)) == (1, 2)
+    assert runtime.snapshot_pos == 0
+    with pytest.raises(RaymemError):
+        runtime.snapshot()
+
+
+def test_nobody_sees_half_of_a_change(make_trace: Make):
+    backlog, wrong = Backlog(), []
+    done = threading.Event()
+
+    def apply() -> None:
+        while not done.is_set():
+            backlog.apply(lambda rows: None)
+
+    known = 0
+    interval = sys.getswitchinterval()
+    # threads take turns within a few instructions
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=apply)
+    try:
+        thread.start()
+        for pos in range(0, 1000, 2):
+            backlog.add(rows_at(pos, make_trace))
+            known = pos + 2
+            for _ in range(5):
+                end, head = backlog.end, backlog.head("s", "r")
+                wrong += [found for found in (end, head) if found not in (None, known)]
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert wrong == []
+
+
+async def test_a_bank_is_not_reopened_beside_a_commit_of_its_former_worker(
+    cold: ColdStore, bank_spec: BankSpec, make_trace: Make, monkeypatch: pytest.MonkeyPatch
+):
+    host = Host(cold, Settings(), "me")
+    cold.catalog.create("lab/a", bank_spec)
+    await host.attach("lab/a")
+    await host.write("lab/a", make_trace(5))
+    committer, go_on = host._workers["lab/a"].committer, asyncio.Event()
+    commit = committer.commit
+
+    async def slow(part: object) -> None:
+        await go_on.wait()
+        await commit(part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(committer, "commit", slow)
+        under_way = asyncio.ensure_future(host.write("lab/a", make_trace(3, seq=5)))
+        await asyncio.sleep(0.05)
+        patch.setattr(Runtime, "apply", fail)
+        with pytest.raises(RaymemError, match="will be reopened"):
+            await host.read("lab/a", make_trace(1).hidden)
+    reopened = asyncio.ensure_future(host.reopen("lab/a"))
+    await asyncio.sleep(0.2)
+    assert not reopened.done()
+    go_on.set()
+    await reopened
+    assert (await under_way).end == 8
+    ack = await host.write("lab/a", make_trace(9))
+    assert (ack.rows, ack.duplicates, ack.end) == (1, 8, 9)
+    await host.close()
 
 
 async def test_a_bank_that_nobody_reads_is_brought_up_to_date(

@@ -126,6 +126,21 @@ def test_detach_frees_and_attach_brings_back_the_same_bytes(bank, make_trace):
     assert bank.write(make_trace(5, seq=33)).end == 38
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_who_wrote_a_trace_may_change_its_tensors_afterwards(store: Store, spec: BankSpec, make_trace, durable: bool):
+    bank = store.create("lab/mine", spec)
+    trace = make_trace(9)
+    bank.write(trace, durable=durable)
+    trace.hidden.neg_()
+    trace.tokens.zero_()
+    digest = bank.digest()
+    assert bank.read(make_trace(9).hidden[3:4], 1).scores_Qk.item() == pytest.approx(1.0, abs=1e-2)
+    bank.detach()
+    bank.attach()
+    assert bank.digest() == digest
+    assert bank.write(make_trace(9)).duplicates == 9
+
+
 def test_a_new_process_finds_the_same_bytes(tmp_path: Path, store: Store, bank, make_trace):
     bank.write(make_trace(21))
     before = bank.digest()
