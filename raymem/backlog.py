@@ -71,6 +71,11 @@ class Backlog:
         return self._now.end
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of what waits."""
+        return self._now.nbytes
+
+    @property
     def due(self) -> bool:
         """Whether they had better be applied although nobody looks."""
         now = self._now

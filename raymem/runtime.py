@@ -359,6 +359,11 @@ class Runtime(Replica):
         return self._backlog.due
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the mechanism's state, and of the rows that wait for it."""
+        return super().nbytes + self._backlog.nbytes
+
+    @property
     def end(self) -> int:
         """The position after the last row committed, as this owner knows it."""
         return self._backlog.end or self.pos
