@@ -32,7 +32,7 @@ class Calibrations:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._sync = tables.folder_sync(_TABLE)
-        tables.create(_TABLE, _SCHEMA.empty_table())
+        tables.share(_TABLE, _SCHEMA.empty_table())
 
     def put(self, hash: str, model: str, layers: Sequence[int], blob: bytes) -> None:
         """Store a calibration of `model` (a content hash) and `layers`; one that is there already stays as it is."""

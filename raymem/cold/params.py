@@ -28,7 +28,7 @@ class Params:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._sync = tables.folder_sync(_TABLE)
-        tables.create(_TABLE, _SCHEMA.empty_table())
+        tables.share(_TABLE, _SCHEMA.empty_table())
 
     def put(self, kind: str, blob: bytes) -> str:
         """Store a file and return its name; one that is there already stays as it is."""

@@ -44,7 +44,7 @@ class Receipts:
         row = {name: getattr(receipt, name) for name in ("id", "bank", "bank_id", "status", "started")}
         row |= {"receipt": _RECEIPT.dump_json(receipt).decode(), "evidence": evidence.to_json()}
         with writing(f"keep the receipt of an erasure in {receipt.bank}"):
-            table = self._tables.create(_TABLE, _SCHEMA.empty_table())
+            table = self._tables.share(_TABLE, _SCHEMA.empty_table())
             merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(pa.Table.from_pylist([row], schema=_SCHEMA))
             if table.version % _COMPACT_EVERY == 0:

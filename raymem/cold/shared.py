@@ -50,7 +50,7 @@ class SharedTable:
 
     def create(self, rows: pa.Table) -> None:
         """Make the table with these rows, durably, unless it is there already."""
-        self._tables.create(self._name, rows)
+        self._tables.share(self._name, rows)
         self._make_durable()
 
     def open(self) -> Any:

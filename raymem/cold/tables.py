@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ import pyarrow as pa
 
 from raymem.cold.durable import FolderSync, set_aside_torn
 from raymem.cold.failures import reading, writing
-from raymem.errors import ConfigError, Corrupt, RaymemError
+from raymem.errors import ConfigError, Conflict, Corrupt, RaymemError
 
 Sync = Literal["disk", "none"]
 
@@ -49,11 +51,28 @@ class Tables:
             return self._open(name)
 
     def create(self, name: str, rows: pa.Table) -> Any:
-        """Create a table holding `rows`, in one commit; if another process was first, open what it made."""
+        """Create a table holding `rows`, in one commit, or open the one that is there; see `share`."""
         if self.sync == "disk":
             set_aside_torn(self._folder(name))
         with writing(f"create {name} in {self.uri}"):
             return self._connection.create_table(name, rows, exist_ok=True)
+
+    def share(self, name: str, rows: pa.Table) -> Any:
+        """As `create`, for a table that several processes may make at once: one does, the others open what it made.
+
+        Of two that create a table together LanceDB lets the later overwrite it, with what was added since (measured: 22
+        of 150 such races lost a commit that had succeeded). In a folder they take turns; an object store has no turns.
+        """
+        try:
+            return self.open(name)
+        except Corrupt as error:
+            if not error.details.get("missing"):
+                raise
+        with self._turn():
+            try:
+                return self.create(name, rows)
+            except Conflict:
+                return self.open(name)
 
     def fill(self, name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
         """Create a table from a stream of batches in one commit, durable when it returns; after an error there is none.
@@ -79,6 +98,18 @@ class Tables:
     def folder_sync(self, name: str) -> FolderSync | None:
         """What makes this table's commits durable, or None where the store does that itself or nobody asked."""
         return FolderSync(self._folder(name)) if self.sync == "disk" else None
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if "://" in self.uri:
+            yield
+            return
+        handle = os.open(self.uri, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
     def _open(self, name: str) -> Any:
         with reading(f"open {name} in {self.uri}"):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymem.cold.store import ColdStore
+from raymem.cold.tables import Tables
 from raymem.errors import BankExists, BankNotFound, ConfigError, InvalidName, NotOwner, TagNotFound
 from raymem.types import BankSpec
 
@@ -125,6 +126,20 @@ def shared_store(tmp_path_factory: pytest.TempPathFactory) -> ColdStore:
     store = ColdStore.open(str(tmp_path_factory.mktemp("shared")), sync="none")
     store.calibrations.put("h", "c", (1,), b"x")
     return store
+
+
+def test_of_processes_that_make_a_table_at_once_none_overwrites_what_another_added(tmp_path, worker):
+    rounds, uri = 40, tmp_path / "store"
+    racers = [worker("share", uri, f"p{number}", rounds) for number in range(3)]
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 3
+    for _ in range(rounds):
+        for racer in racers:
+            racer.stdin.write("go\n")
+            racer.stdin.flush()
+        assert [racer.stdout.readline() for racer in racers] == ["added\n"] * 3
+    tables = Tables(str(uri), "none")
+    rows = [sorted(tables.open(f"t{number}").to_arrow()["who"].to_pylist()) for number in range(rounds)]
+    assert rows == [["maker", "p0", "p1", "p2"]] * rounds
 
 
 def test_processes_that_race_agree(tmp_path, worker):

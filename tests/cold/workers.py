@@ -6,11 +6,13 @@ import resource
 import signal
 import sys
 
+import pyarrow as pa
 import torch
 
 from raymem.cold.log import Log
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore
+from raymem.cold.tables import Tables
 from raymem.errors import BankExists, NotOwner, RaymemError
 from raymem.types import BankSpec, Fingerprint, Trace
 
@@ -50,6 +52,17 @@ def race(uri: str, me: str, rounds: str) -> None:
             pass
         store.catalog.tag("race/bank0", f"{me}-{epoch}", epoch)
     say(json.dumps({"nonce": store.nonce(), **won}))
+
+
+def share(uri: str, me: str, rounds: str) -> None:
+    """Tables that others make at the same moment, each with a row of every process."""
+    tables = Tables(uri, "none")
+    say("ready")
+    for number in range(int(rounds)):
+        sys.stdin.readline()
+        table = tables.share(f"t{number}", pa.table({"who": ["maker"]}))
+        table.add(pa.table({"who": [me]}))
+        say("added")
 
 
 def append(uri: str, name: str) -> None:
@@ -121,6 +134,5 @@ def read(uri: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    {"race": race, "append": append, "small_files": small_files, "log_rows": log_rows, "read": read}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    commands = (race, share, append, small_files, log_rows, read)
+    {command.__name__: command for command in commands}[sys.argv[1]](*sys.argv[2:])
