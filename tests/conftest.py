@@ -224,13 +224,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what measures a figure, so that `make test-slow` shows all of them in one table; give slow tests time.
-
-    Where tests run side by side, those of a file share their fixtures, and one cluster or engine is up at a time.
-    """
+    """Mark what measures a figure, so that `make test-slow` shows all of them in one table; give slow tests time."""
     for item in items:
-        alone = item.get_closest_marker("ray") or item.get_closest_marker("vllm")
-        item.add_marker(pytest.mark.xdist_group("clusters" if alone else str(item.path)))
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
         if "figure" in getattr(item, "fixturenames", ()):
