@@ -16,7 +16,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n logical --maxprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 # one test, or those that failed: make test-slow ARGS="-k ntm", ARGS=--last-failed. the table keeps earlier figures
 test-slow: setup
