@@ -351,6 +351,8 @@ class Runtime(Replica):
         Raises:
             RaymemError: the state is no longer the journal's; nothing that was acknowledged is lost.
         """
+        if self.broken:
+            raise self._unsound("it failed before")
         self._backlog.apply(self._attempt)
 
     @property
