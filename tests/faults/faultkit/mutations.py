@@ -1,41 +1,42 @@
 """Ways to get durability wrong, put into a process under test: the checker must find each."""
 
+import importlib
 from typing import Any
 
 
-def acknowledge_before_the_commit() -> None:
+def acknowledge_before_the_commit(host: Any) -> None:
     """Say that rows are durable once they are queued."""
     import dataclasses
 
-    from raymem.host import Host
-
-    write = Host.write
+    write = host.Host.write
 
     async def early(self: Any, name: str, trace: Any, *, durable: bool = True, caller: str = "") -> Any:
         ack = await write(self, name, trace, durable=False, caller=caller)
         return dataclasses.replace(ack, durable=True)
 
-    Host.write = early
+    host.Host.write = early
 
 
-def skip_the_fence() -> None:
+def skip_the_fence(fenced: Any) -> None:
     """Take a journal and a log over without stopping their old owner."""
-    from raymem.cold.fenced import FencedTable
-
-    FencedTable._take_over = lambda self, writer: None
+    fenced.FencedTable._take_over = lambda self, writer: None
 
 
-def never_let_go() -> None:
-    """As `skip_the_fence`, and leases never run out for those who hold them."""
-    from raymem.lease import Lease
-
-    skip_the_fence()
-    Lease.valid = property(lambda self: self._begun is not None)
+def never_let_go(lease: Any) -> None:
+    """A lease never runs out for the one that holds it."""
+    lease.Lease.valid = property(lambda self: self._begun is not None)
 
 
+# what each does to which module, once that is loaded and not while it loads others
 MUTATIONS = {
-    "": lambda: None,
-    "early": acknowledge_before_the_commit,
-    "unfenced": skip_the_fence,
-    "unleased": never_let_go,
+    "": {},
+    "early": {"raymem.host": acknowledge_before_the_commit},
+    "unfenced": {"raymem.cold.fenced": skip_the_fence},
+    "unleased": {"raymem.cold.fenced": skip_the_fence, "raymem.lease": never_let_go},
 }
+
+
+def mutate(name: str) -> None:
+    """Do all that a mutation does."""
+    for module, change in MUTATIONS[name].items():
+        change(importlib.import_module(module))

@@ -63,7 +63,7 @@ async def main(uri: str, plans: str, mutation: str, lease: str) -> None:
         local._runs = lambda known: False
     laid_out = sabotage.Plans(Path(plans))
     sabotage.install(lambda tables: laid_out)
-    mutations.MUTATIONS[mutation]()
+    mutations.mutate(mutation)
     settings = Settings(cold=ColdSettings(snapshot_bytes=4096), host=HostSettings(lease_s=lease_s or 9.0))
 
     async def begin() -> Run:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,10 @@ class Sides:
         self._folder = folder
         self._client = ["-m", "faultkit.side", uri, str(lease_s)]
         self._address = f"{net.addresses[HEAD]}:{_PORT}"
-        self._variables = _RAY | {"FAULTS_MUTATION": mutation}
+        # said outright: left to itself Ray makes the head ask for the token that this user happens to have, and has a
+        # node that joins bring none
+        self._ray = _RAY | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self._variables = self._ray | {"FAULTS_MUTATION": mutation}
         self._clients: dict[str, Process] = {}
 
     async def start(self, names: Sequence[str]) -> None:
@@ -92,7 +96,7 @@ class Sides:
     async def _start_client(self, name: str) -> Process:
         command = self.net.machines[name].command(sys.executable, *self._client)
         log = self._folder / f"{name}.log"
-        client = await Process.start(command, log, _RAY | {"RAY_ADDRESS": self._address})
+        client = await Process.start(command, log, self._ray | {"RAY_ADDRESS": self._address})
         await client.ready.wait()
         return client
 
