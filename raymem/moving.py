@@ -54,7 +54,6 @@ class MovingHost(Host):
                 self._expire(name, runtime)
             else:
                 await self._thread(runtime.catch_up)
-            await self._thread(runtime.journal.prepare)
             self._space.room.touch(name)
             self._expire(name, runtime)
             return runtime.pos

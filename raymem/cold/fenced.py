@@ -63,15 +63,12 @@ class FencedTable:
         self._make_durable()
         self._keep(handle)
 
-    def prepare(self) -> None:
-        """Do what takes time in a first fence of a large table; its present writer doesn't notice."""
-        if self._sync:
-            with writing(f"sync {self.what}"):
-                self._sync.begin()
-
     def fence(self) -> None:
         """Become the only writer: handles that were opened before can't commit any more."""
         self._handle = None
+        if self._sync:
+            with writing(f"fence {self.what}"):
+                self._sync.trust()
         handle = self.open()
         self._take_over(handle)
         self._make_durable()

@@ -89,10 +89,6 @@ class Journal:
             tables, journal_table(entry.id, entry.generation), f"bank {entry.name}", _fragment_rows(entry)
         )
 
-    def prepare(self) -> None:
-        """Make a `claim` that will come shorter, while another owner still writes."""
-        self._writer.prepare()
-
     def claim(self, entry: Entry, log: Log | None) -> None:
         """`fence` under another entry of the same generation, for an owner with this log."""
         self.entry, self._log = entry, log

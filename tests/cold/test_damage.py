@@ -6,12 +6,14 @@ import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from raymem.cold.calibrations import Calibrations
 from raymem.cold.durable import FolderSync
+from raymem.cold.fenced import FencedTable
 from raymem.cold.journal import Journal
 from raymem.cold.store import ColdStore
 from raymem.errors import CalibrationNotFound, Corrupt, StorageError
@@ -142,21 +144,66 @@ def test_a_full_disk_acknowledges_nothing_and_loses_nothing(small_disk: Path, sp
     assert store.catalog.claim("lab/a", "me", 0).epoch == 1
 
 
-def test_a_sync_that_was_begun_beside_a_writer_says_nothing_of_its_commits(store: ColdStore, journal: Journal, rows):
-    journal.append(rows(3, 0))
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The paths of what is synced from now on."""
+    paths: set[str] = set()
+    fsync = os.fsync
+
+    def watch(handle: int) -> None:
+        paths.add(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    return paths
+
+
+def files_of(store: ColdStore) -> set[str]:
     folder = Path(store.uri) / f"journal-{store.catalog.get('lab/a').id}.lance"
-    for mark in folder.glob("*.synced"):
+    return {str(path) for path in folder.rglob("*") if path.is_file() and path.suffix != ".synced"}
+
+
+def test_a_fence_syncs_what_came_after_the_last_mark_alone(store: ColdStore, journal: Journal, rows, synced: set[str]):
+    journal.append(rows(3, 0))
+    before = files_of(store)
+    synced.clear()
+    store.journal(store.catalog.claim("lab/a", "you", 0)).fence()
+    # the fence's own version and its transaction
+    assert files_of(store) - before <= synced
+    assert len(before & synced) == 0
+
+
+def test_a_fence_syncs_all_of_a_table_whose_last_commit_has_no_mark(
+    store: ColdStore, journal: Journal, rows, synced: set[str]
+):
+    journal.append(rows(3, 0))
+    for mark in Path(store.uri).glob("journal-*/*.synced"):
         mark.unlink()
-    begun = FolderSync(folder)
-    begun.begin()
-    assert not list(folder.glob("*.synced"))
-    journal.append(rows(2, 3))
-    data = {path.name for path in (folder / "data").iterdir()}
-    assert begun._seen[folder / "data"] < data
-    begun.sync()
-    assert begun._seen[folder / "data"] == data
-    newest = min((folder / "_versions").glob("*.manifest"))
-    assert [path.name for path in folder.glob("*.synced")] == [f"{newest.name}.synced"]
+    before = files_of(store)
+    synced.clear()
+    store.journal(store.catalog.claim("lab/a", "you", 0)).fence()
+    assert before <= synced
+
+
+def test_a_commit_that_slips_in_before_a_fence_is_synced_by_it(
+    store: ColdStore, journal: Journal, rows, synced: set[str], monkeypatch: pytest.MonkeyPatch
+):
+    journal.append(rows(3, 0))
+    before, take_over = files_of(store), FencedTable._take_over
+
+    def late(table: FencedTable, handle: Any) -> None:
+        monkeypatch.setattr(FencedTable, "_take_over", take_over)
+        # whoever has the table dies before its sync
+        store.tables.open(table.name).add(rows(2, 3).to_arrow())
+        synced.clear()
+        take_over(table, handle)
+
+    monkeypatch.setattr(FencedTable, "_take_over", late)
+    later = store.journal(store.catalog.claim("lab/a", "you", 0))
+    later.fence()
+    assert later.end() == 5
+    assert files_of(store) <= synced
+    assert before < files_of(store)
 
 
 def test_a_sync_takes_what_is_new_and_takes_it_again_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

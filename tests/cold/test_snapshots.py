@@ -66,8 +66,7 @@ def test_a_snapshot_of_nothing_is_a_snapshot(snapshots: Snapshots):
 @pytest.mark.parametrize("batch_parts", [1, 3, 1024])
 @pytest.mark.parametrize("last", [30, 2 * 4096 - 877 % 4096, 9 * 4096 + 1])
 def test_big_and_small_tensors_share_parts(snapshots, monkeypatch: pytest.MonkeyPatch, batch_parts: int, last: int):
-    for parts in ("_BATCH_PARTS", "_READ_PARTS"):
-        monkeypatch.setattr(snapshots_module, parts, batch_parts)
+    monkeypatch.setattr(snapshots_module, "_BATCH_PARTS", batch_parts)
     tensors = {
         name: torch.randint(0, 255, (size,), dtype=torch.uint8)
         for name, size in zip("abcdef", (1, 99, 0, 777 + 4096, 0, last), strict=True)
