@@ -190,10 +190,36 @@ def living_nodes() -> list[Node]:
         raise BackendUnavailable(f"the Ray cluster does not answer: {error}") from error
 
 
-def is_gone(shard: str) -> bool:
-    """Whether a shard can't come back: it is no shard of this cluster, or its node has left."""
-    prefix = node_prefix(shard)
-    return not prefix or not any(node.id.startswith(prefix) for node in living_nodes())
+class Head:
+    """Ray's head, which knows the nodes. Whoever is cut off from it waits for Ray, so one question at a time is asked.
+
+    Args:
+        limit_s: how long to wait for an answer.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._asked: asyncio.Future[list[Node]] | None = None
+
+    async def has_lost(self, shard: str) -> bool:
+        """Whether a shard can't come back: it is no shard of this cluster, or its node has left.
+
+        Raises:
+            BackendUnavailable: the head does not answer in time.
+        """
+        prefix = node_prefix(shard)
+        return not prefix or not any(node.id.startswith(prefix) for node in await self._nodes())
+
+    async def _nodes(self) -> list[Node]:
+        if self._asked is None or self._asked.done():
+            self._asked = asyncio.ensure_future(asyncio.to_thread(living_nodes))
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._asked), self._limit_s)
+        except TimeoutError as error:
+            raise BackendUnavailable(
+                f"Ray's head does not say which nodes there are, not within {self._limit_s:g} s: this node may be cut "
+                "off from it"
+            ) from error
 
 
 async def stop() -> None:

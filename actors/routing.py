@@ -28,6 +28,8 @@ _DIRECTORY_S = 5.0
 _PATIENCE_S = 1.0
 # how often to look whether a lease moves
 _POLL_S = 0.2
+# a head that is only busy has answered long before
+_HEAD_S = 10.0
 
 
 class _Again(Exception):
@@ -73,6 +75,7 @@ class Router:
         self._cold = cold
         self._directory = directory
         self._settings = settings
+        self._head = cluster.Head(min(settings.retry_s, _HEAD_S))
         self._remotes: dict[str, Remote] = {}
         self._routes: dict[str, str] = {}
         self._stale: set[str] = set()
@@ -199,7 +202,7 @@ class Router:
             # a shard may also report that another one, which it asked, is silent
             if error.details.get("shard") != shard:
                 raise
-            if await asyncio.to_thread(cluster.is_gone, shard):
+            if await self._has_left(shard):
                 # the directory gives its banks to others once its lease has run out
                 raise _Again(_gone(bank, shard)) from error
             raise _Again(error) from error
@@ -238,11 +241,17 @@ class Router:
             return None
 
     async def _may_be_taken(self, bank: str, owner: str) -> bool:
-        if not await asyncio.to_thread(cluster.is_gone, owner):
+        if not await self._has_left(owner):
             return False
         if not await over(self._cold.incarnations, owner, _POLL_S):
             raise _gone(bank, owner)
         return True
+
+    async def _has_left(self, shard: str) -> bool:
+        try:
+            return await self._head.has_lost(shard)
+        except BackendUnavailable as error:
+            raise _Again(error) from error
 
     async def _place(self, entry: Entry, candidates: Sequence[ShardInfo], take_from: str) -> str:
         shard = await self.least(entry.name, candidates)

@@ -129,9 +129,11 @@ class CutSchedule:
                 os.kill(shard, signal.SIGCONT)
 
     async def _read(self) -> None:
-        """What the right client hears of the bank that it has lost, and of the nodes there are."""
-        # that one looks into the store
-        commands = [("read", "cut/right"), ("nodes",)] if self._store_stays else [("read", "cut/right")]
+        """What the right client hears of the bank that it has lost, of another side's bank, and of the nodes."""
+        commands: list[tuple[str, ...]] = [("read", "cut/right")]
+        if self._store_stays:
+            # these look into it
+            commands += [("attach", "cut/left"), ("nodes",)]
         for answer in [self._sides.ask(RIGHT, *command) for command in commands]:
             try:
                 self.outcome.reads.append(str(await asyncio.wait_for(answer, _PATIENCE_S)))

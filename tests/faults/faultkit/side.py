@@ -87,6 +87,10 @@ class Side:
         fields = pack_fields(made.trace(stream, run, seq, rows))
         await ask(self._shard, "write", bank, fields, True, "", timeout_s=RETRY_S)
 
+    async def attach(self, bank: str) -> None:
+        """Ask for a bank where there are fewest bytes."""
+        await self._store.bank(bank).attach()
+
     async def nodes(self) -> list[str]:
         """The nodes that have a shard, as far as is known."""
         return await self._store.nodes()
