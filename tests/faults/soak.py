@@ -78,12 +78,13 @@ def main() -> int:
     began = time.monotonic()
     while sum(total["faults"].values()) < asked.faults and time.monotonic() - began < asked.seconds:
         seed = asked.seed + total["seeds"]
-        add(total, one(asked.over, seed, asked.each), seed)
+        outcome = one(asked.over, seed, asked.each)
+        add(total, outcome, seed)
+        for text in outcome.verdict.wrong:
+            print(f"seed {seed}: {text}", file=sys.stderr, flush=True)
         print(f"seed {seed}: {line(total)}", flush=True)
         if asked.json:
             asked.json.write_text(json.dumps(total, indent=2) + "\n")
-    for text in total["wrong"]:
-        print(text, file=sys.stderr)
     print(line(total))
     return int(bool(total["lost"] or total["doubled"] or total["wrong"]))
 
