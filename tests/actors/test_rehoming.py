@@ -47,6 +47,16 @@ async def until_owned(cold, names, elsewhere_than: str) -> None:
             await asyncio.sleep(0.02)
 
 
+async def served(shards, cold, name: str) -> str:
+    """The digest at whoever owns a bank; on a busy machine an owner's short lease may run out once more."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return await shards.peers[cold.catalog.get(name).owner].shard.digest(name)
+            except (Moved, NotOwner):
+                await asyncio.sleep(LEASE_S / 3)
+
+
 async def test_banks_of_a_silent_shard_are_spread_by_bytes_without_anybody_asking(
     shards, bank, cold, tiny, rehoming, restarted
 ):
@@ -111,12 +121,11 @@ async def test_two_that_watch_do_no_harm(shards, bank, cold, rehoming):
     await asyncio.sleep(LEASE_S)
 
     for name in names:
-        owner = cold.catalog.get(name).owner
         hot = [peer.shard for key, peer in shards.peers.items() if key != one.name and name in await peer.shard.bytes()]
         # one that lost the race finds out at its next call
         answers = await asyncio.gather(*(shard.digest(name) for shard in hot), return_exceptions=True)
-        assert digests[name] in answers
-        assert await shards.peers[owner].shard.digest(name) == digests[name]
+        assert all(answer == digests[name] or isinstance(answer, Moved | NotOwner) for answer in answers)
+        assert await served(shards, cold, name) == digests[name]
     for task in tasks:
         task.cancel()
 
