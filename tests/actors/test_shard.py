@@ -319,15 +319,18 @@ async def test_a_copy_that_nobody_comes_back_for_is_dropped(shards, bank, monkey
     assert (await one.migrate(name, "two")).rows == 50
 
 
-async def test_a_copy_that_could_not_be_made_ready_stands_in_nobodys_way(shards, bank, monkeypatch):
+@pytest.mark.parametrize("there_already", [False, True])
+async def test_a_copy_that_could_not_be_made_ready_stands_in_nobodys_way(shards, bank, monkeypatch, there_already):
     one, two = shards.start("one"), shards.start("two")
     name = await bank(one)
+    if there_already:
+        await two.prepare(name)
 
-    def fails(_):
+    def fails(*_):
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr("raymem.cold.journal.Journal.prepare", fails)
+        patched.setattr("raymem.runtime.Replica.catch_up", fails)
         with pytest.raises(OSError, match="the disk is gone"):
             await two.prepare(name)
         with pytest.raises(OSError, match="the disk is gone"):
