@@ -75,6 +75,17 @@ def pid_of(store: Store, owner: str) -> int:
     return next(shard["pid"] for shard in store.stats()["shards"] if shard["owner"] == owner)
 
 
+def split_bank(store: Store, tiny) -> raymem.Bank:
+    """A bank in two partitions, on a node each: a shard that an earlier test struck may not answer yet."""
+    deadline = time.monotonic() + 60
+    while sum("pid" in shard for shard in store.stats()["shards"]) < 2:
+        assert time.monotonic() < deadline, store.stats()
+        time.sleep(0.1)
+    bank = store.create(f"ray/parts-{next(names)}", tiny.spec("spalm"), partitions=2)
+    assert len({part.node for part in bank.info().partitions}) == 2
+    return bank
+
+
 def other_node(store: Store, bank: raymem.Bank) -> str:
     return next(node for node in store.nodes() if node != bank.info().node)
 
@@ -346,12 +357,11 @@ def test_a_shard_that_is_stopped_loses_its_banks_and_nothing_else(store, folder,
 
 
 def test_a_partition_whose_shard_is_stopped_is_an_error_or_marked_missing_and_comes_back(store, folder, tiny):
-    bank = store.create(f"ray/parts-{next(names)}", tiny.spec("spalm"), partitions=2)
+    bank = split_bank(store, tiny)
     for number in range(4):
         bank.write(tiny.trace(20, stream=f"s{number}", seed=number))
     queries = tiny.trace(4, seed=1).hidden
     whole, parts = bank.read(queries, 9), bank.info().partitions
-    assert len({part.node for part in parts}) == 2
     pid, owner = pid_of(store, parts[1].owner), parts[1].owner
     hasty = SETTINGS.model_copy(update={"actors": SETTINGS.actors.model_copy(update={"retry_s": 1.0})})
     with raymem.connect("ray", settings=hasty) as other:
@@ -380,7 +390,7 @@ def test_a_partition_whose_shard_is_stopped_is_an_error_or_marked_missing_and_co
 
 def spread(store: Store, tiny, streams: int = 6) -> tuple[raymem.Bank, Writers]:
     """A bank in two partitions with some streams, each of which goes on being written."""
-    bank = store.create(f"ray/parts-{next(names)}", tiny.spec("spalm"), partitions=2)
+    bank = split_bank(store, tiny)
     bank.write(tiny.trace(50))
     return bank, Writers(bank, tiny, streams, apart=True)
 
