@@ -12,7 +12,7 @@ import structlog
 from raymem.cold.log import Log
 from raymem.cold.log_rows import Part
 from raymem.crew import Crew, settle
-from raymem.errors import NotOwner, RaymemError
+from raymem.errors import NotOwner
 
 _log = structlog.get_logger("raymem.committer")
 
@@ -110,6 +110,6 @@ class Committer:
         # the group is durable already: what fails here costs time and no data
         try:
             self.log.maintain()
-        except RaymemError as error:
+        except Exception as error:  # noqa: BLE001 - whoever waits for a commit must not wait for one who is gone
             self.upkeep_errors += 1
             _log.warning("the log's upkeep failed", log=self.log.id, error=str(error))

@@ -20,13 +20,25 @@ _MISSING_OS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EN
 
 
 @contextmanager
+def _panics() -> Iterator[None]:
+    """Turn a panic of Rust into an error: as no Exception it would pass by whoever lets others wait for an outcome."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"LanceDB panicked: {error}") from error
+
+
+@contextmanager
 def writing(what: str, only: type[Exception] = Exception) -> Iterator[None]:
     """Turn whatever storage raises inside into Conflict (somebody else's commit was first) or StorageError.
 
     Keep the block around storage calls alone, or say `only` what they raise: no other error may pass for the store's.
     """
     try:
-        yield
+        with _panics():
+            yield
     except RaymemError:
         raise
     except only as error:
@@ -40,7 +52,8 @@ def writing(what: str, only: type[Exception] = Exception) -> Iterator[None]:
 def reading(what: str) -> Iterator[None]:
     """Turn whatever storage raises inside into StorageError (it can't be reached) or Corrupt (it can't be read)."""
     try:
-        yield
+        with _panics():
+            yield
     except RaymemError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ import pytest
 
 import raymem
 from raymem import BankSpec, Calibration, Settings, Trace
+from raymem.cold.log import Log
 from raymem.cold.store import ColdStore
 from raymem.cold.tables import journal_table
 from raymem.config import ColdSettings
@@ -234,3 +235,22 @@ def test_a_store_opened_again_by_another_process_has_what_the_log_held(
         assert [info.rows for info in store.banks()] == [4, 4, 4]
         for info in store.banks():
             assert store.bank(info.name).write(make_trace(2, run="other")).end == 6
+
+
+async def test_an_upkeep_of_the_log_that_fails_unforeseen_keeps_nobody_waiting(
+    cold: ColdStore, bank_spec: BankSpec, make_trace: Make, monkeypatch: pytest.MonkeyPatch
+):
+    host = Host(cold, Settings(), "me")
+    await attached(host, bank_spec, "lab/a", "lab/b")
+    await host.write("lab/a", make_trace(3))
+
+    def fails(_: Log) -> bool:
+        raise ValueError("nobody thought of this")
+
+    async with asyncio.timeout(10):
+        with monkeypatch.context() as patched:
+            patched.setattr(Log, "maintain", fails)
+            await host.detach("lab/a")
+        assert (await host.stats())["log"]["upkeep_errors"] == 1
+        await host.write("lab/b", make_trace(3))
+        await host.close()
