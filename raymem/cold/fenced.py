@@ -205,6 +205,8 @@ class FencedTable:
             handle.checkout_latest()
             if handle.version != dataset.version:
                 raise self._fenced()
+        # an error from here on leaves no older version to look at: see `reopen`
+        self._version = handle.version
         with writing(f"clean up {self.what}"):
             handle.to_lance().cleanup_old_versions(older_than=keep)
         self._make_durable()

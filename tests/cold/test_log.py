@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lance import LanceDataset
+from lance.dataset import DatasetOptimizer
+from lancedb.table import LanceTable
 
 from raymem.cold import journal as journal_module
 from raymem.cold import log as log_module
@@ -319,6 +322,41 @@ def test_rows_of_a_bank_that_left_go_from_every_file_and_others_stay(store: Cold
     assert log.maintain()
     assert in_files(store, "first") == {(b, 0), (b, 1), (b, 2)}
     assert a not in log._last
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", ["delete", "compact_files", "cleanup_old_versions"])
+def test_a_log_goes_on_after_an_upkeep_that_failed_at_any_step(
+    log: Log, store: ColdStore, owned: Owned, rows, monkeypatch: pytest.MonkeyPatch, step: str, when: str
+):
+    gone, journal = owned(log), owned(log, "lab/b")
+    logged(log, gone, rows(2, 0))
+    gone.settle()
+    # two fragments: compaction merges them in two commits
+    logged(log, journal, rows(2, 0))
+    logged(log, journal, rows(1, 2))
+    owner = {"delete": LanceTable, "compact_files": DatasetOptimizer, "cleanup_old_versions": LanceDataset}[step]
+    real = getattr(owner, step)
+
+    def fail(*args: object, **options: object) -> None:
+        if when == "after":
+            real(*args, **options)
+        raise OSError(5, "Input/output error", "disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, fail)
+        with pytest.raises(StorageError):
+            log.purge()
+
+    assert positions(journal) == [0, 1, 2]
+    logged(log, journal, rows(2, 3))
+    log.purge()
+    assert in_files(store, "first") == {(journal.entry.id, pos) for pos in range(5)}
+    # and still, who takes over stops it
+    owned(make_log(store, "second"), "lab/b")
+    with pytest.raises(NotOwner):
+        log.commit([(journal.entry, rows(1, 5))])
+    assert positions(fresh(store, "lab/b")) == [0, 1, 2, 3, 4]
 
 
 def test_a_bank_that_had_no_rows_here_leaves_nothing_to_do(log: Log, owned: Owned):
