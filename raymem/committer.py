@@ -112,4 +112,4 @@ class Committer:
             self.log.maintain()
         except Exception as error:  # noqa: BLE001 - whoever waits for a commit must not wait for one who is gone
             self.upkeep_errors += 1
-            _log.warning("the log's upkeep failed", log=self.log.id, error=str(error))
+            _log.warning("the log's upkeep failed", log=self.log.id, error=repr(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import structlog
@@ -18,9 +19,9 @@ log = structlog.get_logger("raymem.durable")
 class FolderSync:
     """Syncs what appeared in one table's folder since the last call; the first call syncs everything.
 
-    The first call can't leave anything out, unless see `trust`: another process may have died between its commit and
-    its sync. The newest version on disk has a mark beside it, made once all is synced that it needs: a torn one without
-    it was never acknowledged, see `set_aside_torn`.
+    The first call can't leave anything out, unless `trust` says so: another process may have died between its commit
+    and its sync. The newest version on disk has a mark beside it, made once all is synced that it needs: a torn one
+    without it was never acknowledged, see `set_aside_torn`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,6 +49,7 @@ class FolderSync:
         """
         if (trusted := self._trusted) is not None:
             self._trusted = None
+            # names count down: these are newer
             if sum(name < trusted for name in self._versions()) > 1:
                 self._seen = {}
         first = self._folder not in self._seen
@@ -56,10 +58,9 @@ class FolderSync:
             fsync(self._folder.parent)
         self._mark()
 
-    def _versions(self) -> set[str]:
-        """The manifests; their names count down."""
+    def _versions(self) -> list[str]:
         versions = self._folder / _VERSIONS
-        return {name for name in os.listdir(versions) if name.endswith(_MANIFEST)} if versions.is_dir() else set()
+        return _manifests(os.listdir(versions)) if versions.is_dir() else []
 
     def _folders(self) -> list[Path]:
         return [self._folder, *(Path(entry.path) for entry in os.scandir(self._folder) if entry.is_dir())]
@@ -127,7 +128,7 @@ def set_aside_torn(folder: Path) -> bool:
     handle = os.open(versions, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        newest = _newest(set(os.listdir(versions)))
+        newest = _newest(os.listdir(versions))
         if newest is None or any(mark <= newest for mark in _marks(folder)) or _is_whole(versions / newest):
             return False
         os.rename(versions / newest, folder / f"{newest}.torn")
@@ -138,9 +139,13 @@ def set_aside_torn(folder: Path) -> bool:
     return True
 
 
-def _newest(names: set[str]) -> str | None:
+def _manifests(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith(_MANIFEST)]
+
+
+def _newest(names: Iterable[str]) -> str | None:
     # names count down, so that the newest comes first in a listing
-    return min((name for name in names if name.endswith(_MANIFEST)), default=None)
+    return min(_manifests(names), default=None)
 
 
 def _marks(folder: Path) -> list[str]:

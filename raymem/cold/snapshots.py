@@ -29,7 +29,8 @@ _PART_BYTES = 4096
 # parts that are written, and read, together
 _BATCH_PARTS = 1024
 _AHEAD = 4
-_PIECE_BYTES, _PAGE_BYTES = 2**23, 4096
+# what one thread touches at a time, page by page
+_TOUCH_BYTES, _PAGE_BYTES = 2**23, 4096
 # a part's number; the manifest is the commit marker and has none
 _MANIFEST = -1
 _SCHEMA = pa.schema(
@@ -308,7 +309,7 @@ def _touched(data: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
     Where a virtual machine has to ask for them, the first use of pages takes four times as long as reading what goes
     into them: two threads do it, beside the reading.
     """
-    pieces = [data[start : start + _PIECE_BYTES] for start in range(0, len(data), _PIECE_BYTES)]
+    pieces = [data[start : start + _TOUCH_BYTES] for start in range(0, len(data), _TOUCH_BYTES)]
     if len(pieces) < 2:
         yield from pieces
         return

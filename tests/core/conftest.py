@@ -6,6 +6,7 @@ import pytest
 
 import raymem
 from raymem import BankSpec, Calibration, Fingerprint, KeySpec, Settings, Store, Trace
+from raymem.cold.store import ColdStore
 
 
 @pytest.fixture
@@ -33,6 +34,19 @@ def store(tmp_path: Path, calibration: Calibration, settings: Settings) -> Itera
     with raymem.connect(tmp_path / "memory", settings=settings) as opened:
         opened.put_calibration(calibration)
         yield opened
+
+
+@pytest.fixture
+def cold(tmp_path: Path, calibration: Calibration) -> ColdStore:
+    store = ColdStore.open(str(tmp_path / "cold"))
+    store.calibrations.put(calibration.hash, calibration.model, calibration.layers, calibration.to_bytes())
+    return store
+
+
+@pytest.fixture
+def bank_spec(tiny: Any) -> BankSpec:
+    """Of a bank whose calibration `cold` has."""
+    return tiny.spec("spalm")
 
 
 @pytest.fixture

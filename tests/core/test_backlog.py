@@ -5,11 +5,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from raymem import BankSpec, Calibration, Settings, Trace
+from raymem import BankSpec, Settings, Trace
 from raymem.backlog import Backlog
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore
@@ -20,17 +20,9 @@ from raymem.runtime import Replica, Runtime
 Make = Callable[..., Trace]
 
 
-@pytest.fixture
-def cold(tmp_path: Path, calibration: Calibration) -> ColdStore:
-    store = ColdStore.open(str(tmp_path / "cold"))
-    store.calibrations.put(calibration.hash, calibration.model, calibration.layers, calibration.to_bytes())
-    return store
-
-
 @pytest.fixture(params=["spalm", "titans", "dnc"])
-def bank_spec(request: pytest.FixtureRequest, spec: BankSpec, calibration: Calibration) -> BankSpec:
-    fingerprint = spec.fingerprint.model_copy(update={"calibration": calibration.hash})
-    return spec.model_copy(update={"kind": request.param, "fingerprint": fingerprint})
+def bank_spec(request: pytest.FixtureRequest, tiny: Any) -> BankSpec:
+    return tiny.spec(request.param)
 
 
 def opened(cold: ColdStore, spec: BankSpec) -> Runtime:

@@ -21,20 +21,6 @@ from raymem.runtime import Replica
 Make = Callable[..., Trace]
 
 
-@pytest.fixture
-def cold(tmp_path: Path, calibration: Calibration) -> ColdStore:
-    store = ColdStore.open(str(tmp_path / "cold"))
-    store.calibrations.put(calibration.hash, calibration.model, calibration.layers, calibration.to_bytes())
-    return store
-
-
-@pytest.fixture
-def bank_spec(spec: BankSpec, calibration: Calibration) -> BankSpec:
-    return spec.model_copy(
-        update={"fingerprint": spec.fingerprint.model_copy(update={"calibration": calibration.hash})}
-    )
-
-
 @pytest.fixture(autouse=True)
 def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raymem.host._TICK_S", 0.05)

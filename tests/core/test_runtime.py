@@ -1,9 +1,9 @@
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from raymem import Ack, BankSpec, Calibration
+from raymem import Ack
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore
 from raymem.errors import NonFinite, NotOwner, RaymemError, StorageError
@@ -11,17 +11,9 @@ from raymem.prefetch import prefetch
 from raymem.runtime import Replica, Runtime
 
 
-@pytest.fixture
-def cold(tmp_path: Path, calibration: Calibration) -> ColdStore:
-    store = ColdStore.open(str(tmp_path / "cold"))
-    store.calibrations.put(calibration.hash, calibration.model, calibration.layers, calibration.to_bytes())
-    return store
-
-
 @pytest.fixture(params=["spalm", "titans"])
-def runtime(request: pytest.FixtureRequest, cold: ColdStore, spec: BankSpec, calibration: Calibration) -> Runtime:
-    fingerprint = spec.fingerprint.model_copy(update={"calibration": calibration.hash})
-    cold.catalog.create("lab/a", spec.model_copy(update={"kind": request.param, "fingerprint": fingerprint}))
+def runtime(request: pytest.FixtureRequest, cold: ColdStore, tiny: Any) -> Runtime:
+    cold.catalog.create("lab/a", tiny.spec(request.param))
     return Runtime.open(cold, cold.catalog.claim("lab/a", "me", 0))
 
 

@@ -26,8 +26,11 @@ def changes():
 class Change(MetaPathFinder):
     """Finds raymem's modules, and adds to what some do when they are loaded."""
 
+    def __init__(self, changes):
+        self._changes = changes
+
     def find_spec(self, name, path, target=None):
-        change = changes().get(name) if name.startswith("raymem.") else None
+        change = self._changes.get(name)
         if change is None:
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -42,4 +45,4 @@ class Change(MetaPathFinder):
 
 
 if "FAULTS_PLANS" in os.environ or os.environ.get("FAULTS_MUTATION"):
-    sys.meta_path.insert(0, Change())
+    sys.meta_path.insert(0, Change(changes()))
