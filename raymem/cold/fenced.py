@@ -84,11 +84,10 @@ class FencedTable:
             NotOwner: a later owner has fenced.
         """
         handle = self.open()
-        with reading(f"read the last commits of {self.what}"):
-            dataset = handle.to_lance()
-            versions = range(self._version + 1, dataset.version + 1)
-            commits = [dataset.read_transaction(version).operation for version in versions]
-        if any(isinstance(commit, LanceOperation.Restore) for commit in commits):
+        dataset = self._dataset(handle)
+        commits = [self._operation(dataset, version) for version in range(self._version + 1, handle.version + 1)]
+        # one that is gone was followed by others, and none of these are ours
+        if any(commit is None or isinstance(commit, LanceOperation.Restore) for commit in commits):
             raise self._fenced()
         self._make_durable()
         self._keep(handle)
@@ -161,28 +160,39 @@ class FencedTable:
 
     def _take_over(self, handle: Any) -> None:
         """Commit a restore: whatever is based on an older version conflicts with it."""
-        latest = handle.version
-        self._restore(handle, latest - 1 if self._cut_short(latest) else latest)
-        while handle.version != latest + 1:
+        content, source = self._content(handle)
+        self._restore(handle, source)
+        while (found := self._content(handle))[0] != content:
             # something was committed between our look and our restore, which has just undone it: bring it back
-            latest = handle.version
-            self._restore(handle, latest - 1)
+            content, source = found
+            self._restore(handle, source)
 
-    def _cut_short(self, version: int) -> bool:
-        """Whether the latest commit is a fence that undid an append and died before bringing it back."""
-        if version == 1:
-            return False
-        table = self.open()
-        with reading(f"open version {version} of {self.what}"):
-            table.checkout(version)
-            rows = table.count_rows()
+    def _content(self, handle: Any) -> tuple[int, int]:
+        """The version that holds what the table should, and one to restore it from: the latest if that has the same.
+
+        It is the newest that is no restore, or the oldest one left. A restore is never meant to change anything, but
+        one that comes late undoes what was committed since its look, and who made it may die before bringing it back.
+        """
+        latest = version = int(handle.version)
+        restored, dataset = [latest], self._dataset(handle)
+        operation = self._operation(dataset, version)
+        while isinstance(operation, LanceOperation.Restore) and (before := self._operation(dataset, version - 1)):
+            restored.append(operation.version)
+            version, operation = version - 1, before
+        return version, version if min(restored) < version else latest
+
+    def _dataset(self, handle: Any) -> Any:
+        with reading(f"open {self.what}"):
+            return handle.to_lance()
+
+    def _operation(self, dataset: Any, version: int) -> Any:
+        """What a version did to the table, or None if it has been cleaned up."""
         try:
-            with reading(f"open version {version - 1} of {self.what}"):
-                table.checkout(version - 1)
-                return bool(table.count_rows() > rows)
+            with reading(f"read version {version} of {self.what}"):
+                found = dataset.read_transaction(version)
         except Corrupt:
-            # cleaned up, which only a finished fence allows
-            return False
+            return None
+        return found and found.operation
 
     def _restore(self, handle: Any, version: int) -> None:
         with writing(f"fence {self.what}"):
@@ -199,7 +209,7 @@ class FencedTable:
         if renew:
             self._restore(handle, dataset.version)
             if handle.version != dataset.version + 1:
-                self._restore(handle, handle.version - 1)
+                self._restore(handle, self._content(handle)[1])
                 raise self._fenced()
         else:
             handle.checkout_latest()
@@ -209,6 +219,9 @@ class FencedTable:
         self._version = handle.version
         with writing(f"clean up {self.what}"):
             handle.to_lance().cleanup_old_versions(older_than=keep)
+        if self.open().version != handle.version:
+            # a fence that came before the clean-up may have gone with it, and no longer stops this handle
+            raise self._fenced()
         self._make_durable()
 
     def _make_durable(self) -> None:

@@ -3,9 +3,11 @@
 import os
 import signal
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
+from lance import LanceDataset
 
 from raymem.cold import fenced
 from raymem.cold import journal as journal_module
@@ -145,16 +147,17 @@ def test_an_old_owner_can_not_compact_either(store: ColdStore, journal: Journal,
 
 def test_rows_committed_while_a_fence_goes_up_are_kept(store: ColdStore, journal: Journal, rows, monkeypatch):
     journal.append(rows(3, 0))
-    look = FencedTable._cut_short
+    look = FencedTable._content
 
-    def slow_look(self: FencedTable, version: int) -> bool:
+    def slow_look(self: FencedTable, handle: Any) -> tuple[int, int]:
+        found = look(self, handle)
         # the old owner is quicker than the new one
-        monkeypatch.setattr(FencedTable, "_cut_short", look)
+        monkeypatch.setattr(FencedTable, "_content", look)
         journal.append(rows(2, 3))
         journal.append(rows(2, 5))
-        return look(self, version)
+        return found
 
-    monkeypatch.setattr(FencedTable, "_cut_short", slow_look)
+    monkeypatch.setattr(FencedTable, "_content", slow_look)
     new = take_over(store, "new")
     assert new.end() == 7
     new.append(rows(1, 7))
@@ -173,6 +176,45 @@ def test_rows_that_a_killed_fence_undid_come_back(store: ColdStore, journal: Jou
     assert journal.end() == 3
     new = take_over(store, "new")
     assert positions(new) == list(range(5))
+
+
+def test_rows_that_two_fences_undid_come_back(store: ColdStore, journal: Journal, rows):
+    journal.append(rows(3, 0))
+    table = store.tables.open(f"journal-{store.catalog.get('lab/a').id}")
+    before = table.version
+    journal.append(rows(2, 3))
+    table.restore(before)
+    # another fence looked between the append and that restore, undid the restore, was told so, and brought it back
+    table.restore(before + 1)
+    table.restore(before + 2)
+    assert journal.end() == 3
+    new = take_over(store, "new")
+    assert positions(new) == list(range(5))
+    new.append(rows(1, 5))
+    assert positions(new) == list(range(6))
+
+
+@pytest.mark.usefixtures("_keep_no_version")
+def test_who_stood_still_in_a_clean_up_while_another_took_over_appends_nothing(
+    store: ColdStore, journal: Journal, rows, monkeypatch: pytest.MonkeyPatch
+):
+    for pos in range(3):
+        journal.append(rows(1, pos))
+    clean = LanceDataset.cleanup_old_versions
+
+    def late(self: LanceDataset, **options: Any) -> object:
+        monkeypatch.setattr(LanceDataset, "cleanup_old_versions", clean)
+        take_over(store, "new").append(rows(1, 3))
+        # the fence goes with it
+        return clean(self, **options)
+
+    monkeypatch.setattr(journal_module, "_COMPACT_EVERY", 2)
+    monkeypatch.setattr(LanceDataset, "cleanup_old_versions", late)
+    with pytest.raises(NotOwner):
+        journal.maintain()
+    with pytest.raises(NotOwner):
+        journal.append(rows(1, 3))
+    assert positions(store.journal(store.catalog.get("lab/a"))) == list(range(4))
 
 
 def test_an_owner_of_yesterday_can_not_fence(store: ColdStore, journal: Journal, rows):

@@ -359,6 +359,31 @@ def test_a_log_goes_on_after_an_upkeep_that_failed_at_any_step(
     assert positions(fresh(store, "lab/b")) == [0, 1, 2, 3, 4]
 
 
+def test_a_clean_up_that_was_cut_short_harms_nobody_who_takes_over(
+    log: Log, store: ColdStore, owned: Owned, rows, monkeypatch: pytest.MonkeyPatch
+):
+    gone, journal = owned(log), owned(log, "lab/b")
+    logged(log, gone, rows(2, 0))
+    gone.settle()
+    folder = Path(store.uri) / f"{log_table(log.id)}.lance" / "data"
+    settled = set(folder.iterdir())
+    logged(log, journal, rows(3, 0))
+
+    def killed(*args: object, **options: object) -> None:
+        # the deletion took a whole fragment, so that nothing was compacted: of what it had, files go before versions
+        for file in settled:
+            file.unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LanceDataset, "cleanup_old_versions", killed)
+    with pytest.raises(KeyboardInterrupt):
+        log.purge()
+    second = make_log(store, "second")
+    taken = owned(second, "lab/b")
+    assert positions(taken) == positions(fresh(store, "lab/b")) == [0, 1, 2]
+    assert positions(owned(second)) == [0, 1]
+
+
 def test_a_bank_that_had_no_rows_here_leaves_nothing_to_do(log: Log, owned: Owned):
     log.leave(owned(log).entry.id)
     assert not log.left
