@@ -217,11 +217,9 @@ class FencedTable:
                 raise self._fenced()
         # an error from here on leaves no older version to look at: see `reopen`
         self._version = handle.version
+        # from this version on all stays: with a fence that has come meanwhile, and with what that one may bring back
         with writing(f"clean up {self.what}"):
             handle.to_lance().cleanup_old_versions(older_than=keep)
-        if self.open().version != handle.version:
-            # a fence that came before the clean-up may have gone with it, and no longer stops this handle
-            raise self._fenced()
         self._make_durable()
 
     def _make_durable(self) -> None:
