@@ -160,21 +160,21 @@ class FencedTable:
 
     def _take_over(self, handle: Any) -> None:
         """Commit a restore: whatever is based on an older version conflicts with it."""
-        content, source = self._content(handle)
+        dataset = self._dataset(handle)
+        content, source = self._content(dataset, handle.version)
         self._restore(handle, source)
-        while (found := self._content(handle))[0] != content:
+        while (found := self._content(dataset, handle.version))[0] != content:
             # something was committed between our look and our restore, which has just undone it: bring it back
             content, source = found
             self._restore(handle, source)
 
-    def _content(self, handle: Any) -> tuple[int, int]:
+    def _content(self, dataset: Any, latest: int) -> tuple[int, int]:
         """The version that holds what the table should, and one to restore it from: the latest if that has the same.
 
         It is the newest that is no restore, or the oldest one left. A restore is never meant to change anything, but
         one that comes late undoes what was committed since its look, and who made it may die before bringing it back.
         """
-        latest = version = int(handle.version)
-        restored, dataset = [latest], self._dataset(handle)
+        version, restored = latest, [latest]
         operation = self._operation(dataset, version)
         while isinstance(operation, LanceOperation.Restore) and (before := self._operation(dataset, version - 1)):
             restored.append(operation.version)
@@ -209,7 +209,7 @@ class FencedTable:
         if renew:
             self._restore(handle, dataset.version)
             if handle.version != dataset.version + 1:
-                self._restore(handle, self._content(handle)[1])
+                self._restore(handle, self._content(dataset, handle.version)[1])
                 raise self._fenced()
         else:
             handle.checkout_latest()

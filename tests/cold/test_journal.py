@@ -149,8 +149,8 @@ def test_rows_committed_while_a_fence_goes_up_are_kept(store: ColdStore, journal
     journal.append(rows(3, 0))
     look = FencedTable._content
 
-    def slow_look(self: FencedTable, handle: Any) -> tuple[int, int]:
-        found = look(self, handle)
+    def slow_look(self: FencedTable, *args: Any) -> tuple[int, int]:
+        found = look(self, *args)
         # the old owner is quicker than the new one
         monkeypatch.setattr(FencedTable, "_content", look)
         journal.append(rows(2, 3))
