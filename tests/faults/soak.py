@@ -22,8 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from faultkit.cluster import KINDS, run_cluster
 from faultkit.s3 import s3_server
-from faultkit.schedule import Outcome, Schedule
+from faultkit.schedule import PLACES, Outcome, Schedule
 
+OPS = sorted({place["op"] for place in PLACES})
 FRESH = {"seeds": 0, "faults": {}, "acknowledged": 0, "lost": 0, "doubled": 0, "fragments": 0, "wrong": []}
 
 
@@ -51,17 +52,18 @@ def line(total: dict[str, Any]) -> str:
     )
 
 
-def one(over: str, seed: int, faults: int) -> Outcome:
+def one(over: str, seed: int, faults: int, at: str) -> Outcome:
     """One schedule over a folder, over a local S3 server, or on a Ray cluster of this machine."""
+    places = [place for place in PLACES if not at or place["op"] in at.split(",")]
     if over == "cluster":
         chosen = random.Random(seed)
         return run_cluster(seed, [chosen.choice(KINDS) for _ in range(faults)])
     with tempfile.TemporaryDirectory(prefix="raymem-soak-") as folder:
         scratch = Path(folder) / "scratch"
         if over == "folder":
-            return asyncio.run(Schedule(f"{folder}/memory", scratch, seed).run(faults))
+            return asyncio.run(Schedule(f"{folder}/memory", scratch, seed).run(faults, places=places))
         with s3_server() as bucket:
-            return asyncio.run(Schedule(f"{bucket}/memory", scratch, seed).run(faults))
+            return asyncio.run(Schedule(f"{bucket}/memory", scratch, seed).run(faults, places=places))
 
 
 def main() -> int:
@@ -70,15 +72,18 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200, help="how many in all")
     parser.add_argument("--each", type=int, default=20, help="how many in one schedule")
     parser.add_argument("--over", choices=["folder", "s3", "cluster"], default="folder", help="what is put to the test")
+    parser.add_argument("--at", default="", help=f"not on a cluster: at these writes alone, of {', '.join(OPS)}")
     parser.add_argument("--seed", type=int, default=0, help="of the first schedule")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no schedule after so long")
     parser.add_argument("--json", type=Path, help="keep the sum here, and go on from what is there")
     asked = parser.parse_args()
+    if unknown := set(asked.at.split(",")) - {"", *OPS}:
+        parser.error(f"no write is called {', '.join(sorted(unknown))}; there is {', '.join(OPS)}")
     total = json.loads(asked.json.read_text()) if asked.json and asked.json.exists() else dict(FRESH)
     began = time.monotonic()
     while sum(total["faults"].values()) < asked.faults and time.monotonic() - began < asked.seconds:
         seed = asked.seed + total["seeds"]
-        outcome = one(asked.over, seed, asked.each)
+        outcome = one(asked.over, seed, asked.each, asked.at)
         add(total, outcome, seed)
         for text in outcome.verdict.wrong:
             print(f"seed {seed}: {text}", file=sys.stderr, flush=True)
