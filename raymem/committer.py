@@ -12,7 +12,6 @@ import structlog
 from raymem.cold.log import Log
 from raymem.cold.log_rows import Part
 from raymem.crew import Crew, settle
-from raymem.errors import NotOwner
 
 _log = structlog.get_logger("raymem.committer")
 
@@ -82,6 +81,8 @@ class Committer:
                     await self._crew.run(self._upkeep)
                 if tidied:
                     settle(tidied, None)
+                if self.log.lost:
+                    self._lost()
         finally:
             self._task = None
 
@@ -97,8 +98,6 @@ class Committer:
         except Exception as error:  # noqa: BLE001 - handed to every writer of the group, none is acknowledged
             for _, done in group:
                 settle(done, error)
-            if isinstance(error, NotOwner):
-                self._lost()
             return
         self.groups += 1
         self.parts += len(parts)

@@ -70,6 +70,11 @@ class Lease:
             self._over.set()
         return not self._over.is_set()
 
+    @property
+    def over(self) -> bool:
+        """Whether the lease was held and has run out or was given up."""
+        return self._over.is_set() or (self._begun is not None and not self.valid)
+
     def beat(self) -> None:
         """Move the counter; a lease that ran out meanwhile stays over."""
         begun = clock()

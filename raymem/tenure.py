@@ -45,6 +45,11 @@ class Tenure:
     async def commits(self) -> Committer:
         """The committer of this incarnation's log, made on first use."""
         async with self._opening:
+            # seen by a read or an erasure alone, or by nobody while no bank was hot
+            if self.committer is not None and self.committer.log.lost and self.committer.log.id == self.lease.id:
+                self.end("its log was fenced off")
+            elif self.lease.over:
+                self.end("its lease ran out")
             lease = self.lease
             if self.committer is None or self.committer.log.id != lease.id:
                 made = Log(self._cold.tables, lease.id, self._settings.cold.log_bytes)
@@ -58,6 +63,9 @@ class Tenure:
     def claim(self, name: str, epoch: int, committer: Committer, settled: str | None = None) -> Entry:
         """Claim a bank in the catalog; see `Catalog.claim`."""
         self.lease.hold()
+        if self.lease.over:
+            # its log may have been swept: a bank that names it could never be loaded again
+            raise Moved(f"bank {name!r} is being reopened: its owner's lease ran out meanwhile", to="")
         self.require_same(name, committer)
         return self._cold.catalog.claim(name, self.owner, epoch, committer.log.id, settled)
 

@@ -72,8 +72,8 @@ class FencedTable:
         handle = self.open()
         self._take_over(handle)
         self._make_durable()
+        self._count(handle)
         self._keep(handle)
-        self._count()
 
     def reopen(self) -> bool:
         """Go on after an error without a fence of one's own; say whether an append that failed is there all the same.
@@ -90,8 +90,9 @@ class FencedTable:
         if any(commit is None or isinstance(commit, LanceOperation.Restore) for commit in commits):
             raise self._fenced()
         self._make_durable()
+        # a handle that is kept says that the answer was given: whatever can fail comes before
+        self._count(handle)
         self._keep(handle)
-        self._count()
         return any(isinstance(commit, LanceOperation.Append) for commit in commits)
 
     def add(self, rows: pa.Table) -> None:
@@ -107,7 +108,7 @@ class FencedTable:
     def delete(self, where: str) -> None:
         """Delete rows; errors as those of `add`."""
         self._commit("delete from", lambda handle: handle.delete(where))
-        self._count()
+        self._count(self._handle)
 
     def compact(self, *, renew: bool, keep: timedelta | None = None) -> None:
         """Merge small fragments and drop what only old versions need.
@@ -125,8 +126,8 @@ class FencedTable:
             self._compact(handle, renew, _KEEP_VERSIONS if keep is None else keep)
         except Conflict as error:
             raise self._fenced() from error
+        self._count(handle)
         self._keep(handle)
-        self._count()
         self.compactions += 1
 
     def close(self) -> None:
@@ -149,9 +150,9 @@ class FencedTable:
     def _keep(self, handle: Any) -> None:
         self._handle, self._version = handle, handle.version
 
-    def _count(self) -> None:
+    def _count(self, handle: Any) -> None:
         with reading(f"count the fragments of {self.what}"):
-            rows = [fragment.metadata.physical_rows for fragment in self._handle.to_lance().get_fragments()]
+            rows = [fragment.metadata.physical_rows for fragment in handle.to_lance().get_fragments()]
         self.fragments = len(rows)
         self.loose = sum(count < self._target_rows(sum(rows)) for count in rows)
 

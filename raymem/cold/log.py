@@ -195,8 +195,7 @@ class Log:
                 return False
             also = [f" OR (bank = {quote(bank)} AND lsn <= {lsn})" for bank, lsn in left.items()]
             # of those that have left the old versions go as well
-            self._shrink("".join(also), timedelta(0) if left else None)
-            first = self._first()
+            first = self._shrink("".join(also), timedelta(0) if left else None)
             with self._lock:
                 self._last = {b: lsn for b, lsn in self._last.items() if lsn >= first and lsn > left.get(b, -1)}
                 self._left = {b: lsn for b, lsn in self._left.items() if b not in left}
@@ -210,15 +209,19 @@ class Log:
         """
         self._shrink(f" OR (bank = {quote(bank)} AND lsn < {self._first(bank)})", timedelta(0))
 
-    def _shrink(self, and_also: str, keep: timedelta | None) -> None:
+    def _shrink(self, and_also: str, keep: timedelta | None) -> int:
+        """Drop rows; from the commit that is returned on all are there but those that were asked for."""
         with self._writing:
             self._ensure()
+            # rows that settle meanwhile stay
+            first = self._first()
             try:
-                self._table.delete(f"lsn < {self._first()}{and_also}")
+                self._table.delete(f"lsn < {first}{and_also}")
                 self._table.compact(renew=False, keep=keep)
             except NotOwner:
                 self.lost = True
                 raise
+            return first
 
     def drop(self) -> None:
         """Delete the table; no catalog entry may name this log any more."""

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lancedb.table import LanceTable
 from raymem.cold import journal as journal_module
 from raymem.cold import log as log_module
 from raymem.cold.failures import reading
+from raymem.cold.fenced import FencedTable
 from raymem.cold.files import Files
 from raymem.cold.history import fork_at
 from raymem.cold.journal import Journal
@@ -272,6 +274,33 @@ def test_a_failed_commit_is_looked_for_before_the_next(
     assert positions(journal) == positions(fresh(store)) == list(range(6 if landed else 4))
 
 
+def test_a_look_for_a_failed_commit_that_fails_itself_is_repeated(
+    log: Log, store: ColdStore, owned: Owned, rows, monkeypatch: pytest.MonkeyPatch
+):
+    journal = owned(log)
+    logged(log, journal, rows(1, 0))
+    real = LanceTable.add
+
+    def landed(*args: object, **options: object) -> None:
+        real(*args, **options)
+        raise OSError(5, "Input/output error", "disk")
+
+    def fails(*args: object) -> None:
+        raise StorageError("the fragments can't be counted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanceTable, "add", landed)
+        with pytest.raises(StorageError):
+            log.commit([(journal.entry, rows(2, 1))])
+    with monkeypatch.context() as patch:
+        patch.setattr(FencedTable, "_count", fails)
+        with pytest.raises(StorageError, match="counted"):
+            journal.counted()
+    assert journal.counted() == 3
+    logged(log, journal, rows(1, 3))
+    assert positions(owned(make_log(store, "second"))) == [0, 1, 2, 3]
+
+
 def test_upkeep_drops_what_has_settled_and_keeps_the_rest(store: ColdStore, log: Log, owned: Owned, rows):
     journal, other = owned(log), owned(log, "lab/b")
     logged(log, journal, rows(2, 0))
@@ -357,6 +386,30 @@ def test_a_log_goes_on_after_an_upkeep_that_failed_at_any_step(
     with pytest.raises(NotOwner):
         log.commit([(journal.entry, rows(1, 5))])
     assert positions(fresh(store, "lab/b")) == [0, 1, 2, 3, 4]
+
+
+def test_rows_that_settle_during_an_upkeep_go_once_their_bank_leaves(
+    log: Log, store: ColdStore, owned: Owned, rows, monkeypatch: pytest.MonkeyPatch
+):
+    gone, journal = owned(log), owned(log, "lab/b")
+    logged(log, journal, rows(2, 0))
+    logged(log, gone, rows(2, 0))
+    gone.settle()
+    log.leave(gone.entry.id)
+    compact = FencedTable.compact
+
+    def meanwhile(table: FencedTable, **options: Any) -> None:
+        if table.name == log_table(log.id):
+            journal.settle()
+        compact(table, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FencedTable, "compact", meanwhile)
+        assert log.maintain()
+    assert in_files(store, "first") == {(journal.entry.id, 0), (journal.entry.id, 1)}
+    log.leave(journal.entry.id)
+    assert log.maintain()
+    assert in_files(store, "first") == set()
 
 
 def test_a_clean_up_that_was_cut_short_harms_nobody_who_takes_over(

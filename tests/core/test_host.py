@@ -1,6 +1,7 @@
 """Many banks of one host: their small writes are committed together, and settle in time."""
 
 import asyncio
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -10,9 +11,11 @@ import pytest
 
 import raymem
 from raymem import BankSpec, Calibration, Settings, Trace
+from raymem.cold.fenced import FencedTable
 from raymem.cold.log import Log
 from raymem.cold.store import ColdStore
-from raymem.cold.tables import journal_table
+from raymem.cold.sweeper import sweep
+from raymem.cold.tables import journal_table, log_table
 from raymem.config import ColdSettings
 from raymem.errors import BankDetached, Moved, NotOwner, StorageError
 from raymem.host import Host
@@ -221,6 +224,53 @@ def test_a_store_opened_again_by_another_process_has_what_the_log_held(
         assert [info.rows for info in store.banks()] == [4, 4, 4]
         for info in store.banks():
             assert store.bank(info.name).write(make_trace(2, run="other")).end == 6
+
+
+async def test_a_log_that_an_upkeep_alone_finds_fenced_off_ends_the_incarnation(
+    cold: ColdStore, bank_spec: BankSpec, make_trace: Make
+):
+    host = Host(cold, Settings(), "me")
+    await attached(host, bank_spec, "lab/a", "lab/b")
+    await host.write("lab/a", make_trace(3))
+    await host.write("lab/b", make_trace(3))
+    first = cold.catalog.get("lab/a").log
+    assert first is not None
+    FencedTable(cold.tables, log_table(first), "log", 1).fence()
+    # its rows settle, and the upkeep that follows finds the log lost
+    await host.detach("lab/b")
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(Moved, NotOwner):
+                ack = await host.write("lab/a", make_trace(6))
+                break
+            with contextlib.suppress(Moved, NotOwner):
+                await host.reopen("lab/a")
+            await asyncio.sleep(0.02)
+    assert (ack.duplicates, ack.end) == (3, 6)
+    assert cold.catalog.get("lab/a").log not in (None, first)
+    await host.close()
+
+
+async def test_a_host_that_was_away_for_longer_than_its_lease_names_no_log_that_was_swept(
+    cold: ColdStore, bank_spec: BankSpec, make_trace: Make
+):
+    host = Host(cold, Settings(), "me")
+    await attached(host, bank_spec, "lab/a")
+    await host.write("lab/a", make_trace(3))
+    await host.detach("lab/a")
+    first = host.tenure.lease
+    # idle and out of reach: another process sees the lease run out, and sweeps what no bank names
+    assert first._begun is not None
+    first._begun -= first.lease_s
+    other = ColdStore.open(cold.uri)
+    for id in other.incarnations.list():
+        other.incarnations.expire(id)
+    assert log_table(first.id) in sweep(other, 0.0).deleted
+
+    await host.attach("lab/a")
+    assert (await host.write("lab/a", make_trace(5))).end == 5
+    assert cold.catalog.get("lab/a").log not in (None, first.id)
+    await host.close()
 
 
 async def test_an_upkeep_of_the_log_that_fails_unforeseen_keeps_nobody_waiting(
