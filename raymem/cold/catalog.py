@@ -18,7 +18,7 @@ import pyarrow as pa
 from raymem.cold.failures import reading
 from raymem.cold.holes import Holes
 from raymem.cold.rows import bank_schema
-from raymem.cold.shared import ATTEMPTS, Change, Find, SharedTable
+from raymem.cold.shared import ATTEMPTS, Change, Find, SharedTable, pause
 from raymem.cold.tables import Tables, journal_table, quote
 from raymem.errors import (
     BankExists,
@@ -404,11 +404,12 @@ class Catalog:
         )
 
     def _retag(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             entry = self.get(name)
             values = {"tags": json.dumps(change(entry.tags))}
             if self._update(f"id = {quote(entry.id)} AND tags = {quote(json.dumps(entry.tags))}", values):
                 return
+            pause(attempt)
         raise Overloaded(f"the tags of {name} keep changing; try again", retry_after_s=0.1)
 
     def _nearest(self, name: str) -> str:

@@ -30,6 +30,11 @@ Find = Callable[[str], Rows]
 Change = tuple[Rows, list[str]]
 
 
+def pause(attempt: int) -> None:
+    """Let those go first who were in the way of a change, the longer the more often they were."""
+    time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 5)))
+
+
 class SharedTable:
     """A table without an owner: every change is repeated when another process was first, and durable at its end.
 
@@ -77,7 +82,7 @@ class SharedTable:
                         result = change()
                     break
                 except Conflict:
-                    time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 5)))
+                    pause(attempt)
             else:
                 raise Overloaded(f"{what}: {self._what} is too busy; try again", retry_after_s=0.5)
             self._make_durable()
