@@ -42,6 +42,8 @@ def erase(runtime: Runtime, what: Selection, *, rebuild: bool) -> EraseReceipt:
     runtime.let_go()
     try:
         replica, evidence = _rewritten(runtime.cold, entry, evidence, str(runtime.device))
+        # what was not there to be read would be gone for good
+        runtime.journal.confirm()
         switched = erasure.switch(runtime.cold, entry, replica.entry)
     except RaymemError:
         if erasure.undo(runtime.cold, receipt, evidence) is not None:

@@ -422,12 +422,14 @@ class Runtime(Replica):
     def materialise(self) -> None:
         """Copy the rows that a fork inherited into its own journal."""
         self.let_go()
+        self.journal.confirm()
         self.own(materialise(self.cold, self.entry))
 
     def _follow(self, progress: Progress | None = None) -> None:
         """Apply what is in the journal, now that nobody else can add to it."""
         self.entry = self.journal.entry
         self.catch_up(progress, self.journal.counted())
+        self.journal.confirm()
         self.unsure = False
 
     def _next_seq(self, stream: str, run: str) -> int:

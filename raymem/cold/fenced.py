@@ -18,6 +18,8 @@ from raymem.errors import Conflict, Corrupt, NotOwner
 _KEEP_VERSIONS = timedelta(seconds=10)
 # a large table has larger fragments, not more of them
 _FRAGMENTS = 512
+# how far back a look goes: each take-over has looked before, and brought back what was missing then
+_RESTORES = 64
 
 
 class FencedTable:
@@ -95,6 +97,18 @@ class FencedTable:
         self._keep(handle)
         return any(isinstance(commit, LanceOperation.Append) for commit in commits)
 
+    def confirm(self) -> None:
+        """After a read that much depends on: make sure that it saw all that was committed here.
+
+        A fence that comes late, whose owner was killed in it, hides commits until the next fence brings them back.
+
+        Raises:
+            NotOwner: it may not have seen all; fence again.
+        """
+        handle = self.open()
+        if self._content(self._dataset(handle), handle.version)[1] != handle.version:
+            raise self._fenced()
+
     def add(self, rows: pa.Table) -> None:
         """Commit rows, all or none, durable when it returns.
 
@@ -162,12 +176,12 @@ class FencedTable:
     def _take_over(self, handle: Any) -> None:
         """Commit a restore: whatever is based on an older version conflicts with it."""
         dataset = self._dataset(handle)
-        content, source = self._content(dataset, handle.version)
-        self._restore(handle, source)
-        while (found := self._content(dataset, handle.version))[0] != content:
+        looked = handle.version
+        self._restore(handle, self._content(dataset, looked)[1])
+        while self._content(dataset, handle.version)[0] > looked:
             # something was committed between our look and our restore, which has just undone it: bring it back
-            content, source = found
-            self._restore(handle, source)
+            looked = handle.version
+            self._restore(handle, self._content(dataset, looked)[1])
 
     def _content(self, dataset: Any, latest: int) -> tuple[int, int]:
         """The version that holds what the table should, and one to restore it from: the latest if that has the same.
@@ -175,12 +189,21 @@ class FencedTable:
         It is the newest that is no restore, or the oldest one left. A restore is never meant to change anything, but
         one that comes late undoes what was committed since its look, and who made it may die before bringing it back.
         """
-        version, restored = latest, [latest]
-        operation = self._operation(dataset, version)
-        while isinstance(operation, LanceOperation.Restore) and (before := self._operation(dataset, version - 1)):
-            restored.append(operation.version)
+        version, operation = latest, self._operation(dataset, latest)
+        while isinstance(operation, LanceOperation.Restore) and latest - version < _RESTORES:
+            before = self._operation(dataset, version - 1)
+            if before is None:
+                break
             version, operation = version - 1, before
-        return version, version if min(restored) < version else latest
+        found = self._restored(dataset, latest, version)
+        same = found == version or self._restored(dataset, found) == self._restored(dataset, version)
+        return version, latest if same else version
+
+    def _restored(self, dataset: Any, version: int, down_to: int = 0) -> int:
+        """The commit that a version restored, by whatever detours, or the first one met that is not after `down_to`."""
+        while version > down_to and isinstance(found := self._operation(dataset, version), LanceOperation.Restore):
+            version = found.version
+        return version
 
     def _dataset(self, handle: Any) -> Any:
         with reading(f"open {self.what}"):

@@ -107,6 +107,7 @@ class Journal:
         left = self._old_logs.rows(entry.log, entry) if entry.log not in (None, mine) else []
         self._writer.fence()
         self._settled_end = Settled(self._tables, entry).end()
+        self._writer.confirm()
         # a newer owner may have fenced before us: then we have just stopped it and must leave the bank to the next
         self._catalog.unchanged(self.entry)
         self._add([rows for part in left if (rows := part.since(self._settled_end))])
@@ -116,6 +117,14 @@ class Journal:
         if self._log is not None:
             self._log.settled(entry.id, self._settled_end)
         self._owned = True
+
+    def confirm(self) -> None:
+        """After its owner has read what much depends on: make sure that all that was committed was there to be read.
+
+        Raises:
+            NotOwner: a fence that came late hid some of it; `fence` again.
+        """
+        self._writer.confirm()
 
     @property
     def ready(self) -> bool:

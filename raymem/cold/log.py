@@ -293,23 +293,31 @@ class OldLogs:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._lock = threading.Lock()
-        self._fenced: set[str] = set()
+        self._fenced: dict[str, FencedTable] = {}
         self._cached: tuple[str, pa.Table] | None = None
 
     def rows(self, incarnation: str, entry: Entry) -> list[JournalRows]:
         """A bank's rows in a log that from now on nobody can add to.
 
         Raises:
-            Corrupt: the log is gone, or does not fit the bank's spec.
+            Corrupt: the log is gone, or does not fit the bank's spec. NotOwner: a late fence hid some rows, look again.
         """
         with self._lock:
             if incarnation not in self._fenced:
-                FencedTable(self._tables, log_table(incarnation), f"log {incarnation}", _FRAGMENT_ROWS).fence()
-                self._fenced.add(incarnation)
+                table = FencedTable(self._tables, log_table(incarnation), f"log {incarnation}", _FRAGMENT_ROWS)
+                table.fence()
                 self._cached = self._load(incarnation)
-            cached = self._cached
+                table.confirm()
+                self._fenced[incarnation] = table
+            table, cached = self._fenced[incarnation], self._cached
         if cached is None or cached[0] != incarnation:
-            return read_log(self._tables, incarnation, entry)
+            rows = read_log(self._tables, incarnation, entry)
+            try:
+                table.confirm()
+            except NotOwner:
+                self._fenced.pop(incarnation, None)
+                raise
+            return rows
         mine = (pc.field("bank") == entry.id) & (pc.field("generation") == entry.generation)
         return from_log(cached[1].filter(mine), entry)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from raymem.cold.journal import Journal
+from raymem.cold.log import Log
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore
 from raymem.types import BankSpec, Fingerprint, Trace
@@ -75,3 +76,19 @@ def worker(root: Path) -> Iterator[Worker]:
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def owned(store: ColdStore, spec: BankSpec) -> Callable[..., Journal]:
+    """The journal of a bank that the owner of a log has just claimed; the bank is made if there is none."""
+
+    def claim(log: Log | None, name: str = "lab/a", spec: BankSpec = spec, settled: Log | None = None) -> Journal:
+        if not store.catalog.list(name):
+            store.catalog.create(name, spec)
+        entry = store.catalog.get(name)
+        taken = store.catalog.claim(name, "me", entry.epoch, log and log.id, settled and settled.id)
+        journal = store.journal(taken, log)
+        journal.fence()
+        return journal
+
+    return claim

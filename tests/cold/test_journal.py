@@ -216,6 +216,63 @@ def test_who_stood_still_in_a_clean_up_while_another_took_over_appends_nothing(
     assert positions(store.journal(store.catalog.get("lab/a"))) == list(range(4))
 
 
+def test_what_a_late_fence_hides_is_missed_by_its_owner_and_comes_back(
+    store: ColdStore, journal: Journal, rows, monkeypatch: pytest.MonkeyPatch
+):
+    journal.append(rows(3, 0))
+    late = store.tables.open(f"journal-{store.catalog.get('lab/a').id}")
+    before = late.version
+    journal.append(rows(2, 3))
+    new = take_over(store, "new")
+    new.confirm()
+    # it stood still between its look and its commit, and is killed before it brings the rows back
+    late.restore(before)
+    assert new.end() == 3
+    with pytest.raises(NotOwner):
+        new.confirm()
+    new.fence()
+    new.confirm()
+    assert (new.end(), new.counted()) == (5, 5)
+
+    fence = FencedTable.fence
+
+    def overtaken(table: FencedTable) -> None:
+        fence(table)
+        late.restore(before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FencedTable, "fence", overtaken)
+        with pytest.raises(NotOwner):
+            take_over(store, "newer")
+    newest = take_over(store, "newest")
+    newest.append(rows(1, 5))
+    newest.confirm()
+    assert positions(newest) == list(range(6))
+
+
+def test_however_often_a_journal_was_taken_over_the_next_one_looks_a_little_way_back(
+    store: ColdStore, journal: Journal, rows, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fenced, "_RESTORES", 4)
+    journal.append(rows(3, 0))
+    late = store.tables.open(f"journal-{store.catalog.get('lab/a').id}")
+    before = late.version
+    journal.append(rows(2, 3))
+    for number in range(9):
+        take_over(store, f"owner {number}").confirm()
+    late.restore(before)
+    looks: list[int] = []
+    look = FencedTable._operation
+    monkeypatch.setattr(FencedTable, "_operation", lambda *args: looks.append(args[2]) or look(*args))
+    new = take_over(store, "new")
+    new.confirm()
+    assert positions(new) == list(range(5))
+    assert len(looks) < 60
+    looks.clear()
+    take_over(store, "newest")
+    assert len(looks) < 60
+
+
 def test_an_owner_of_yesterday_can_not_fence(store: ColdStore, journal: Journal, rows):
     new = take_over(store, "new")
     with pytest.raises(NotOwner, match="epoch 1"):

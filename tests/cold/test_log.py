@@ -40,22 +40,6 @@ def log(store: ColdStore) -> Log:
     return make_log(store, "first")
 
 
-@pytest.fixture
-def owned(store: ColdStore, spec: BankSpec) -> Owned:
-    """The journal of a bank that the owner of a log has just claimed; the bank is made if there is none."""
-
-    def claim(log: Log | None, name: str = "lab/a", spec: BankSpec = spec, settled: Log | None = None) -> Journal:
-        if not store.catalog.list(name):
-            store.catalog.create(name, spec)
-        entry = store.catalog.get(name)
-        taken = store.catalog.claim(name, "me", entry.epoch, log and log.id, settled and settled.id)
-        journal = store.journal(taken, log)
-        journal.fence()
-        return journal
-
-    return claim
-
-
 def logged(log: Log, journal: Journal, rows: JournalRows) -> None:
     assert journal.accept(rows)
     log.commit([(journal.entry, rows)])
@@ -219,6 +203,25 @@ def test_a_take_over_that_dies_half_way_is_taken_up_by_the_next(
     assert positions(fresh(store)) == [0, 1, 2]
     third = owned(make_log(store, "third"))
     assert (settled_rows(store, third), store.catalog.get("lab/a").log) == (3, "third")
+
+
+def test_rows_that_a_late_fence_hides_in_an_old_log_are_not_taken_for_none(
+    store: ColdStore, log: Log, owned: Owned, rows, monkeypatch: pytest.MonkeyPatch
+):
+    # as if it were too large to be kept
+    monkeypatch.setattr(log_module, "_CACHE_BYTES", -1)
+    logged(log, owned(log), rows(1, 0))
+    other = owned(log, "lab/b")
+    late = store.tables.open(log_table("first"))
+    before = late.version
+    logged(log, other, rows(2, 0))
+    second = make_log(store, "second")
+    owned(second)
+    late.restore(before)
+    with pytest.raises(NotOwner):
+        owned(second, "lab/b")
+    assert store.catalog.get("lab/b").log == "first"
+    assert positions(owned(second, "lab/b")) == [0, 1]
 
 
 def test_a_hand_over_leaves_the_log_of_the_source_alone(store: ColdStore, log: Log, owned: Owned, rows):
