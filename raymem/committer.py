@@ -62,6 +62,11 @@ class Committer:
             self._go()
         return self._tidied
 
+    def check(self) -> None:
+        """Say so if the log is lost, whoever found out."""
+        if self.log.lost:
+            self._lost()
+
     def stats(self) -> dict[str, Any]:
         """What the log holds and what its commits took; `group` is how many banks' writes a commit had on average."""
         mine = {"group": self.parts / max(1, self.groups), "largest_group": self.largest}
@@ -81,8 +86,7 @@ class Committer:
                     await self._crew.run(self._upkeep)
                 if tidied:
                     settle(tidied, None)
-                if self.log.lost:
-                    self._lost()
+                self.check()
         finally:
             self._task = None
 

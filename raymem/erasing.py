@@ -29,6 +29,8 @@ def erase(runtime: Runtime, what: Selection, *, rebuild: bool) -> EraseReceipt:
     runtime.journal.settle()
     entry = runtime.entry
     evidence = erasure.find(runtime.cold, entry, what.check())
+    # what was not there to be found would stay
+    runtime.journal.confirm()
     if not len(evidence.gone):
         return erasure.nothing(entry, evidence)
     if not (rebuild or runtime.memory.forgets):
@@ -42,8 +44,6 @@ def erase(runtime: Runtime, what: Selection, *, rebuild: bool) -> EraseReceipt:
     runtime.let_go()
     try:
         replica, evidence = _rewritten(runtime.cold, entry, evidence, str(runtime.device))
-        # what was not there to be read would be gone for good
-        runtime.journal.confirm()
         switched = erasure.switch(runtime.cold, entry, replica.entry)
     except RaymemError:
         if erasure.undo(runtime.cold, receipt, evidence) is not None:

@@ -422,7 +422,6 @@ class Runtime(Replica):
     def materialise(self) -> None:
         """Copy the rows that a fork inherited into its own journal."""
         self.let_go()
-        self.journal.confirm()
         self.own(materialise(self.cold, self.entry))
 
     def _follow(self, progress: Progress | None = None) -> None:

@@ -46,9 +46,9 @@ class Tenure:
         """The committer of this incarnation's log, made on first use."""
         async with self._opening:
             # seen by a read or an erasure alone, or by nobody while no bank was hot
-            if self.committer is not None and self.committer.log.lost and self.committer.log.id == self.lease.id:
-                self.end("its log was fenced off")
-            elif self.lease.over:
+            if self.committer is not None:
+                self.committer.check()
+            if self.lease.over:
                 self.end("its lease ran out")
             lease = self.lease
             if self.committer is None or self.committer.log.id != lease.id:

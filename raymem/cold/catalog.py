@@ -18,7 +18,7 @@ import pyarrow as pa
 from raymem.cold.failures import reading
 from raymem.cold.holes import Holes
 from raymem.cold.rows import bank_schema
-from raymem.cold.shared import ATTEMPTS, Change, Find, SharedTable, pause
+from raymem.cold.shared import SWAP_ATTEMPTS, Change, Find, SharedTable, pause
 from raymem.cold.tables import Tables, journal_table, quote
 from raymem.errors import (
     BankExists,
@@ -404,7 +404,7 @@ class Catalog:
         )
 
     def _retag(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
-        for attempt in range(ATTEMPTS):
+        for attempt in range(SWAP_ATTEMPTS):
             entry = self.get(name)
             values = {"tags": json.dumps(change(entry.tags))}
             if self._update(f"id = {quote(entry.id)} AND tags = {quote(json.dumps(entry.tags))}", values):

@@ -19,7 +19,7 @@ _KEEP_VERSIONS = timedelta(seconds=10)
 # a large table has larger fragments, not more of them
 _FRAGMENTS = 512
 # how far back a look goes: each take-over has looked before, and brought back what was missing then
-_RESTORES = 64
+_RESTORES = 16
 
 
 class FencedTable:
@@ -49,6 +49,9 @@ class FencedTable:
         self._sync = tables.folder_sync(name)
         self._handle: Any = None
         self._version = 0
+        # what versions did, since the last fence: two looks at the same ones would cost as much as the fence
+        self._operations: dict[int, Any] = {}
+        self._dataset: Any = None
 
     @property
     def ready(self) -> bool:
@@ -68,6 +71,7 @@ class FencedTable:
     def fence(self) -> None:
         """Become the only writer: handles that were opened before can't commit any more."""
         self._handle = None
+        self._operations.clear()
         if self._sync:
             with writing(f"fence {self.what}"):
                 self._sync.trust()
@@ -86,8 +90,7 @@ class FencedTable:
             NotOwner: a later owner has fenced.
         """
         handle = self.open()
-        dataset = self._dataset(handle)
-        commits = [self._operation(dataset, version) for version in range(self._version + 1, handle.version + 1)]
+        commits = [self._operation(version) for version in range(self._version + 1, handle.version + 1)]
         # one that is gone was followed by others, and none of these are ours
         if any(commit is None or isinstance(commit, LanceOperation.Restore) for commit in commits):
             raise self._fenced()
@@ -103,11 +106,12 @@ class FencedTable:
         A fence that comes late, whose owner was killed in it, hides commits until the next fence brings them back.
 
         Raises:
-            NotOwner: it may not have seen all; fence again.
+            NotOwner: it may not have seen all, and there is no handle any more.
         """
-        handle = self.open()
-        if self._content(self._dataset(handle), handle.version)[1] != handle.version:
-            raise self._fenced()
+        latest = self.open().version
+        if self._content(latest)[1] != latest:
+            self._handle = None
+            raise NotOwner(f"a take-over of {self.what} was cut short and hides rows: attach it again, they come back")
 
     def add(self, rows: pa.Table) -> None:
         """Commit rows, all or none, durable when it returns.
@@ -175,48 +179,51 @@ class FencedTable:
 
     def _take_over(self, handle: Any) -> None:
         """Commit a restore: whatever is based on an older version conflicts with it."""
-        dataset = self._dataset(handle)
         looked = handle.version
-        self._restore(handle, self._content(dataset, looked)[1])
-        while self._content(dataset, handle.version)[0] > looked:
+        self._restore(handle, self._content(looked)[1])
+        while self._content(handle.version)[0] > looked:
             # something was committed between our look and our restore, which has just undone it: bring it back
             looked = handle.version
-            self._restore(handle, self._content(dataset, looked)[1])
+            self._restore(handle, self._content(looked)[1])
 
-    def _content(self, dataset: Any, latest: int) -> tuple[int, int]:
+    def _content(self, latest: int) -> tuple[int, int]:
         """The version that holds what the table should, and one to restore it from: the latest if that has the same.
 
         It is the newest that is no restore, or the oldest one left. A restore is never meant to change anything, but
         one that comes late undoes what was committed since its look, and who made it may die before bringing it back.
         """
-        version, operation = latest, self._operation(dataset, latest)
+        version, operation = latest, self._operation(latest)
         while isinstance(operation, LanceOperation.Restore) and latest - version < _RESTORES:
-            before = self._operation(dataset, version - 1)
+            before = self._operation(version - 1)
             if before is None:
                 break
             version, operation = version - 1, before
-        found = self._restored(dataset, latest, version)
-        same = found == version or self._restored(dataset, found) == self._restored(dataset, version)
+        found = self._restored(latest, version)
+        same = found == version or self._restored(found) == self._restored(version)
         return version, latest if same else version
 
-    def _restored(self, dataset: Any, version: int, down_to: int = 0) -> int:
+    def _restored(self, version: int, down_to: int = 0) -> int:
         """The commit that a version restored, by whatever detours, or the first one met that is not after `down_to`."""
-        while version > down_to and isinstance(found := self._operation(dataset, version), LanceOperation.Restore):
+        while version > down_to and isinstance(found := self._operation(version), LanceOperation.Restore):
             version = found.version
         return version
 
-    def _dataset(self, handle: Any) -> Any:
-        with reading(f"open {self.what}"):
-            return handle.to_lance()
-
-    def _operation(self, dataset: Any, version: int) -> Any:
+    def _operation(self, version: int) -> Any:
         """What a version did to the table, or None if it has been cleaned up."""
-        try:
-            with reading(f"read version {version} of {self.what}"):
-                found = dataset.read_transaction(version)
-        except Corrupt:
-            return None
-        return found and found.operation
+        if version not in self._operations:
+            if self._dataset is None:
+                handle = self.open()
+                with reading(f"open {self.what}"):
+                    self._dataset = handle.to_lance()
+            try:
+                with reading(f"read version {version} of {self.what}"):
+                    found = self._dataset.read_transaction(version)
+            except Corrupt:
+                return None
+            if found is None:
+                return None
+            self._operations[version] = found.operation
+        return self._operations[version]
 
     def _restore(self, handle: Any, version: int) -> None:
         with writing(f"fence {self.what}"):
@@ -233,7 +240,7 @@ class FencedTable:
         if renew:
             self._restore(handle, dataset.version)
             if handle.version != dataset.version + 1:
-                self._restore(handle, self._content(dataset, handle.version)[1])
+                self._restore(handle, self._content(handle.version)[1])
                 raise self._fenced()
         else:
             handle.checkout_latest()

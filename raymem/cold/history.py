@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from raymem.cold.catalog import Catalog, Entry
+from raymem.cold.journal import Journal
 from raymem.cold.lineage import ancestors, steady
 from raymem.cold.rows import bank_schema
 from raymem.cold.store import ColdStore
@@ -107,7 +108,7 @@ def materialise(cold: ColdStore, entry: Entry) -> Entry:
     The caller owns the bank and holds its writers back. The rows go to a new table, which the catalog then names.
 
     Raises:
-        NotOwner: somebody else has claimed it meanwhile; nothing was changed.
+        NotOwner: somebody else has claimed it meanwhile, or `Journal.confirm` failed; nothing was changed.
     """
     if entry.parent is None:
         return entry
@@ -116,8 +117,10 @@ def materialise(cold: ColdStore, entry: Entry) -> Entry:
     # what an earlier try left
     cold.catalog.unchanged(entry)
     cold.tables.drop(table)
-    schema = bank_schema(entry.spec, cold.journal(entry).holes())
-    cold.tables.fill(table, schema, _batches(cold, entry))
+    journal = cold.journal(entry)
+    cold.tables.fill(table, bank_schema(entry.spec, journal.holes()), _batches(journal))
+    # what was not there to be read would be gone for good
+    journal.confirm()
     _keep_states(cold, entry, rewritten)
     changed = cold.catalog.change(entry, generation=rewritten.generation, parent=None, base=0)
     for dropped in (journal_table, snapshot_table):
@@ -148,8 +151,8 @@ def _keep_states(cold: ColdStore, entry: Entry, rewritten: Entry) -> None:
             saved.add(found[0])
 
 
-def _batches(cold: ColdStore, entry: Entry) -> Iterator[pa.RecordBatch]:
-    for rows in cold.journal(entry).scan():
+def _batches(journal: Journal) -> Iterator[pa.RecordBatch]:
+    for rows in journal.scan():
         yield from rows.to_arrow().to_batches()
 
 

@@ -119,10 +119,10 @@ class Journal:
         self._owned = True
 
     def confirm(self) -> None:
-        """After its owner has read what much depends on: make sure that all that was committed was there to be read.
+        """After a read that much depends on: make sure that all that was committed was there to be read.
 
         Raises:
-            NotOwner: a fence that came late hid some of it; `fence` again.
+            NotOwner: a take-over that was cut short hid some of it, until the next `fence`.
         """
         self._writer.confirm()
 

@@ -15,9 +15,9 @@ from raymem.cold.failures import reading, writing
 from raymem.cold.tables import Tables, quote
 from raymem.errors import Conflict, Overloaded, RaymemError, StorageError
 
-ATTEMPTS = 12
-# a change of several rows takes longer than one of a single row, and is cut short by each that crosses it
-_SWAP_ATTEMPTS = 48
+_ATTEMPTS = 12
+# a change that depends on what rows say takes longer than one that does not, and is cut short by each that crosses it
+SWAP_ATTEMPTS = 48
 _COMPACT_EVERY = 16
 # longer than any process takes from opening the table to the end of its read
 _KEEP_VERSIONS = timedelta(minutes=5)
@@ -68,7 +68,7 @@ class SharedTable:
             found: list[dict[str, Any]] = self.open().search().where(where).to_arrow().to_pylist()
         return found
 
-    def change(self, what: str, change: Callable[[], T], attempts: int = ATTEMPTS) -> T:
+    def change(self, what: str, change: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
         """Run a change of one commit until no other process is in its way.
 
         Raises:
@@ -123,7 +123,7 @@ class SharedTable:
             merge.conflict_retries(0).execute(pa.Table.from_pylist(list(changed.values()), schema=dataset.schema))
             return None
 
-        refused = self.change(what, once, _SWAP_ATTEMPTS)
+        refused = self.change(what, once, SWAP_ATTEMPTS)
         if refused is not None:
             raise refused
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -166,27 +167,28 @@ def test_rows_committed_while_a_fence_goes_up_are_kept(store: ColdStore, journal
         journal.append(rows(1, 7))
 
 
-def test_rows_that_a_killed_fence_undid_come_back(store: ColdStore, journal: Journal, rows):
+@pytest.fixture
+def late(store: ColdStore, journal: Journal, rows) -> Callable[[], None]:
+    """The restore of a fence that looked at a journal when it had three of its five rows, and dies right after it."""
     journal.append(rows(3, 0))
     table = store.tables.open(f"journal-{store.catalog.get('lab/a').id}")
-    before = table.version
+    looked = table.version
     journal.append(rows(2, 3))
-    # a fence that looked before the last append, restored after it, and died
-    table.restore(before)
+    return lambda: table.restore(looked)
+
+
+def test_rows_that_a_killed_fence_undid_come_back(store: ColdStore, journal: Journal, late):
+    late()
     assert journal.end() == 3
-    new = take_over(store, "new")
-    assert positions(new) == list(range(5))
+    assert positions(take_over(store, "new")) == list(range(5))
 
 
-def test_rows_that_two_fences_undid_come_back(store: ColdStore, journal: Journal, rows):
-    journal.append(rows(3, 0))
+def test_rows_that_two_fences_undid_come_back(store: ColdStore, journal: Journal, rows, late):
+    late()
     table = store.tables.open(f"journal-{store.catalog.get('lab/a').id}")
-    before = table.version
-    journal.append(rows(2, 3))
-    table.restore(before)
     # another fence looked between the append and that restore, undid the restore, was told so, and brought it back
-    table.restore(before + 1)
-    table.restore(before + 2)
+    table.restore(table.version - 1)
+    table.restore(table.version - 1)
     assert journal.end() == 3
     new = take_over(store, "new")
     assert positions(new) == list(range(5))
@@ -216,61 +218,52 @@ def test_who_stood_still_in_a_clean_up_while_another_took_over_appends_nothing(
     assert positions(store.journal(store.catalog.get("lab/a"))) == list(range(4))
 
 
-def test_what_a_late_fence_hides_is_missed_by_its_owner_and_comes_back(
-    store: ColdStore, journal: Journal, rows, monkeypatch: pytest.MonkeyPatch
-):
-    journal.append(rows(3, 0))
-    late = store.tables.open(f"journal-{store.catalog.get('lab/a').id}")
-    before = late.version
-    journal.append(rows(2, 3))
+def test_what_a_late_fence_hides_is_missed_by_its_owner_and_comes_back(store: ColdStore, late):
     new = take_over(store, "new")
     new.confirm()
-    # it stood still between its look and its commit, and is killed before it brings the rows back
-    late.restore(before)
+    late()
     assert new.end() == 3
-    with pytest.raises(NotOwner):
+    with pytest.raises(NotOwner, match="hides rows"):
         new.confirm()
     new.fence()
     new.confirm()
     assert (new.end(), new.counted()) == (5, 5)
 
+
+def test_a_take_over_that_a_late_fence_overtakes_does_not_count_what_it_hides(
+    store: ColdStore, rows, late, monkeypatch: pytest.MonkeyPatch
+):
     fence = FencedTable.fence
 
     def overtaken(table: FencedTable) -> None:
         fence(table)
-        late.restore(before)
+        late()
 
     with monkeypatch.context() as patch:
         patch.setattr(FencedTable, "fence", overtaken)
-        with pytest.raises(NotOwner):
-            take_over(store, "newer")
+        with pytest.raises(NotOwner, match="hides rows"):
+            take_over(store, "new")
     newest = take_over(store, "newest")
     newest.append(rows(1, 5))
     newest.confirm()
     assert positions(newest) == list(range(6))
 
 
-def test_however_often_a_journal_was_taken_over_the_next_one_looks_a_little_way_back(
-    store: ColdStore, journal: Journal, rows, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_take_over_looks_no_further_back_the_more_there_were(store: ColdStore, late, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fenced, "_RESTORES", 4)
-    journal.append(rows(3, 0))
-    late = store.tables.open(f"journal-{store.catalog.get('lab/a').id}")
-    before = late.version
-    journal.append(rows(2, 3))
-    for number in range(9):
-        take_over(store, f"owner {number}").confirm()
-    late.restore(before)
-    looks: list[int] = []
+    looks: set[int] = set()
     look = FencedTable._operation
-    monkeypatch.setattr(FencedTable, "_operation", lambda *args: looks.append(args[2]) or look(*args))
-    new = take_over(store, "new")
-    new.confirm()
-    assert positions(new) == list(range(5))
-    assert len(looks) < 60
-    looks.clear()
-    take_over(store, "newest")
-    assert len(looks) < 60
+    monkeypatch.setattr(FencedTable, "_operation", lambda *args: looks.add(args[1]) or look(*args))
+    far = []
+    for number in range(12):
+        looks.clear()
+        new = take_over(store, f"owner {number}")
+        new.confirm()
+        far.append(len(looks))
+    # how far, and the version that each made
+    assert set(far[6:]) == {1 + 4 + 1}
+    late()
+    assert positions(take_over(store, "newest")) == list(range(5))
 
 
 def test_an_owner_of_yesterday_can_not_fence(store: ColdStore, journal: Journal, rows):

@@ -79,6 +79,8 @@ def main() -> int:
     asked = parser.parse_args()
     if unknown := set(asked.at.split(",")) - {"", *OPS}:
         parser.error(f"no write is called {', '.join(sorted(unknown))}; there is {', '.join(OPS)}")
+    if asked.at and asked.over == "cluster":
+        parser.error("--at is for a folder or s3: on a cluster faults strike processes, not writes")
     total = json.loads(asked.json.read_text()) if asked.json and asked.json.exists() else dict(FRESH)
     began = time.monotonic()
     while sum(total["faults"].values()) < asked.faults and time.monotonic() - began < asked.seconds:
