@@ -29,8 +29,6 @@ def erase(runtime: Runtime, what: Selection, *, rebuild: bool) -> EraseReceipt:
     runtime.journal.settle()
     entry = runtime.entry
     evidence = erasure.find(runtime.cold, entry, what.check())
-    # what was not there to be found would stay
-    runtime.journal.confirm()
     if not len(evidence.gone):
         return erasure.nothing(entry, evidence)
     if not (rebuild or runtime.memory.forgets):

@@ -428,7 +428,6 @@ class Runtime(Replica):
         """Apply what is in the journal, now that nobody else can add to it."""
         self.entry = self.journal.entry
         self.catch_up(progress, self.journal.counted())
-        self.journal.confirm()
         self.unsure = False
 
     def _next_seq(self, stream: str, run: str) -> int:

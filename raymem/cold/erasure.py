@@ -115,8 +115,6 @@ def rewrite(cold: ColdStore, entry: Entry, evidence: Evidence) -> tuple[Entry, E
     cold.catalog.unchanged(entry)
     cold.tables.drop(journal_table(entry.id, evidence.generation))
     cold.tables.fill(journal_table(entry.id, evidence.generation), schema, survivors())
-    # what was not there to be read would be gone for good
-    journal.confirm()
     kept = dataclasses.replace(evidence, contents=evidence.contents - shared)
     return rewritten, kept
 

@@ -11,15 +11,14 @@ import pyarrow as pa
 from lance import LanceOperation
 
 from raymem.cold.failures import reading, writing
+from raymem.cold.shared import SWAP_ATTEMPTS, pause
 from raymem.cold.tables import Tables
-from raymem.errors import Conflict, Corrupt, NotOwner
+from raymem.errors import Conflict, Corrupt, NotOwner, Overloaded
 
 # readers that opened a version this long ago may still read it to the end without looking again
 _KEEP_VERSIONS = timedelta(seconds=10)
 # a large table has larger fragments, not more of them
 _FRAGMENTS = 512
-# how far back a look goes: each take-over has looked before, and brought back what was missing then
-_RESTORES = 16
 
 
 class FencedTable:
@@ -49,9 +48,6 @@ class FencedTable:
         self._sync = tables.folder_sync(name)
         self._handle: Any = None
         self._version = 0
-        # what versions did, since the last fence: two looks at the same ones would cost as much as the fence
-        self._operations: dict[int, Any] = {}
-        self._dataset: Any = None
 
     @property
     def ready(self) -> bool:
@@ -69,16 +65,25 @@ class FencedTable:
         self._keep(handle)
 
     def fence(self) -> None:
-        """Become the only writer: handles that were opened before can't commit any more."""
+        """Become the only writer: handles that were opened before can't commit any more.
+
+        Raises:
+            Overloaded: others were always first. StorageError: try again.
+        """
         self._handle = None
-        self._operations.clear()
         if self._sync:
             with writing(f"fence {self.what}"):
                 self._sync.trust()
-        handle = self.open()
-        self._take_over(handle)
+        for attempt in range(SWAP_ATTEMPTS):
+            handle = self.open()
+            dataset = self._dataset(handle)
+            if self._bar(handle, dataset):
+                break
+            pause(attempt)
+        else:
+            raise Overloaded(f"{self.what} is written to, or taken over, all the time; try again", retry_after_s=0.5)
         self._make_durable()
-        self._count(handle)
+        self._count(dataset)
         self._keep(handle)
 
     def reopen(self) -> bool:
@@ -90,28 +95,15 @@ class FencedTable:
             NotOwner: a later owner has fenced.
         """
         handle = self.open()
-        commits = [self._operation(version) for version in range(self._version + 1, handle.version + 1)]
-        # one that is gone was followed by others, and none of these are ours
-        if any(commit is None or isinstance(commit, LanceOperation.Restore) for commit in commits):
+        dataset = self._dataset(handle)
+        commits = self._since(dataset, self._version)
+        if any(commit is None or isinstance(commit, LanceOperation.Merge) for commit in commits):
             raise self._fenced()
         self._make_durable()
         # a handle that is kept says that the answer was given: whatever can fail comes before
-        self._count(handle)
+        self._count(dataset)
         self._keep(handle)
         return any(isinstance(commit, LanceOperation.Append) for commit in commits)
-
-    def confirm(self) -> None:
-        """After a read that much depends on: make sure that it saw all that was committed here.
-
-        A fence that comes late, whose owner was killed in it, hides commits until the next fence brings them back.
-
-        Raises:
-            NotOwner: it may not have seen all, and there is no handle any more.
-        """
-        latest = self.open().version
-        if self._content(latest)[1] != latest:
-            self._handle = None
-            raise NotOwner(f"a take-over of {self.what} was cut short and hides rows: attach it again, they come back")
 
     def add(self, rows: pa.Table) -> None:
         """Commit rows, all or none, durable when it returns.
@@ -126,7 +118,7 @@ class FencedTable:
     def delete(self, where: str) -> None:
         """Delete rows; errors as those of `add`."""
         self._commit("delete from", lambda handle: handle.delete(where))
-        self._count(self._handle)
+        self._count(self._dataset(self._handle))
 
     def compact(self, *, renew: bool, keep: timedelta | None = None) -> None:
         """Merge small fragments and drop what only old versions need.
@@ -141,10 +133,10 @@ class FencedTable:
         """
         handle, self._handle = self._handle, None
         try:
-            self._compact(handle, renew, _KEEP_VERSIONS if keep is None else keep)
+            dataset = self._compact(handle, renew, _KEEP_VERSIONS if keep is None else keep)
         except Conflict as error:
             raise self._fenced() from error
-        self._count(handle)
+        self._count(dataset)
         self._keep(handle)
         self.compactions += 1
 
@@ -159,77 +151,72 @@ class FencedTable:
                 change(handle)
         except Conflict as error:
             raise self._fenced() from error
-        if handle.version != self._version + 1:
+        if self._was_crossed(handle):
             raise self._fenced()
         self._make_durable()
         self._keep(handle)
         self.commits += 1
 
+    def _was_crossed(self, handle: Any) -> bool:
+        """Whether the commit that a handle has just made is not the next one to this writer's last."""
+        if handle.version == self._version + 1:
+            return False
+        # an earlier owner's compaction, refused, has reserved numbers for fragments all the same: that has no class
+        *others, _ = self._since(self._dataset(handle), self._version)
+        return any(type(other) is not LanceOperation.BaseOperation for other in others)
+
     def _keep(self, handle: Any) -> None:
         self._handle, self._version = handle, handle.version
 
-    def _count(self, handle: Any) -> None:
-        with reading(f"count the fragments of {self.what}"):
-            rows = [fragment.metadata.physical_rows for fragment in handle.to_lance().get_fragments()]
+    def _dataset(self, handle: Any) -> Any:
+        with reading(f"open {self.what}"):
+            return handle.to_lance()
+
+    def _count(self, dataset: Any) -> None:
+        rows = [fragment.metadata.physical_rows for fragment in dataset.get_fragments()]
         self.fragments = len(rows)
         self.loose = sum(count < self._target_rows(sum(rows)) for count in rows)
 
     def _target_rows(self, rows: int) -> int:
         return max(self._fragment_rows, rows // _FRAGMENTS)
 
-    def _take_over(self, handle: Any) -> None:
-        """Commit a restore: whatever is based on an older version conflicts with it."""
-        looked = handle.version
-        self._restore(handle, self._content(looked)[1])
-        while self._content(handle.version)[0] > looked:
-            # something was committed between our look and our restore, which has just undone it: bring it back
-            looked = handle.version
-            self._restore(handle, self._content(looked)[1])
+    def _bar(self, handle: Any, dataset: Any) -> bool:
+        """Commit a version with all that the dataset's has, if that is the latest, and move the handle there.
 
-    def _content(self, latest: int) -> tuple[int, int]:
-        """The version that holds what the table should, and one to restore it from: the latest if that has the same.
+        To LanceDB that is a merge of no columns. It is refused if anything was committed since, so it undoes nothing,
+        and whatever is based on an older version is refused after it.
 
-        It is the newest that is no restore, or the oldest one left. A restore is never meant to change anything, but
-        one that comes late undoes what was committed since its look, and who made it may die before bringing it back.
+        Returns:
+            Whether it was committed, and still is the latest version.
         """
-        version, operation = latest, self._operation(latest)
-        while isinstance(operation, LanceOperation.Restore) and latest - version < _RESTORES:
-            before = self._operation(version - 1)
-            if before is None:
-                break
-            version, operation = version - 1, before
-        found = self._restored(latest, version)
-        same = found == version or self._restored(found) == self._restored(version)
-        return version, latest if same else version
+        same = LanceOperation.Merge([each.metadata for each in dataset.get_fragments()], dataset.lance_schema)
+        try:
+            with writing(f"fence {self.what}"):
+                barred = dataset.commit(dataset, same, read_version=dataset.version)
+        except Conflict:
+            return False
+        return self._is_latest(handle, barred.version)
 
-    def _restored(self, version: int, down_to: int = 0) -> int:
-        """The commit that a version restored, by whatever detours, or the first one met that is not after `down_to`."""
-        while version > down_to and isinstance(found := self._operation(version), LanceOperation.Restore):
-            version = found.version
-        return version
+    def _is_latest(self, handle: Any, version: int) -> bool:
+        """Move a handle to the latest version; say whether that is this one."""
+        with reading(f"open {self.what}"):
+            handle.checkout_latest()
+        return bool(handle.version == version)
 
-    def _operation(self, version: int) -> Any:
-        """What a version did to the table, or None if it has been cleaned up."""
-        if version not in self._operations:
-            if self._dataset is None:
-                handle = self.open()
-                with reading(f"open {self.what}"):
-                    self._dataset = handle.to_lance()
-            try:
-                with reading(f"read version {version} of {self.what}"):
-                    found = self._dataset.read_transaction(version)
-            except Corrupt:
-                return None
-            if found is None:
-                return None
-            self._operations[version] = found.operation
-        return self._operations[version]
+    def _since(self, dataset: Any, version: int) -> list[Any]:
+        """What was committed after a version; None where that can't be told.
 
-    def _restore(self, handle: Any, version: int) -> None:
-        with writing(f"fence {self.what}"):
-            handle.restore(version)
+        Raises:
+            NotOwner: some of that was cleaned up, so others wrote after it, and none of it is this writer's.
+        """
+        try:
+            with reading(f"read what was done to {self.what}"):
+                done = [dataset.read_transaction(each) for each in range(version + 1, dataset.version + 1)]
+        except Corrupt as error:
+            raise self._fenced() from error
+        return [each and each.operation for each in done]
 
-    def _compact(self, handle: Any, renew: bool, keep: timedelta) -> None:
+    def _compact(self, handle: Any, renew: bool, keep: timedelta) -> Any:
         with writing(f"compact {self.what}"):
             dataset = handle.to_lance()
             target = self._target_rows(dataset.count_rows())
@@ -237,21 +224,16 @@ class FencedTable:
             dataset.optimize.compact_files(target_rows_per_fragment=target, materialize_deletions_threshold=0.0)
         # the new files must be on disk before the old ones go
         self._make_durable()
-        if renew:
-            self._restore(handle, dataset.version)
-            if handle.version != dataset.version + 1:
-                self._restore(handle, self._content(handle.version)[1])
-                raise self._fenced()
-        else:
-            handle.checkout_latest()
-            if handle.version != dataset.version:
-                raise self._fenced()
+        alone = self._bar(handle, dataset) if renew else self._is_latest(handle, dataset.version)
+        if not alone:
+            raise self._fenced()
         # an error from here on leaves no older version to look at: see `reopen`
         self._version = handle.version
-        # from this version on all stays: with a fence that has come meanwhile, and with what that one may bring back
+        # from this version on all stays, also a fence that has come meanwhile
         with writing(f"clean up {self.what}"):
             handle.to_lance().cleanup_old_versions(older_than=keep)
         self._make_durable()
+        return dataset
 
     def _make_durable(self) -> None:
         if self._sync:

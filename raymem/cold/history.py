@@ -108,7 +108,7 @@ def materialise(cold: ColdStore, entry: Entry) -> Entry:
     The caller owns the bank and holds its writers back. The rows go to a new table, which the catalog then names.
 
     Raises:
-        NotOwner: somebody else has claimed it meanwhile, or `Journal.confirm` failed; nothing was changed.
+        NotOwner: somebody else has claimed it meanwhile; nothing was changed.
     """
     if entry.parent is None:
         return entry
@@ -119,8 +119,6 @@ def materialise(cold: ColdStore, entry: Entry) -> Entry:
     cold.tables.drop(table)
     journal = cold.journal(entry)
     cold.tables.fill(table, bank_schema(entry.spec, journal.holes()), _batches(journal))
-    # what was not there to be read would be gone for good
-    journal.confirm()
     _keep_states(cold, entry, rewritten)
     changed = cold.catalog.change(entry, generation=rewritten.generation, parent=None, base=0)
     for dropped in (journal_table, snapshot_table):

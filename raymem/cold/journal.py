@@ -107,7 +107,6 @@ class Journal:
         left = self._old_logs.rows(entry.log, entry) if entry.log not in (None, mine) else []
         self._writer.fence()
         self._settled_end = Settled(self._tables, entry).end()
-        self._writer.confirm()
         # a newer owner may have fenced before us: then we have just stopped it and must leave the bank to the next
         self._catalog.unchanged(self.entry)
         self._add([rows for part in left if (rows := part.since(self._settled_end))])
@@ -117,14 +116,6 @@ class Journal:
         if self._log is not None:
             self._log.settled(entry.id, self._settled_end)
         self._owned = True
-
-    def confirm(self) -> None:
-        """After a read that much depends on: make sure that all that was committed was there to be read.
-
-        Raises:
-            NotOwner: a take-over that was cut short hid some of it, until the next `fence`.
-        """
-        self._writer.confirm()
 
     @property
     def ready(self) -> bool:

@@ -293,31 +293,23 @@ class OldLogs:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._lock = threading.Lock()
-        self._fenced: dict[str, FencedTable] = {}
+        self._fenced: set[str] = set()
         self._cached: tuple[str, pa.Table] | None = None
 
     def rows(self, incarnation: str, entry: Entry) -> list[JournalRows]:
         """A bank's rows in a log that from now on nobody can add to.
 
         Raises:
-            Corrupt: the log is gone, or does not fit the bank's spec. NotOwner: a late fence hid some rows, look again.
+            Corrupt: the log is gone, or does not fit the bank's spec.
         """
         with self._lock:
             if incarnation not in self._fenced:
-                table = FencedTable(self._tables, log_table(incarnation), f"log {incarnation}", _FRAGMENT_ROWS)
-                table.fence()
+                FencedTable(self._tables, log_table(incarnation), f"log {incarnation}", _FRAGMENT_ROWS).fence()
                 self._cached = self._load(incarnation)
-                table.confirm()
-                self._fenced[incarnation] = table
-            table, cached = self._fenced[incarnation], self._cached
+                self._fenced.add(incarnation)
+            cached = self._cached
         if cached is None or cached[0] != incarnation:
-            rows = read_log(self._tables, incarnation, entry)
-            try:
-                table.confirm()
-            except NotOwner:
-                self._fenced.pop(incarnation, None)
-                raise
-            return rows
+            return read_log(self._tables, incarnation, entry)
         mine = (pc.field("bank") == entry.id) & (pc.field("generation") == entry.generation)
         return from_log(cached[1].filter(mine), entry)
 

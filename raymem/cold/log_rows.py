@@ -8,6 +8,7 @@ from itertools import groupby
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raymem.cold.catalog import Entry
@@ -82,16 +83,28 @@ def read_log(tables: Tables, incarnation: str, entry: Entry) -> list[JournalRows
 def from_log(found: pa.Table, entry: Entry) -> list[JournalRows]:
     """One bank's rows of a log as its journal has them, in order of position.
 
-    A commit that failed and all the same landed late can leave two rows of one position; the first one counts.
+    A commit that failed and all the same landed late can leave two with the same positions. The first one counts, and
+    of the other nothing: it was never acknowledged, and half of it would be a gap in its run. One that landed twice
+    counts once.
     """
-    order = np.lexsort((found["lsn"].to_numpy(), found["pos"].to_numpy()))
-    _, first = np.unique(found["pos"].to_numpy()[order], return_index=True)
-    found = found.take(pa.array(order[first])).combine_chunks()
+    found = found.take(pa.array(_in_order(found["lsn"].to_numpy(), found["pos"].to_numpy()))).combine_chunks()
     schema = bank_schema(entry.spec)
     columns = {name: found[name] for name in schema.names if name not in ("hidden", "value")}
     columns["hidden"] = _fixed(found["hidden"], schema.field("hidden").type, entry)
     columns["value"] = _lists(found["value"])
     return JournalRows.from_arrow(pa.table({name: columns[name] for name in schema.names}, schema=schema))
+
+
+def _in_order(lsn_N: NDArray[np.int64], pos_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of the rows that count: those of each commit that begins after what counted before it."""
+    order = np.lexsort((pos_N, lsn_N))
+    starts = np.flatnonzero(np.diff(lsn_N[order], prepend=-1))
+    counting, end = [], -1
+    for rows in np.split(order, starts[1:]):
+        if len(rows) and pos_N[rows[0]] > end:
+            counting.append(rows[np.diff(pos_N[rows], prepend=end) > 0])
+            end = pos_N[rows[-1]]
+    return np.concatenate([order[:0], *counting])
 
 
 def _binary(tensors: Sequence[Tensor]) -> pa.Array:

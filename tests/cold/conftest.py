@@ -5,10 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from raymem.cold.fenced import FencedTable
 from raymem.cold.journal import Journal
 from raymem.cold.log import Log
 from raymem.cold.rows import JournalRows
@@ -92,3 +94,20 @@ def owned(store: ColdStore, spec: BankSpec) -> Callable[..., Journal]:
         return journal
 
     return claim
+
+
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Have something done once, when the next fence has opened the table and is about to commit."""
+
+    def meanwhile(happens: Callable[[], object]) -> None:
+        bar = FencedTable._bar
+
+        def late(table: FencedTable, *args: Any) -> bool:
+            monkeypatch.setattr(FencedTable, "_bar", bar)
+            happens()
+            return bar(table, *args)
+
+        monkeypatch.setattr(FencedTable, "_bar", late)
+
+    return meanwhile

@@ -6,14 +6,12 @@ import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from raymem.cold.calibrations import Calibrations
 from raymem.cold.durable import FolderSync
-from raymem.cold.fenced import FencedTable
 from raymem.cold.journal import Journal
 from raymem.cold.store import ColdStore
 from raymem.errors import CalibrationNotFound, Corrupt, StorageError
@@ -187,19 +185,16 @@ def test_a_fence_syncs_all_of_a_table_whose_last_commit_has_no_mark(
 
 
 def test_a_commit_that_slips_in_before_a_fence_is_synced_by_it(
-    store: ColdStore, journal: Journal, rows, synced: set[str], monkeypatch: pytest.MonkeyPatch
+    store: ColdStore, journal: Journal, rows, synced: set[str], looked
 ):
     journal.append(rows(3, 0))
-    before, take_over = files_of(store), FencedTable._take_over
+    before = files_of(store)
 
-    def late(table: FencedTable, handle: Any) -> None:
-        monkeypatch.setattr(FencedTable, "_take_over", take_over)
-        # whoever has the table dies before its sync
-        store.tables.open(table.name).add(rows(2, 3).to_arrow())
+    def dies_before_its_sync() -> None:
+        store.tables.open(f"journal-{journal.entry.id}").add(rows(2, 3).to_arrow())
         synced.clear()
-        take_over(table, handle)
 
-    monkeypatch.setattr(FencedTable, "_take_over", late)
+    looked(dies_before_its_sync)
     later = store.journal(store.catalog.claim("lab/a", "you", 0))
     later.fence()
     assert later.end() == 5

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +15,7 @@ from raymem.cold.fenced import FencedTable
 from raymem.cold.journal import Journal
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore
-from raymem.errors import BankNotFound, Corrupt, NotOwner, StorageError
+from raymem.errors import BankNotFound, Corrupt, NotOwner, Overloaded, StorageError
 from raymem.types import BankSpec
 
 
@@ -146,54 +145,79 @@ def test_an_old_owner_can_not_compact_either(store: ColdStore, journal: Journal,
     assert positions(new) == list(range(9))
 
 
-def test_rows_committed_while_a_fence_goes_up_are_kept(store: ColdStore, journal: Journal, rows, monkeypatch):
+def test_rows_committed_while_a_fence_goes_up_are_kept(store: ColdStore, journal: Journal, rows, looked):
     journal.append(rows(3, 0))
-    look = FencedTable._content
 
-    def slow_look(self: FencedTable, *args: Any) -> tuple[int, int]:
-        found = look(self, *args)
-        # the old owner is quicker than the new one
-        monkeypatch.setattr(FencedTable, "_content", look)
+    def quicker() -> None:
         journal.append(rows(2, 3))
         journal.append(rows(2, 5))
-        return found
 
-    monkeypatch.setattr(FencedTable, "_content", slow_look)
+    looked(quicker)
     new = take_over(store, "new")
-    assert new.end() == 7
+    assert (new.end(), new.counted()) == (7, 7)
     new.append(rows(1, 7))
     assert positions(new) == list(range(8))
     with pytest.raises(NotOwner):
         journal.append(rows(1, 7))
 
 
-@pytest.fixture
-def late(store: ColdStore, journal: Journal, rows) -> Callable[[], None]:
-    """The restore of a fence that looked at a journal when it had three of its five rows, and dies right after it."""
+def test_a_fence_that_comes_late_hides_nothing_and_stops_nobody(
+    store: ColdStore, journal: Journal, rows, monkeypatch: pytest.MonkeyPatch
+):
     journal.append(rows(3, 0))
+    bar, newer = FencedTable._bar, []
+
+    def killed_after_it(*looked: Any) -> bool:
+        monkeypatch.setattr(FencedTable, "_bar", bar)
+        newer.append(take_over(store, "newer"))
+        newer[0].append(rows(2, 3))
+        bar(*looked)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FencedTable, "_bar", killed_after_it)
+    with pytest.raises(KeyboardInterrupt):
+        take_over(store, "new")
+    assert positions(journal) == list(range(5))
+    newer[0].append(rows(1, 5))
+    assert positions(newer[0]) == list(range(6))
+
+
+def test_an_append_that_crossed_another_is_not_acknowledged(store: ColdStore, journal: Journal, rows):
+    journal.append(rows(3, 0))
+    # no fence stops this one: it has just been opened
+    store.tables.open(f"journal-{journal.entry.id}").add(rows(1, 3, run="x").to_arrow())
+    with pytest.raises(NotOwner):
+        journal.append(rows(1, 3))
+
+
+def test_of_two_who_fence_at_once_the_catalog_says_who_goes_on(store: ColdStore, journal: Journal, rows, looked):
+    journal.append(rows(3, 0))
+    newer: list[Journal] = []
+    looked(lambda: newer.append(take_over(store, "newer")))
+    with pytest.raises(NotOwner, match="epoch"):
+        take_over(store, "new")
+    # that one's fence came last all the same, and this one has to put up another
+    with pytest.raises(NotOwner):
+        newer[0].append(rows(1, 3))
+    newer[0].append(rows(1, 3))
+    assert positions(newer[0]) == list(range(4))
+
+
+def test_a_fence_gives_up_where_others_are_always_first(store: ColdStore, journal: Journal, monkeypatch):
+    monkeypatch.setattr(fenced, "SWAP_ATTEMPTS", 3)
     table = store.tables.open(f"journal-{store.catalog.get('lab/a').id}")
-    looked = table.version
-    journal.append(rows(2, 3))
-    return lambda: table.restore(looked)
+    bar, tries = FencedTable._bar, []
 
+    def beaten(table_: FencedTable, handle: Any, dataset: Any) -> bool:
+        table.checkout_latest()
+        table.add(table.to_arrow())
+        tries.append(bar(table_, handle, dataset))
+        return tries[-1]
 
-def test_rows_that_a_killed_fence_undid_come_back(store: ColdStore, journal: Journal, late):
-    late()
-    assert journal.end() == 3
-    assert positions(take_over(store, "new")) == list(range(5))
-
-
-def test_rows_that_two_fences_undid_come_back(store: ColdStore, journal: Journal, rows, late):
-    late()
-    table = store.tables.open(f"journal-{store.catalog.get('lab/a').id}")
-    # another fence looked between the append and that restore, undid the restore, was told so, and brought it back
-    table.restore(table.version - 1)
-    table.restore(table.version - 1)
-    assert journal.end() == 3
-    new = take_over(store, "new")
-    assert positions(new) == list(range(5))
-    new.append(rows(1, 5))
-    assert positions(new) == list(range(6))
+    monkeypatch.setattr(FencedTable, "_bar", beaten)
+    with pytest.raises(Overloaded, match="all the time; try again"):
+        take_over(store, "new")
+    assert tries == [False] * 3
 
 
 @pytest.mark.usefixtures("_keep_no_version")
@@ -216,54 +240,6 @@ def test_who_stood_still_in_a_clean_up_while_another_took_over_appends_nothing(
     with pytest.raises(NotOwner):
         journal.append(rows(1, 3))
     assert positions(store.journal(store.catalog.get("lab/a"))) == list(range(4))
-
-
-def test_what_a_late_fence_hides_is_missed_by_its_owner_and_comes_back(store: ColdStore, late):
-    new = take_over(store, "new")
-    new.confirm()
-    late()
-    assert new.end() == 3
-    with pytest.raises(NotOwner, match="hides rows"):
-        new.confirm()
-    new.fence()
-    new.confirm()
-    assert (new.end(), new.counted()) == (5, 5)
-
-
-def test_a_take_over_that_a_late_fence_overtakes_does_not_count_what_it_hides(
-    store: ColdStore, rows, late, monkeypatch: pytest.MonkeyPatch
-):
-    fence = FencedTable.fence
-
-    def overtaken(table: FencedTable) -> None:
-        fence(table)
-        late()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FencedTable, "fence", overtaken)
-        with pytest.raises(NotOwner, match="hides rows"):
-            take_over(store, "new")
-    newest = take_over(store, "newest")
-    newest.append(rows(1, 5))
-    newest.confirm()
-    assert positions(newest) == list(range(6))
-
-
-def test_a_take_over_looks_no_further_back_the_more_there_were(store: ColdStore, late, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fenced, "_RESTORES", 4)
-    looks: set[int] = set()
-    look = FencedTable._operation
-    monkeypatch.setattr(FencedTable, "_operation", lambda *args: looks.add(args[1]) or look(*args))
-    far = []
-    for number in range(12):
-        looks.clear()
-        new = take_over(store, f"owner {number}")
-        new.confirm()
-        far.append(len(looks))
-    # how far, and the version that each made
-    assert set(far[6:]) == {1 + 4 + 1}
-    late()
-    assert positions(take_over(store, "newest")) == list(range(5))
 
 
 def test_an_owner_of_yesterday_can_not_fence(store: ColdStore, journal: Journal, rows):

@@ -20,6 +20,7 @@ from raymem.cold.files import Files
 from raymem.cold.history import fork_at
 from raymem.cold.journal import Journal
 from raymem.cold.log import Log
+from raymem.cold.log_rows import to_log
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore
 from raymem.cold.tables import log_table
@@ -176,6 +177,23 @@ def test_a_take_over_settles_and_stops_the_earlier_owner_for_good(store: ColdSto
     assert positions(new) == list(range(5))
 
 
+@pytest.mark.parametrize("late", [1, 3, 6])
+def test_a_commit_whose_positions_one_that_landed_late_has_taken_counts_for_nothing(
+    store: ColdStore, log: Log, owned: Owned, rows, late: int
+):
+    journal = owned(log)
+    logged(log, journal, rows(2, 0))
+    table = store.tables.open(log_table("first"))
+    # its writer was told that it failed, looked before it landed, and gave the positions to others
+    for _ in range(2):
+        table.add(to_log(2, [(journal.entry, rows(late, 2, run="late"))]))
+    table.add(to_log(3, [(journal.entry, rows(4, 2, run="next"))]))
+    owned(make_log(store, "second"))
+    there = list(fresh(store).scan())
+    assert [run for part in there for run in part.runs] == ["r"] * 2 + ["late"] * late
+    assert positions(fresh(store)) == list(range(2 + late))
+
+
 def test_a_fenced_log_stays_fenced_after_its_owner_looked_again(store: ColdStore, log: Log, owned: Owned, rows):
     journal = owned(log)
     logged(log, journal, rows(3, 0))
@@ -203,25 +221,6 @@ def test_a_take_over_that_dies_half_way_is_taken_up_by_the_next(
     assert positions(fresh(store)) == [0, 1, 2]
     third = owned(make_log(store, "third"))
     assert (settled_rows(store, third), store.catalog.get("lab/a").log) == (3, "third")
-
-
-def test_rows_that_a_late_fence_hides_in_an_old_log_are_not_taken_for_none(
-    store: ColdStore, log: Log, owned: Owned, rows, monkeypatch: pytest.MonkeyPatch
-):
-    # as if it were too large to be kept
-    monkeypatch.setattr(log_module, "_CACHE_BYTES", -1)
-    logged(log, owned(log), rows(1, 0))
-    other = owned(log, "lab/b")
-    late = store.tables.open(log_table("first"))
-    before = late.version
-    logged(log, other, rows(2, 0))
-    second = make_log(store, "second")
-    owned(second)
-    late.restore(before)
-    with pytest.raises(NotOwner):
-        owned(second, "lab/b")
-    assert store.catalog.get("lab/b").log == "first"
-    assert positions(owned(second, "lab/b")) == [0, 1]
 
 
 def test_a_hand_over_leaves_the_log_of_the_source_alone(store: ColdStore, log: Log, owned: Owned, rows):

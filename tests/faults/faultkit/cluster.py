@@ -43,7 +43,7 @@ KINDS = (
 )
 PLACES: Sequence[dict[str, Any]] = [
     {"op": op, "table": table, "when": when}
-    for op, table in (("add", "journal"), ("add", "log"), ("restore", ""), ("update", "catalog"), ("add", "snapshots"))
+    for op, table in (("add", "journal"), ("add", "log"), ("fence", ""), ("update", "catalog"), ("add", "snapshots"))
     for when in ("before", "after")
 ]
 

@@ -19,7 +19,7 @@ def acknowledge_before_the_commit(host: Any) -> None:
 
 def skip_the_fence(fenced: Any) -> None:
     """Take a journal and a log over without stopping their old owner."""
-    fenced.FencedTable._take_over = lambda self, writer: None
+    fenced.FencedTable._bar = lambda self, handle, dataset: self._is_latest(handle, dataset.version)
 
 
 def never_let_go(lease: Any) -> None:

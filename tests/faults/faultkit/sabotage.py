@@ -11,7 +11,7 @@ A process looks into its folder of plans before and after every write. A plan is
             tear       the files that the write left are cut in half, and the process is killed: a power loss before
                        the sync
     when    before, after
-    op      create, add, restore, sync, update, merge, delete, compact, clean, drop, any
+    op      create, add, fence, sync, update, merge, delete, compact, clean, drop, any
     table   the beginning of the table's name: journal, log, catalog, snapshots; "" for any
     skip    how often the place is passed before it fires
 """
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-WRITES = {"add": "add", "update": "update", "restore": "restore", "delete": "delete", "optimize": "compact"}
+WRITES = {"add": "add", "update": "update", "delete": "delete", "optimize": "compact"}
 DATASET_WRITES = {"compact_files": "compact", "cleanup_old_versions": "clean"}
 
 
@@ -142,6 +142,9 @@ class _Dataset:
             return _Dataset(value, self._hit)
         if name == "merge_insert":
             return lambda *args: _Merge(value(*args), self._hit)
+        if name == "commit":
+            commit = _wrapped(value, self._hit, "fence")
+            return lambda base, *args, **kwargs: commit(base._real, *args, **kwargs)
         return _wrapped(value, self._hit, DATASET_WRITES[name]) if name in DATASET_WRITES else value
 
 

@@ -34,7 +34,7 @@ KINDS = ("kill", "kill", "now", "stop", "stop", "full", "fail", "slow")
 PLACES: Places = [
     *({"op": "add", "table": table, "when": when} for table in ("journal", "log") for when in ("before", "after")),
     *({"op": "sync", "table": "journal", "when": when} for when in ("before", "after")),
-    *({"op": op, "table": "", "when": when} for op in ("restore", "compact", "clean") for when in ("before", "after")),
+    *({"op": op, "table": "", "when": when} for op in ("fence", "compact", "clean") for when in ("before", "after")),
     *({"op": "update", "table": "catalog", "when": when} for when in ("before", "after")),
     *({"op": "add", "table": "snapshots", "when": when} for when in ("before", "after")),
     # while a schedule runs, forks, merges and erasures alone make and drop journals
