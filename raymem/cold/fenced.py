@@ -19,6 +19,8 @@ from raymem.errors import Conflict, Corrupt, NotOwner, Overloaded
 _KEEP_VERSIONS = timedelta(seconds=10)
 # a large table has larger fragments, not more of them
 _FRAGMENTS = 512
+# what a writer commits that isn't a fence
+_WRITES = (LanceOperation.Append, LanceOperation.Delete, LanceOperation.Rewrite)
 
 
 class FencedTable:
@@ -86,8 +88,8 @@ class FencedTable:
         self._count(dataset)
         self._keep(handle)
 
-    def reopen(self) -> bool:
-        """Go on after an error without a fence of one's own; say whether an append that failed is there all the same.
+    def reopen(self) -> int:
+        """Go on after an error without a fence of one's own; say how many appends that failed are there all the same.
 
         Right only in a table that nobody but this writer and those who fence it off ever change.
 
@@ -96,14 +98,14 @@ class FencedTable:
         """
         handle = self.open()
         dataset = self._dataset(handle)
-        commits = self._since(dataset, self._version)
-        if any(commit is None or isinstance(commit, LanceOperation.Merge) for commit in commits):
+        commits = self._commits(dataset, self._version, dataset.version + 1)
+        if not all(isinstance(commit, _WRITES) or _reserves(commit) for commit in commits):
             raise self._fenced()
         self._make_durable()
         # a handle that is kept says that the answer was given: whatever can fail comes before
         self._count(dataset)
         self._keep(handle)
-        return any(isinstance(commit, LanceOperation.Append) for commit in commits)
+        return sum(isinstance(commit, LanceOperation.Append) for commit in commits)
 
     def add(self, rows: pa.Table) -> None:
         """Commit rows, all or none, durable when it returns.
@@ -151,25 +153,18 @@ class FencedTable:
                 change(handle)
         except Conflict as error:
             raise self._fenced() from error
-        if self._was_crossed(handle):
+        if not self._alone(handle, self._version, handle.version):
             raise self._fenced()
         self._make_durable()
         self._keep(handle)
         self.commits += 1
 
-    def _was_crossed(self, handle: Any) -> bool:
-        """Whether the commit that a handle has just made is not the next one to this writer's last."""
-        if handle.version == self._version + 1:
-            return False
-        # an earlier owner's compaction, refused, has reserved numbers for fragments all the same: that has no class
-        *others, _ = self._since(self._dataset(handle), self._version)
-        return any(type(other) is not LanceOperation.BaseOperation for other in others)
-
     def _keep(self, handle: Any) -> None:
         self._handle, self._version = handle, handle.version
 
     def _dataset(self, handle: Any) -> Any:
-        with reading(f"open {self.what}"):
+        # not `reading`: a version that was opened, and cleaned up since then, is no damage
+        with writing(f"open {self.what}"):
             return handle.to_lance()
 
     def _count(self, dataset: Any) -> None:
@@ -198,20 +193,24 @@ class FencedTable:
         return self._is_latest(handle, barred.version)
 
     def _is_latest(self, handle: Any, version: int) -> bool:
-        """Move a handle to the latest version; say whether that is this one."""
+        """Move a handle to the latest version; say whether that is this one, or as good as this one."""
         with reading(f"open {self.what}"):
             handle.checkout_latest()
-        return bool(handle.version == version)
+        return self._alone(handle, version, handle.version + 1)
 
-    def _since(self, dataset: Any, version: int) -> list[Any]:
-        """What was committed after a version; None where that can't be told.
+    def _alone(self, handle: Any, after: int, before: int) -> bool:
+        """Whether nobody has changed the table between two versions."""
+        return after + 1 == before or all(map(_reserves, self._commits(self._dataset(handle), after, before)))
+
+    def _commits(self, dataset: Any, after: int, before: int) -> list[Any]:
+        """What was committed between two versions; None where that can't be told.
 
         Raises:
             NotOwner: some of that was cleaned up, so others wrote after it, and none of it is this writer's.
         """
         try:
             with reading(f"read what was done to {self.what}"):
-                done = [dataset.read_transaction(each) for each in range(version + 1, dataset.version + 1)]
+                done = [dataset.read_transaction(each) for each in range(after + 1, before)]
         except Corrupt as error:
             raise self._fenced() from error
         return [each and each.operation for each in done]
@@ -245,3 +244,11 @@ class FencedTable:
 
     def _fenced(self) -> NotOwner:
         return NotOwner(f"a later owner has taken over {self.what}; nothing was acknowledged, look up who owns it")
+
+
+def _reserves(commit: Any) -> bool:
+    """Whether a commit only reserves numbers for fragments, which has no class of its own.
+
+    The compaction of an earlier owner, refused after a fence, leaves one.
+    """
+    return type(commit) is LanceOperation.BaseOperation

@@ -104,11 +104,11 @@ class Journal:
         self._owned = False
         entry = self._catalog.unchanged(self.entry)
         mine = None if self._log is None else self._log.id
-        left = self._old_logs.rows(entry.log, entry) if entry.log not in (None, mine) else []
+        left = self._left(entry) if entry.log not in (None, mine) else []
         self._writer.fence()
-        self._settled_end = Settled(self._tables, entry).end()
         # a newer owner may have fenced before us: then we have just stopped it and must leave the bank to the next
         self._catalog.unchanged(self.entry)
+        self._settled_end = Settled(self._tables, entry).end()
         self._add([rows for part in left if (rows := part.since(self._settled_end))])
         if entry.log != mine:
             entry = self._catalog.change(entry, log=mine)
@@ -337,6 +337,15 @@ class Journal:
             return found | dict(zip(there["seq"], there[column], strict=True))
 
         return _again(look)
+
+    def _left(self, entry: Entry) -> list[JournalRows]:
+        """The rows in the log of an earlier owner."""
+        try:
+            return self._old_logs.rows(entry.log or "", entry)
+        except Corrupt:
+            # it is gone if others have the bank by now
+            self._catalog.unchanged(entry)
+            raise
 
     def _add(self, parts: list[JournalRows]) -> None:
         if parts:

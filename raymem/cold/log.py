@@ -254,13 +254,23 @@ class Log:
         if self._table.ready:
             return
         try:
-            landed = self._table.reopen()
+            self._look()
         except NotOwner:
             self.lost = True
             raise
-        if landed and self._pending:
+
+    def _look(self) -> None:
+        landed = self._table.reopen()
+        if landed and not (landed == 1 and self._pending and self._is_there(self._lsn)):
+            # its positions are others' by now, who may be told that they are durable
+            raise NotOwner(f"a commit to log {self.id} that had failed landed after a look for it: take its banks over")
+        if landed:
             self._hold()
         self._await(())
+
+    def _is_there(self, lsn: int) -> bool:
+        with reading(f"look for commit {lsn} in log {self.id}"):
+            return bool(self._table.open().count_rows(f"lsn = {lsn}"))
 
     def _await(self, parts: Sequence[Part]) -> None:
         """These are in a commit that is under way, or of which nobody knows yet what became."""

@@ -182,6 +182,54 @@ def test_a_fence_that_comes_late_hides_nothing_and_stops_nobody(
     assert positions(newer[0]) == list(range(6))
 
 
+def test_a_fence_that_meets_a_clean_up_can_be_tried_again(
+    store: ColdStore, journal: Journal, rows, monkeypatch: pytest.MonkeyPatch
+):
+    journal.append(rows(3, 0))
+    opened = FencedTable._dataset
+
+    def too_late(table: FencedTable, handle: Any) -> Any:
+        monkeypatch.setattr(FencedTable, "_dataset", opened)
+        journal.append(rows(2, 3))
+        store.tables.open(table.name).to_lance().cleanup_old_versions(older_than=timedelta(0))
+        return opened(table, handle)
+
+    monkeypatch.setattr(FencedTable, "_dataset", too_late)
+    # and not Corrupt: nothing is damaged
+    with pytest.raises(StorageError):
+        take_over(store, "new")
+    assert positions(take_over(store, "new")) == list(range(5))
+
+
+def test_a_fence_that_comes_after_the_bank_went_says_so(store: ColdStore, journal: Journal, rows, looked):
+    journal.append(rows(3, 0))
+    looked(lambda: store.remove("lab/a"))
+    with pytest.raises(BankNotFound):
+        take_over(store, "new")
+
+
+def test_a_refused_compaction_does_not_stop_the_owner_in_its_own(
+    store: ColdStore, journal: Journal, rows, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(journal_module, "_COMPACT_EVERY", 2)
+    for pos in range(3):
+        journal.append(rows(1, pos))
+    new = take_over(store, "new")
+    new.append(rows(1, 3))
+    latest = FencedTable._is_latest
+
+    def crossed(*committed: Any) -> bool:
+        monkeypatch.setattr(FencedTable, "_is_latest", latest)
+        with pytest.raises(NotOwner):
+            journal.maintain()
+        return latest(*committed)
+
+    monkeypatch.setattr(FencedTable, "_is_latest", crossed)
+    assert new.maintain()
+    new.append(rows(1, 4))
+    assert positions(new) == list(range(5))
+
+
 def test_an_append_that_crossed_another_is_not_acknowledged(store: ColdStore, journal: Journal, rows):
     journal.append(rows(3, 0))
     # no fence stops this one: it has just been opened

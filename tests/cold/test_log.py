@@ -20,7 +20,6 @@ from raymem.cold.files import Files
 from raymem.cold.history import fork_at
 from raymem.cold.journal import Journal
 from raymem.cold.log import Log
-from raymem.cold.log_rows import to_log
 from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore
 from raymem.cold.tables import log_table
@@ -175,23 +174,6 @@ def test_a_take_over_settles_and_stops_the_earlier_owner_for_good(store: ColdSto
     again = owned(second, "lab/b")
     assert (again.end(), store.catalog.get("lab/b").log) == (2, "second")
     assert positions(new) == list(range(5))
-
-
-@pytest.mark.parametrize("late", [1, 3, 6])
-def test_a_commit_whose_positions_one_that_landed_late_has_taken_counts_for_nothing(
-    store: ColdStore, log: Log, owned: Owned, rows, late: int
-):
-    journal = owned(log)
-    logged(log, journal, rows(2, 0))
-    table = store.tables.open(log_table("first"))
-    # its writer was told that it failed, looked before it landed, and gave the positions to others
-    for _ in range(2):
-        table.add(to_log(2, [(journal.entry, rows(late, 2, run="late"))]))
-    table.add(to_log(3, [(journal.entry, rows(4, 2, run="next"))]))
-    owned(make_log(store, "second"))
-    there = list(fresh(store).scan())
-    assert [run for part in there for run in part.runs] == ["r"] * 2 + ["late"] * late
-    assert positions(fresh(store)) == list(range(2 + late))
 
 
 def test_a_fenced_log_stays_fenced_after_its_owner_looked_again(store: ColdStore, log: Log, owned: Owned, rows):
