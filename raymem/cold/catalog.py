@@ -18,14 +18,13 @@ import pyarrow as pa
 from raymem.cold.failures import reading
 from raymem.cold.holes import Holes
 from raymem.cold.rows import bank_schema
-from raymem.cold.shared import SWAP_ATTEMPTS, Change, Find, SharedTable, pause
+from raymem.cold.shared import SWAP_ATTEMPTS, Change, Find, SharedTable, tries
 from raymem.cold.tables import Tables, journal_table, quote
 from raymem.errors import (
     BankExists,
     BankNotFound,
     Conflict,
     NotOwner,
-    Overloaded,
     Partitioned,
     RaymemError,
     TagNotFound,
@@ -404,13 +403,11 @@ class Catalog:
         )
 
     def _retag(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
-        for attempt in range(SWAP_ATTEMPTS):
+        for _ in tries(SWAP_ATTEMPTS, f"the tags of {name} keep changing", retry_after_s=0.1):
             entry = self.get(name)
             values = {"tags": json.dumps(change(entry.tags))}
             if self._update(f"id = {quote(entry.id)} AND tags = {quote(json.dumps(entry.tags))}", values):
                 return
-            pause(attempt)
-        raise Overloaded(f"the tags of {name} keep changing; try again", retry_after_s=0.1)
 
     def _nearest(self, name: str) -> str:
         names = [entry.name for entry in self.list() if not part_of(entry.name)]

@@ -11,9 +11,9 @@ import pyarrow as pa
 from lance import LanceOperation
 
 from raymem.cold.failures import reading, writing
-from raymem.cold.shared import SWAP_ATTEMPTS, pause
+from raymem.cold.shared import SWAP_ATTEMPTS, tries
 from raymem.cold.tables import Tables
-from raymem.errors import Conflict, Corrupt, NotOwner, Overloaded
+from raymem.errors import Conflict, Corrupt, NotOwner
 
 # readers that opened a version this long ago may still read it to the end without looking again
 _KEEP_VERSIONS = timedelta(seconds=10)
@@ -76,14 +76,11 @@ class FencedTable:
         if self._sync:
             with writing(f"fence {self.what}"):
                 self._sync.trust()
-        for attempt in range(SWAP_ATTEMPTS):
+        for _ in tries(SWAP_ATTEMPTS, f"{self.what} is written to, or taken over, all the time", retry_after_s=0.5):
             handle = self.open()
             dataset = self._dataset(handle)
             if self._bar(handle, dataset):
                 break
-            pause(attempt)
-        else:
-            raise Overloaded(f"{self.what} is written to, or taken over, all the time; try again", retry_after_s=0.5)
         self._make_durable()
         self._count(dataset)
         self._keep(handle)

@@ -99,12 +99,13 @@ class Journal:
 
         Raises:
             NotOwner: the catalog has moved on from the epoch of the entry that this journal was opened with.
+            Overloaded: another process writes to it all the time.
         """
         self._writer.close()
         self._owned = False
         entry = self._catalog.unchanged(self.entry)
         mine = None if self._log is None else self._log.id
-        left = self._left(entry) if entry.log not in (None, mine) else []
+        left = self._left(entry, mine)
         self._writer.fence()
         # a newer owner may have fenced before us: then we have just stopped it and must leave the bank to the next
         self._catalog.unchanged(self.entry)
@@ -338,10 +339,12 @@ class Journal:
 
         return _again(look)
 
-    def _left(self, entry: Entry) -> list[JournalRows]:
-        """The rows in the log of an earlier owner."""
+    def _left(self, entry: Entry, mine: str | None) -> list[JournalRows]:
+        """The rows in the log of an earlier owner, if the bank names one that isn't this one's."""
+        if entry.log is None or entry.log == mine:
+            return []
         try:
-            return self._old_logs.rows(entry.log or "", entry)
+            return self._old_logs.rows(entry.log, entry)
         except Corrupt:
             # it is gone if others have the bank by now
             self._catalog.unchanged(entry)

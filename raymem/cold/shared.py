@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -30,9 +30,18 @@ Find = Callable[[str], Rows]
 Change = tuple[Rows, list[str]]
 
 
-def pause(attempt: int) -> None:
-    """Let those go first who were in the way of a change, the longer the more often they were."""
-    time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 5)))
+def tries(count: int, busy: str, retry_after_s: float) -> Iterator[None]:
+    """Loop over the tries of a change that others are in the way of: it breaks off after one that succeeded.
+
+    After each, those others may go first, the longer the more often they were.
+
+    Raises:
+        Overloaded: saying `busy`, after the last.
+    """
+    for attempt in range(count):
+        yield
+        time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 5)))
+    raise Overloaded(f"{busy}; try again", retry_after_s=retry_after_s)
 
 
 class SharedTable:
@@ -76,15 +85,13 @@ class SharedTable:
         """
         # threads of one process wait for each other: their commits would only cross
         with self._turn:
-            for attempt in range(attempts):
+            for _ in tries(attempts, f"{what}: {self._what} is too busy", retry_after_s=0.5):
                 try:
                     with writing(what):
                         result = change()
                     break
                 except Conflict:
-                    pause(attempt)
-            else:
-                raise Overloaded(f"{what}: {self._what} is too busy; try again", retry_after_s=0.5)
+                    continue
             self._make_durable()
             self._compact()
         return result
