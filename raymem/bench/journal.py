@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import lancedb
+import numpy as np
 import pyarrow as pa
 
 from raymem.bench.bed import ROW_BYTES, Bed
@@ -113,7 +114,8 @@ def attach(bed: Bed) -> Measured:
     """Bytes a second of a bank of 500 MB that a host at work attaches, over those of LanceDB reading the same rows.
 
     LanceDB's batches are dropped as they come; beside it, LanceDB keeping them all, as a bank does, and a bank that has
-    no snapshot and encodes its whole journal.
+    no snapshot and encodes its whole journal. A virtual machine that gives unused memory back to its host may take
+    longer to get as much again than anybody does to read: it has it before, and how long that took is told as well.
     """
     rows = bed.size(434_000, 2_000)
     cold = bed.cold()
@@ -124,15 +126,16 @@ def attach(bed: Bed) -> Measured:
     asyncio.run(_write_all(bed, cold, "bench/bank", traces))
     cold.catalog.create(_OTHER, bed.spec())
     entry = cold.catalog.get("bench/bank")
-    times: list[tuple[float, float, float]] = []
+    size, times = rows * ROW_BYTES, []
     for _ in range(bed.repeats):
-        times.append((asyncio.run(_attach_s(cold, entry.name)), plain.scan_s(), plain.keep_s()))
+        memory_s = _seconds(lambda: np.ones(size, np.uint8))
+        times.append((memory_s, asyncio.run(_attach_s(cold, entry.name)), plain.scan_s(), plain.keep_s()))
     cold.tables.drop(snapshot_table(entry.id, entry.generation))
     replay_s = asyncio.run(_attach_s(cold, entry.name))
-    ours_s, alone_s, kept_s = (statistics.median(column) for column in zip(*times, strict=True))
-    size = rows * ROW_BYTES / 2**20
-    details = {"mb_per_s": size / ours_s, "lancedb_mb_per_s": size / alone_s, "lancedb_kept_mb_per_s": size / kept_s}
-    return Measured({"attach_ratio": alone_s / ours_s}, details | {"replay_mb_per_s": size / replay_s, "rows": rows})
+    memory_s, ours_s, alone_s, kept_s = (statistics.median(column) for column in zip(*times, strict=True))
+    seconds = {"": ours_s, "lancedb_": alone_s, "lancedb_kept_": kept_s, "replay_": replay_s, "memory_": memory_s}
+    details = {f"{name}mb_per_s": size / 2**20 / taken for name, taken in seconds.items()}
+    return Measured({"attach_ratio": alone_s / ours_s}, details | {"rows": rows})
 
 
 async def _write_all(bed: Bed, cold: ColdStore, name: str, traces: list[list[Trace]]) -> tuple[float, int]:

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from raymem.cold.files import File, Files
 from raymem.cold.holes import Holes
-from raymem.cold.snapshots import bytes_of
 from raymem.cold.tables import quote
 from raymem.errors import Corrupt
 from raymem.types import FileCheck, Selection
 
 _SAMPLE = 1024
 _DIGEST_BYTES = 16
+# of a state, each of 4 MB
+_BATCH_PARTS = 4
 Mask = NDArray[np.bool_]
 
 
@@ -146,7 +147,7 @@ def _in_snapshots(files: Files, data: Sequence[File], evidence: Evidence) -> tup
     whole: list[File] = []
     for file in data:
         try:
-            for batch in files.rows(file):
+            for batch in files.rows(file, _BATCH_PARTS):
                 manifests |= dict(_manifests(batch))
             whole.append(file)
         except (Corrupt, KeyError, ValueError):
@@ -155,7 +156,7 @@ def _in_snapshots(files: Files, data: Sequence[File], evidence: Evidence) -> tup
     for name, (pos, manifest) in manifests.items():
         tensors = {key: bytearray() for key in _wanted(manifest)}
         for file in whole:
-            for batch in files.rows(file):
+            for batch in files.rows(file, _BATCH_PARTS):
                 _collect(batch, name, manifest, tensors)
         older = _generation(data) < evidence.generation and pos > evidence.gone.first
         found += older + _in_state(pos, manifest, tensors, evidence)
@@ -168,7 +169,7 @@ def _generation(data: Sequence[File]) -> int:
 
 
 def _manifests(batch: pa.RecordBatch) -> Iterator[tuple[str, tuple[int, dict[str, Any]]]]:
-    for row in batch.filter(pc.less(batch["part"], 0)).drop_columns(["data"]).to_pylist():
+    for row in batch.filter(pc.less(batch["start"], 0)).drop_columns(["data"]).to_pylist():
         yield row["snapshot"], (row["pos"], json.loads(row["manifest"]))
 
 
@@ -178,14 +179,14 @@ def _wanted(manifest: dict[str, Any]) -> list[str]:
 
 def _collect(batch: pa.RecordBatch, snapshot: str, manifest: dict[str, Any], tensors: dict[str, bytearray]) -> None:
     """Take the wanted tensors' bytes out of a state's parts, which come in order."""
-    of_it = _true(pc.and_(pc.equal(batch["snapshot"], snapshot), pc.greater_equal(batch["part"], 0)))
-    found = batch.filter(pa.array(of_it)).sort_by("part")
-    for part, data in zip(found["part"].to_pylist(), bytes_of(found["data"]), strict=True):
-        begins, start = part * len(data), 0
+    of_it = _true(pc.and_(pc.equal(batch["snapshot"], snapshot), pc.greater_equal(batch["start"], 0)))
+    found = batch.filter(pa.array(of_it)).sort_by("start")
+    for begins, data in zip(found["start"].to_pylist(), found["data"].to_pylist(), strict=True):
+        start = 0
         for name, header in manifest["tensors"].items():
             stop = start + header["bytes"]
             if name in tensors:
-                tensors[name] += data[max(0, start - begins) : max(0, stop - begins)].tobytes()
+                tensors[name] += data[max(0, start - begins) : max(0, stop - begins)]
             start = stop
 
 

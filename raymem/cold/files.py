@@ -15,7 +15,6 @@ from raymem.cold.failures import reading
 from raymem.cold.tables import Tables
 
 _SUFFIX = ".lance"
-_BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,15 @@ class Files:
             if info.type == fs.FileType.File
         ]
 
-    def rows(self, file: File) -> Iterator[pa.RecordBatch]:
-        """What a data file holds, decoded.
+    def rows(self, file: File, batch_rows: int = 1024) -> Iterator[pa.RecordBatch]:
+        """What a data file holds, decoded, some rows at a time.
 
         Raises:
             Corrupt: it can't be.
         """
         with reading(f"decode {file.path}"):
             reader = LanceFileReader(self._uri + file.path.removeprefix(self._root))
-            batches = iter(reader.read_all(batch_size=_BATCH_ROWS).to_batches())
+            batches = iter(reader.read_all(batch_size=batch_rows).to_batches())
         while True:
             with reading(f"decode {file.path}"):
                 batch = next(batches, None)

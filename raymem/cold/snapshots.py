@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -18,29 +19,28 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raymem.cold.blobs import BLOB, FILE_FORMAT, Blob, find
 from raymem.cold.catalog import Entry
 from raymem.cold.failures import reading, writing
 from raymem.cold.tables import Tables, quote, snapshot_table
 from raymem.errors import Corrupt
-from raymem.prefetch import prefetch
 
-# all of one width: LanceDB reads and writes these thrice as fast as binaries of any length, and doesn't compress them
-_PART_BYTES = 4096
-# parts that are written, and read, together
-_BATCH_PARTS = 1024
-_AHEAD = 4
-# what one thread touches at a time, page by page
-_TOUCH_BYTES, _PAGE_BYTES = 2**23, 4096
-# a part's number; the manifest is the commit marker and has none
+# what one thread reads at a time
+_PART_BYTES = 2**22
+_READERS = 4
+# where a part begins; the manifest is the commit marker and has no bytes of the state
 _MANIFEST = -1
 _SCHEMA = pa.schema(
     [
         pa.field("snapshot", pa.string(), nullable=False),
         pa.field("pos", pa.int64(), nullable=False),
-        pa.field("part", pa.int32(), nullable=False),
-        pa.field("data", pa.list_(pa.uint8(), _PART_BYTES), nullable=False),
+        # of the state's bytes
+        pa.field("start", pa.int64(), nullable=False),
+        # neither compressed nor taken apart
+        pa.field("data", pa.large_binary(), metadata=BLOB),
         # of the marker alone
         pa.field("manifest", pa.large_binary()),
+        # of the data, or of the manifest
         pa.field("crc32c", pa.uint32()),
     ]
 )
@@ -93,8 +93,8 @@ class Snapshots:
         headers = {name: _header(tensor) for name, tensor in tensors.items()}
         body = json.dumps({"tensors": headers, "meta": meta}, allow_nan=False).encode()
         with writing(f"save a snapshot of {self._bank}"):
-            table = self._tables.create(self._name, _SCHEMA.empty_table())
-            table.add(pa.RecordBatchReader.from_batches(_SCHEMA, _batches(snapshot, pos, tensors)))
+            table = self._create()
+            table.add(pa.RecordBatchReader.from_batches(_SCHEMA, _parts(snapshot, pos, tensors)))
             self._make_durable()
             table.add(pa.Table.from_batches([_marker(snapshot, pos, body)]))
             self._make_durable()
@@ -127,8 +127,8 @@ class Snapshots:
 
     def unfinished(self) -> set[str]:
         """Snapshots that were cut short, or are being saved: they have parts and no manifest."""
-        rows = self._select("true", ["snapshot", "part"])
-        return {row["snapshot"] for row in rows} - {row["snapshot"] for row in rows if row["part"] == _MANIFEST}
+        rows = self._select("true", ["snapshot", "start"])
+        return {row["snapshot"] for row in rows} - {row["snapshot"] for row in rows if row["start"] == _MANIFEST}
 
     def clear(self) -> int:
         """Delete the parts of unfinished snapshots, when nobody is saving one; return how many snapshots that were."""
@@ -136,21 +136,35 @@ class Snapshots:
 
     def _manifests(self) -> list[dict[str, Any]]:
         """Manifest rows, newest first."""
-        rows = self._select(f"part = {_MANIFEST}", ["snapshot", "pos", "manifest", "crc32c"])
+        rows = self._select(f"start = {_MANIFEST}", ["snapshot", "pos", "manifest", "crc32c"])
         # a stable sort: of two at one position, the one that was written later comes first
         return sorted(reversed(rows), key=lambda row: -row["pos"])
 
     def _select(self, where: str, columns: list[str]) -> list[dict[str, Any]]:
-        try:
-            table = self._tables.open(self._name)
-        except Corrupt as error:
-            if not error.details.get("missing"):
-                raise
-            # none was ever saved
+        table = self._open()
+        if table is None:
+            return []
+        if not _is_ours(table):
+            _log.warning("snapshots of an earlier raymem passed over: the journal redoes them", bank=self._bank)
             return []
         with reading(f"list the snapshots of {self._bank}"):
             found: list[dict[str, Any]] = table.search().where(where).select(columns).limit(None).to_list()
         return found
+
+    def _open(self) -> Any | None:
+        """The table, or None if no snapshot was ever saved."""
+        try:
+            return self._tables.open(self._name)
+        except Corrupt as error:
+            if not error.details.get("missing"):
+                raise
+            return None
+
+    def _create(self) -> Any:
+        there = self._open()
+        if there is not None and not _is_ours(there):
+            self._tables.drop(self._name)
+        return self._tables.create(self._name, _SCHEMA.empty_table(), FILE_FORMAT)
 
     def _parse(self, row: dict[str, Any]) -> _Manifest:
         if not row["manifest"] or crc32c(row["manifest"]) != row["crc32c"]:
@@ -159,30 +173,18 @@ class Snapshots:
 
     def _load(self, manifest: _Manifest) -> Snapshot:
         what = f"{self._bank}'s snapshot at position {manifest.pos}"
-        # some are read while others are copied and checked
-        stream = _Stream(what, prefetch(self._parts(manifest, what), _AHEAD))
-        tensors = {name: _tensor(what, name, header, stream) for name, header in manifest.tensors.items()}
-        stream.require_end()
-        return manifest.pos, tensors, manifest.meta
-
-    def _parts(self, manifest: _Manifest, what: str) -> Iterator[NDArray[np.uint8]]:
-        """The bytes of a snapshot's parts in order, some at a time."""
-        where = f"snapshot = {quote(manifest.snapshot)} AND part >= 0"
+        state = _State(manifest.tensors)
+        where = f"snapshot = {quote(manifest.snapshot)} AND start > {_MANIFEST}"
         with reading(f"read {what}"):
-            dataset = self._tables.open(self._name).to_lance()
-            scanner = dataset.scanner(["part", "data"], where, batch_size=_BATCH_PARTS, late_materialization=False)
-            batches = iter(scanner.to_batches())
-        number = 0
-        while True:
-            with reading(f"read {what}"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            expected = np.arange(number, number + len(batch))
-            if not np.array_equal(batch["part"].to_numpy(), expected):
-                raise Corrupt(f"{what} has other parts than {number} to {number + len(batch) - 1} there")
-            number += len(batch)
-            yield bytes_of(batch["data"]).reshape(-1)
+            parts = find(self._tables, self._name, "data", where, ["start", "crc32c"])
+        parts.sort(key=lambda part: part[0]["start"])
+        ends = accumulate(blob.size for _, blob in parts)
+        if [0, *ends] != [*(row["start"] for row, _ in parts), state.nbytes]:
+            raise Corrupt(f"{what} lacks some of the {state.nbytes} bytes that its manifest names, or has others")
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="raymem-snapshot") as pool:
+            # raises what a part did
+            list(pool.map(lambda part: _fill(what, state, *part), parts))
+        return manifest.pos, state.tensors(), manifest.meta
 
     def _prune(self) -> None:
         manifests = self._manifests()
@@ -208,10 +210,8 @@ class Snapshots:
                 self._sync.sync()
 
 
-def bytes_of(parts: pa.FixedSizeListArray) -> NDArray[np.uint8]:
-    """The bytes [N, width] of N parts, not copied."""
-    flat: NDArray[np.uint8] = parts.flatten().to_numpy()
-    return flat.reshape(len(parts), parts.type.list_size)
+def _is_ours(table: Any) -> bool:
+    return set(_SCHEMA.names) == set(table.schema.names)
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
@@ -219,27 +219,30 @@ def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
     return flat
 
 
+def _crc(views: Iterable[NDArray[np.uint8]]) -> int:
+    crc: int = 0
+    for view in views:
+        crc = crc32c(view.data, crc)
+    return crc
+
+
 def _header(tensor: Tensor) -> dict[str, Any]:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes, "crc32c": _crc(tensor)}
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "bytes": tensor.nbytes}
 
 
-def _crc(tensor: Tensor) -> int:
-    data: Any = _bytes(tensor)
-    return crc32c(data)
-
-
-def _batches(snapshot: str, pos: int, tensors: dict[str, Tensor]) -> Iterator[pa.RecordBatch]:
-    number = 0
-    for piece in _pieces(tensors, _BATCH_PARTS * _PART_BYTES):
-        parts = range(number, number + len(piece) // _PART_BYTES)
-        yield _batch(snapshot, pos, parts, piece)
-        number = parts.stop
+def _parts(snapshot: str, pos: int, tensors: dict[str, Tensor]) -> Iterator[pa.RecordBatch]:
+    start = 0
+    for piece in _pieces(tensors, _PART_BYTES):
+        offsets = pa.py_buffer(np.array([0, len(piece)], np.int64))
+        # not copied
+        data = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(piece)])
+        yield _row(snapshot, pos, start, _crc([piece]), data=data)
+        start += len(piece)
 
 
 def _pieces(tensors: dict[str, Tensor], size: int) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of all tensors, one after another, `size` at a time, and zeros where the last part is not full."""
-    piece, filled = np.zeros(size, np.uint8), 0
+    """The bytes of all tensors, one after another, `size` at a time."""
+    piece, filled = np.empty(size, np.uint8), 0
     for tensor in tensors.values():
         data = _bytes(tensor)
         while len(data):
@@ -248,90 +251,61 @@ def _pieces(tensors: dict[str, Tensor], size: int) -> Iterator[NDArray[np.uint8]
             filled += len(taken)
             if filled == size:
                 yield piece
-                piece, filled = np.zeros(size, np.uint8), 0
+                piece, filled = np.empty(size, np.uint8), 0
     if filled:
-        yield piece[: -(-filled // _PART_BYTES) * _PART_BYTES]
+        yield piece[:filled]
 
 
 def _marker(snapshot: str, pos: int, manifest: bytes) -> pa.RecordBatch:
-    return _batch(snapshot, pos, range(_MANIFEST, 0), np.zeros(_PART_BYTES, np.uint8), manifest)
+    return _row(snapshot, pos, _MANIFEST, crc32c(manifest), manifest=[manifest])
 
 
-def _batch(
-    snapshot: str, pos: int, parts: range, data: NDArray[np.uint8], manifest: bytes | None = None
-) -> pa.RecordBatch:
-    count, crc = len(parts), None if manifest is None else crc32c(manifest)
-    columns = {"snapshot": [snapshot] * count, "pos": [pos] * count, "part": parts}
-    columns |= {"manifest": [manifest] * count, "crc32c": [crc] * count}
-    columns["data"] = pa.FixedSizeListArray.from_arrays(pa.array(data), _PART_BYTES)
-    return pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
+def _row(snapshot: str, pos: int, start: int, crc: int, **content: Any) -> pa.RecordBatch:
+    columns = {"snapshot": [snapshot], "pos": [pos], "start": [start], "crc32c": [crc]}
+    return pa.RecordBatch.from_pydict(columns | {"data": [None], "manifest": [None]} | content, schema=_SCHEMA)
 
 
-class _Stream:
-    """A snapshot's bytes in order, copied once: from where they were read to where they stay."""
+class _State:
+    """Memory for a snapshot's tensors, and the bytes of all of them as if one came after the other."""
 
-    def __init__(self, what: str, parts: Iterator[NDArray[np.uint8]]) -> None:
-        self._what = what
-        self._parts = parts
-        self._held = np.empty(0, np.uint8)
-        self._given = 0
+    def __init__(self, headers: dict[str, dict[str, Any]]) -> None:
+        self._headers = headers
+        sizes = [header["bytes"] for header in headers.values()]
+        # rows find room behind it without a copy; memory that is never touched costs none
+        self._data = [np.empty(size + size // 8, np.uint8) for size in sizes]
+        self._ends: list[int] = list(accumulate(sizes, initial=0))
 
-    def fill(self, target: NDArray[np.uint8], crc: int) -> int:
-        """Fill all of `target` with the next bytes; return their checksum after those that have `crc`."""
-        filled = 0
-        while filled < len(target):
-            if not len(self._held):
-                self._held = self._next()
-            piece = self._held[: len(target) - filled]
-            copied: Any = target[filled : filled + len(piece)]
-            copied[:] = piece
-            # of the copy, while it is in the processor's cache
-            crc = crc32c(copied, crc)
-            filled, self._held = filled + len(piece), self._held[len(piece) :]
-        self._given += filled
-        return crc
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return self._ends[-1]
 
-    def require_end(self) -> None:
-        """Refuse bytes that no tensor asked for, but those that fill the last part up."""
-        if len(self._held) >= _PART_BYTES or next(self._parts, None) is not None:
-            raise Corrupt(f"{self._what} holds more than the {self._given} bytes that its manifest says")
+    def views(self, start: int, size: int) -> list[NDArray[np.uint8]]:
+        """Where `size` bytes from `start` on belong, tensor by tensor."""
+        stop, found = start + size, []
+        for data, (begins, ends) in zip(self._data, pairwise(self._ends), strict=True):
+            if max(start, begins) < min(stop, ends):
+                found.append(data[max(start, begins) - begins : min(stop, ends) - begins])
+        return found
 
-    def _next(self) -> NDArray[np.uint8]:
-        part = next(self._parts, None)
-        if part is None:
-            raise Corrupt(f"{self._what} ends after {self._given} bytes, and its manifest says more")
-        return part
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, in the order of the manifest."""
+        return {
+            name: _tensor(data, header) for data, (name, header) in zip(self._data, self._headers.items(), strict=True)
+        }
 
 
-def _touched(data: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    """New memory, a piece at a time, whose pages are there.
-
-    Where a virtual machine has to ask for them, the first use of pages takes four times as long as reading what goes
-    into them: two threads do it, beside the reading.
-    """
-    pieces = [data[start : start + _TOUCH_BYTES] for start in range(0, len(data), _TOUCH_BYTES)]
-    if len(pieces) < 2:
-        yield from pieces
-        return
-    with ThreadPoolExecutor(2, thread_name_prefix="raymem-touch") as pool:
-        for piece, touched in [(piece, pool.submit(_touch, piece)) for piece in pieces]:
-            touched.result()
-            yield piece
-
-
-def _touch(piece: NDArray[np.uint8]) -> None:
-    piece[::_PAGE_BYTES] = 0
-
-
-def _tensor(what: str, name: str, header: dict[str, Any], stream: _Stream) -> Tensor:
-    # rows find room behind it without a copy; memory that is never touched costs none
-    data = np.empty(header["bytes"] + header["bytes"] // 8, np.uint8)
-    tensor = torch.from_numpy(data)[: header["bytes"]]
-    crc = 0
-    for piece in _touched(data[: len(tensor)]):
-        crc = stream.fill(piece, crc)
-    if crc != header["crc32c"]:
-        raise Corrupt(f"tensor {name!r} of {what} does not match its checksum", tensor=name)
+def _tensor(data: NDArray[np.uint8], header: dict[str, Any]) -> Tensor:
     dtype: torch.dtype = getattr(torch, header["dtype"])
     # bytes that aren't there have no stride to be viewed by
-    return tensor.view(dtype).reshape(header["shape"]) if len(tensor) else torch.zeros(header["shape"], dtype=dtype)
+    if not header["bytes"]:
+        return torch.zeros(header["shape"], dtype=dtype)
+    return torch.from_numpy(data)[: header["bytes"]].view(dtype).reshape(header["shape"])
+
+
+def _fill(what: str, state: _State, row: dict[str, Any], blob: Blob) -> None:
+    views = state.views(row["start"], blob.size)
+    with reading(f"read {what}"):
+        blob.read_into(views)
+    if _crc(views) != row["crc32c"]:
+        raise Corrupt(f"{what} does not match its checksum from byte {row['start']} on", start=row["start"])

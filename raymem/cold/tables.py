@@ -50,12 +50,16 @@ class Tables:
                 raise
             return self._open(name)
 
-    def create(self, name: str, rows: pa.Table) -> Any:
-        """Create a table holding `rows`, in one commit, or open the one that is there; see `share`."""
+    def create(self, name: str, rows: pa.Table, file_format: str | None = None) -> Any:
+        """Create a table holding `rows`, in one commit, or open the one that is there; see `share`.
+
+        `file_format` is the version of Lance's data files, by default LanceDB's own choice.
+        """
+        options = {"new_table_data_storage_version": file_format} if file_format else None
         if self.sync == "disk":
             set_aside_torn(self._folder(name))
         with writing(f"create {name} in {self.uri}"):
-            return self._connection.create_table(name, rows, exist_ok=True)
+            return self._connection.create_table(name, rows, exist_ok=True, storage_options=options)
 
     def share(self, name: str, rows: pa.Table) -> Any:
         """As `create`, for a table that several processes may make at once: one does, the others open what it made.
@@ -98,6 +102,10 @@ class Tables:
     def folder_sync(self, name: str) -> FolderSync | None:
         """What makes this table's commits durable, or None where the store does that itself or nobody asked."""
         return FolderSync(self._folder(name)) if self.sync == "disk" else None
+
+    def folder(self, name: str) -> Path | None:
+        """Where a table's files are, or None in an object store."""
+        return None if "://" in self.uri else self._folder(name)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

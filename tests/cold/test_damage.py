@@ -14,6 +14,7 @@ from raymem.cold.calibrations import Calibrations
 from raymem.cold.durable import FolderSync
 from raymem.cold.journal import Journal
 from raymem.cold.store import ColdStore
+from raymem.cold.tables import Tables
 from raymem.errors import CalibrationNotFound, Corrupt, StorageError
 from raymem.types import BankSpec
 
@@ -64,6 +65,33 @@ def test_a_damaged_journal_is_called_corrupt_or_changes_nothing(
     assert errors > 30
     assert scanned(store) == whole
     journal.append(rows(2, 40))
+
+
+@pytest.mark.parametrize("in_folder", [True, False])
+def test_a_damaged_snapshot_is_called_corrupt_or_changes_nothing(
+    store: ColdStore, spec: BankSpec, monkeypatch, capfd: pytest.CaptureFixture[str], in_folder: bool
+):
+    if not in_folder:
+        monkeypatch.setattr(Tables, "folder", lambda tables, name: None)
+    snapshots = store.snapshots(store.catalog.create("lab/a", spec))
+    tensors = {"small": torch.arange(3), "large": torch.randint(0, 255, (2001,), dtype=torch.uint8)}
+    snapshots.save(5, tensors, {})
+    data = sorted((Path(store.uri) / f"{snapshots._name}.lance" / "data").iterdir(), key=os.path.getsize)
+    generator = random.Random(4)
+    errors = 0
+    for path in data:
+        for _ in damaged(path, generator, 40):
+            try:
+                found = snapshots.latest(strict=True)
+            except Corrupt:
+                errors += 1
+            else:
+                assert found is not None
+                assert all(torch.equal(found[1][name], tensor) for name, tensor in tensors.items())
+    # rust says on stderr where it panicked
+    capfd.readouterr()
+    assert errors > 30
+    assert snapshots.latest(strict=True) is not None
 
 
 def test_a_damaged_row_is_named(store: ColdStore, journal: Journal, rows):

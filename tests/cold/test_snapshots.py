@@ -3,16 +3,19 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 
+from raymem.cold import blobs
 from raymem.cold import snapshots as snapshots_module
 from raymem.cold.files import Files
 from raymem.cold.snapshots import Snapshots
 from raymem.cold.store import ColdStore
 from raymem.cold.sweeper import sweep
+from raymem.cold.tables import Tables
 from raymem.errors import Corrupt, StorageError
 from raymem.types import BankSpec
 
@@ -63,10 +66,19 @@ def test_a_snapshot_of_nothing_is_a_snapshot(snapshots: Snapshots):
     assert snapshots.latest() == (0, {}, {})
 
 
-@pytest.mark.parametrize("batch_parts", [1, 3, 1024])
+@pytest.fixture(params=["folder", "store"])
+def kept_in(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Read from files at hand, or through LanceDB as an object store is."""
+    if request.param == "store":
+        monkeypatch.setattr(Tables, "folder", lambda tables, name: None)
+    return request.param
+
+
+@pytest.mark.parametrize("part_bytes", [1, 37, 4096, 2**22])
 @pytest.mark.parametrize("last", [30, 2 * 4096 - 877 % 4096, 9 * 4096 + 1])
-def test_big_and_small_tensors_share_parts(snapshots, monkeypatch: pytest.MonkeyPatch, batch_parts: int, last: int):
-    monkeypatch.setattr(snapshots_module, "_BATCH_PARTS", batch_parts)
+@pytest.mark.usefixtures("kept_in")
+def test_big_and_small_tensors_share_parts(snapshots, monkeypatch: pytest.MonkeyPatch, part_bytes: int, last: int):
+    monkeypatch.setattr(snapshots_module, "_PART_BYTES", part_bytes if last == 30 else max(part_bytes, 37))
     tensors = {
         name: torch.randint(0, 255, (size,), dtype=torch.uint8)
         for name, size in zip("abcdef", (1, 99, 0, 777 + 4096, 0, last), strict=True)
@@ -86,23 +98,43 @@ def test_the_newest_position_wins_and_old_ones_are_dropped(store: ColdStore, sna
     assert sum(entry.stat().st_size for entry in os.scandir(folder)) < 500_000
 
 
-def damage(store: ColdStore, snapshots: Snapshots, pos: int, column: str, value: object, part: int = 0) -> None:
+def damage(store: ColdStore, snapshots: Snapshots, pos: int, column: str, value: object, start: int = 0) -> None:
     table = store.tables.open(snapshots._name)
-    where = f"pos = {pos} AND part = {part}"
-    (row,) = table.search().where(where).to_list()
+    where = f"pos = {pos} AND start = {start}"
+    (row,) = table.to_lance().to_table(filter=where, blob_handling="all_binary").to_pylist()
     table.delete(where)
-    table.add(pa.Table.from_pylist([row | {column: value}], schema=table.schema))
+    table.add(pa.Table.from_pylist([row | {column: value(row[column]) if callable(value) else value}], table.schema))
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 @pytest.mark.parametrize(
-    ("part", "column", "value"),
-    [(0, "data", [1] * 4096), (0, "part", 3), (-1, "manifest", b"{}"), (-1, "manifest", None), (-1, "crc32c", None)],
+    ("start", "column", "value"),
+    [
+        (0, "data", flipped),
+        (0, "data", lambda data: data[:-1]),
+        (0, "data", lambda data: data + b"x"),
+        (0, "data", None),
+        (0, "crc32c", None),
+        (0, "start", 3),
+        (100, "data", flipped),
+        (100, "start", 200),
+        (-1, "manifest", b"{}"),
+        (-1, "manifest", None),
+        (-1, "crc32c", None),
+    ],
 )
-def test_a_corrupt_newest_snapshot_falls_back_to_the_one_before(store, snapshots, capsys, part, column, value):
+@pytest.mark.usefixtures("kept_in")
+def test_a_corrupt_newest_snapshot_falls_back_to_the_one_before(
+    store, snapshots, monkeypatch, capsys, start, column, value
+):
+    monkeypatch.setattr(snapshots_module, "_PART_BYTES", 100)
     first, second = state(), state()
     snapshots.save(5, first, {"n": 1})
     snapshots.save(8, second, {"n": 2})
-    damage(store, snapshots, 8, column, value, part)
+    damage(store, snapshots, 8, column, value, start)
     pos, tensors, meta = snapshots.latest()
     assert (pos, meta, snapshots.fallbacks) == (5, {"n": 1}, 1)
     assert raw(tensors["keys_NK"]) == raw(first["keys_NK"])
@@ -112,12 +144,52 @@ def test_a_corrupt_newest_snapshot_falls_back_to_the_one_before(store, snapshots
         snapshots.latest(strict=True)
 
 
-def test_a_checksum_names_the_tensor(store: ColdStore, snapshots: Snapshots):
+def test_a_part_that_is_gone_is_missed(store: ColdStore, snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(snapshots_module, "_PART_BYTES", 100)
+    for gone in (0, 100):
+        snapshots.save(5, state(), {})
+        store.tables.open(snapshots._name).delete(f"start = {gone}")
+        with pytest.raises(Corrupt, match="lacks some of the 148 bytes"):
+            snapshots.latest(strict=True)
+
+
+def test_a_checksum_says_where(store: ColdStore, snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(snapshots_module, "_PART_BYTES", 10)
     snapshots.save(5, {"good": torch.zeros(3), "bad": torch.zeros(3)}, {})
-    damage(store, snapshots, 5, "data", [0] * 23 + [1] + [0] * 4072)
-    with pytest.raises(Corrupt, match="tensor 'bad'"):
+    damage(store, snapshots, 5, "data", flipped, 20)
+    with pytest.raises(Corrupt, match="from byte 20 on") as caught:
         snapshots.latest(strict=True)
+    assert caught.value.details["start"] == 20
     assert snapshots.latest() is None
+
+
+def test_a_file_that_is_cut_short_is_not_read_as_what_memory_held(store: ColdStore, snapshots: Snapshots):
+    tensors = {"x": torch.randint(0, 255, (200_000,), dtype=torch.uint8)}
+    snapshots.save(5, tensors, {})
+    reads = blobs._read
+
+    def short(path: Path, position: int, views: blobs.Views) -> None:
+        reads(path, position, [view[: len(view) // 2] for view in views])
+        for view in views:
+            view[len(view) // 2 :] = 0xA5
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blobs, "_read", short)
+        with pytest.raises(Corrupt, match="checksum"):
+            snapshots.latest(strict=True)
+    assert torch.equal(snapshots.latest(strict=True)[1]["x"], tensors["x"])
+
+
+def test_snapshots_of_an_earlier_raymem_are_passed_over_and_replaced(store: ColdStore, snapshots: Snapshots, capsys):
+    fields = [("snapshot", pa.string()), ("pos", pa.int64()), ("part", pa.int32()), ("data", pa.large_binary())]
+    row = {"snapshot": "s", "pos": 7, "part": 0, "data": b"x"}
+    store.tables.create(snapshots._name, pa.Table.from_pylist([row], pa.schema(fields)))
+    assert (snapshots.latest(), snapshots.nbytes(), snapshots.unfinished()) == (None, 0, set())
+    assert "the journal redoes them" in "".join(capsys.readouterr())
+    tensors = state()
+    snapshots.save(9, tensors, {})
+    pos, back, _ = snapshots.latest(strict=True)
+    assert (pos, raw(back["keys_NK"])) == (9, raw(tensors["keys_NK"]))
 
 
 def cut_short(snapshots: Snapshots, pos: int) -> None:
@@ -126,9 +198,8 @@ def cut_short(snapshots: Snapshots, pos: int) -> None:
     def fail() -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    batch = snapshots_module._batch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshots_module, "_batch", lambda *args: fail() if len(args) > 4 else batch(*args))
+        patch.setattr(snapshots_module, "_marker", lambda *args: fail())
         with pytest.raises(StorageError, match="No space left on device"):
             snapshots.save(pos, state(), {})
     assert len(snapshots.unfinished()) == 1
