@@ -13,6 +13,7 @@ from raymem.cold.interleave import Tally, merged
 from raymem.cold.lineage import steady
 from raymem.cold.partitions import Layout
 from raymem.cold.rows import JournalRows
+from raymem.cold.snapshots import MERGED_TAG
 from raymem.cold.store import ColdStore, Entry
 from raymem.cold.tables import snapshot_table
 from raymem.errors import InvalidInput, InvalidSpec, Partitioned, RaymemError, Unsupported
@@ -20,9 +21,6 @@ from raymem.memory import keeps_rows, merge_rule
 from raymem.memory.base import State
 from raymem.runtime import Replica
 from raymem.types import BankSpec, MergeReport, check_bank_name
-
-# names the position whose state was merged and not replayed, so that it is kept
-MERGED_TAG = "merged"
 
 
 def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild: bool, rename: bool) -> MergeReport:

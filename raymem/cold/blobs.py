@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,8 @@ from raymem.cold.tables import Tables
 # ones keep them in a folder for each commit, which no clean-up removes
 BLOB = {"lance-encoding:blob": "true"}
 FILE_FORMAT = "2.1"
-_FRAGMENT_BITS = 32
+# an address is a fragment's number and a row's in it
+_ROW_BITS = 32
 Views = Sequence[NDArray[np.uint8]]
 
 
@@ -32,38 +35,45 @@ class Blob:
     read_into: Callable[[Views], None]
 
 
-def find(
+@contextmanager
+def opened(
     tables: Tables, name: str, column: str, where: str, others: Sequence[str]
-) -> list[tuple[dict[str, Any], Blob]]:
-    """The rows of a table that match: their `others` columns, and the blob of each, not read yet.
+) -> Iterator[list[tuple[dict[str, Any], Blob]]]:
+    """The rows of a table that match: their `others` columns, and the blob of each, to be read inside.
 
-    From a folder they are read without LanceDB, whose own two copies take twice as long as the reading.
+    In a folder that is done without LanceDB, whose own two copies take twice as long as the reading (ADR-9). What is
+    open stays readable when somebody else drops it meanwhile.
     """
     dataset = tables.open(name).to_lance()
     scanner = dataset.scanner([*others, column], where, with_row_address=True, blob_handling="blobs_descriptions")
     rows = scanner.to_table().to_pylist()
     folder = tables.folder(name)
-    if folder is None:
-        # none at all is refused
-        opened = dataset.take_blobs(column, addresses=[row["_rowaddr"] for row in rows]) if rows else []
-        return [(row, Blob(file.size(), partial(_download, file))) for row, file in zip(rows, opened, strict=True)]
-    paths = {part.fragment_id: folder / "data" / part.data_files()[0].path for part in dataset.get_fragments()}
+    with ExitStack() as files:
+        blobs = _in_store(dataset, column, rows) if folder is None else _in_files(files, folder, dataset, column, rows)
+        yield list(zip(rows, blobs, strict=True))
+
+
+def _in_files(files: ExitStack, folder: Path, dataset: Any, column: str, rows: Sequence[dict[str, Any]]) -> list[Blob]:
+    numbers = {row["_rowaddr"] >> _ROW_BITS for row in rows}
+    paths = {number: folder / "data" / dataset.get_fragment(number).data_files()[0].path for number in numbers}
+    handles = {number: files.enter_context(path.open("rb")).fileno() for number, path in paths.items()}
     return [
-        (
-            row,
-            Blob(
-                row[column]["size"], partial(_read, paths[row["_rowaddr"] >> _FRAGMENT_BITS], row[column]["position"])
-            ),
-        )
+        Blob(row[column]["size"], partial(_read, handles[row["_rowaddr"] >> _ROW_BITS], row[column]["position"]))
         for row in rows
     ]
 
 
-def _read(path: Path, position: int, views: Views) -> None:
-    with path.open("rb") as file:
-        file.seek(position)
-        for view in views:
-            file.readinto(view.data)
+def _in_store(dataset: Any, column: str, rows: Sequence[dict[str, Any]]) -> list[Blob]:
+    # none at all is refused
+    found = dataset.take_blobs(column, addresses=[row["_rowaddr"] for row in rows]) if rows else []
+    return [Blob(file.size(), partial(_download, file)) for file in found]
+
+
+def _read(handle: int, position: int, views: Views) -> None:
+    for view in views:
+        rest = view.data
+        while len(rest) and (count := os.preadv(handle, [rest], position)):
+            rest, position = rest[count:], position + count
 
 
 def _download(file: Any, views: Views) -> None:

@@ -24,8 +24,6 @@ from raymem.types import FileCheck, Selection
 
 _SAMPLE = 1024
 _DIGEST_BYTES = 16
-# of a state, each of 4 MB
-_BATCH_PARTS = 4
 Mask = NDArray[np.bool_]
 
 
@@ -147,7 +145,7 @@ def _in_snapshots(files: Files, data: Sequence[File], evidence: Evidence) -> tup
     whole: list[File] = []
     for file in data:
         try:
-            for batch in files.rows(file, _BATCH_PARTS):
+            for batch in _parts(files, file):
                 manifests |= dict(_manifests(batch))
             whole.append(file)
         except (Corrupt, KeyError, ValueError):
@@ -156,11 +154,16 @@ def _in_snapshots(files: Files, data: Sequence[File], evidence: Evidence) -> tup
     for name, (pos, manifest) in manifests.items():
         tensors = {key: bytearray() for key in _wanted(manifest)}
         for file in whole:
-            for batch in files.rows(file, _BATCH_PARTS):
+            for batch in _parts(files, file):
                 _collect(batch, name, manifest, tensors)
         older = _generation(data) < evidence.generation and pos > evidence.gone.first
         found += older + _in_state(pos, manifest, tensors, evidence)
     return found, unreadable
+
+
+def _parts(files: Files, file: File) -> Iterator[pa.RecordBatch]:
+    # of 4 MB each
+    return files.rows(file, batch_rows=1, ahead=1)
 
 
 def _generation(data: Sequence[File]) -> int:
@@ -169,6 +172,8 @@ def _generation(data: Sequence[File]) -> int:
 
 
 def _manifests(batch: pa.RecordBatch) -> Iterator[tuple[str, tuple[int, dict[str, Any]]]]:
+    if batch.filter(pc.greater_equal(batch["start"], 0))["data"].null_count:
+        raise Corrupt("a part of a state has no bytes")
     for row in batch.filter(pc.less(batch["start"], 0)).drop_columns(["data"]).to_pylist():
         yield row["snapshot"], (row["pos"], json.loads(row["manifest"]))
 

@@ -58,15 +58,15 @@ class Files:
             if info.type == fs.FileType.File
         ]
 
-    def rows(self, file: File, batch_rows: int = 1024) -> Iterator[pa.RecordBatch]:
-        """What a data file holds, decoded, some rows at a time.
+    def rows(self, file: File, batch_rows: int = 1024, ahead: int = 16) -> Iterator[pa.RecordBatch]:
+        """What a data file holds, decoded, some rows at a time, while LanceDB reads some batches `ahead`.
 
         Raises:
             Corrupt: it can't be.
         """
         with reading(f"decode {file.path}"):
             reader = LanceFileReader(self._uri + file.path.removeprefix(self._root))
-            batches = iter(reader.read_all(batch_size=batch_rows).to_batches())
+            batches = iter(reader.read_all(batch_size=batch_rows, batch_readahead=ahead).to_batches())
         while True:
             with reading(f"decode {file.path}"):
                 batch = next(batches, None)

@@ -19,15 +19,18 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raymem.cold.blobs import BLOB, FILE_FORMAT, Blob, find
+from raymem.cold.blobs import BLOB, FILE_FORMAT, Blob, opened
 from raymem.cold.catalog import Entry
 from raymem.cold.failures import reading, writing
 from raymem.cold.tables import Tables, quote, snapshot_table
-from raymem.errors import Corrupt
+from raymem.errors import Corrupt, StorageError
 
 # what one thread reads at a time
 _PART_BYTES = 2**22
-_READERS = 4
+# four do on two cores; an object store is to have more requests to answer at once
+_READERS = 16
+# names the position whose state was merged and not replayed, so that it is kept
+MERGED_TAG = "merged"
 # where a part begins; the manifest is the commit marker and has no bytes of the state
 _MANIFEST = -1
 _SCHEMA = pa.schema(
@@ -73,6 +76,7 @@ class Snapshots:
         self._tables = tables
         self._bank = entry.name
         self._name = snapshot_table(entry.id, entry.generation)
+        self._is_merged = MERGED_TAG in entry.tags
         self._sync = tables.folder_sync(self._name)
         self._keep = keep
         self._tagged = tagged
@@ -145,6 +149,11 @@ class Snapshots:
         if table is None:
             return []
         if not _is_ours(table):
+            if self._is_merged:
+                raise Corrupt(
+                    f"an earlier raymem wrote {self._bank}'s snapshots, and only they hold the state it was merged to; "
+                    "export it with that version and import it here, or merge again"
+                )
             _log.warning("snapshots of an earlier raymem passed over: the journal redoes them", bank=self._bank)
             return []
         with reading(f"list the snapshots of {self._bank}"):
@@ -161,9 +170,13 @@ class Snapshots:
             return None
 
     def _create(self) -> Any:
-        there = self._open()
-        if there is not None and not _is_ours(there):
-            self._tables.drop(self._name)
+        try:
+            return self._tables.create(self._name, _SCHEMA.empty_table(), FILE_FORMAT)
+        except StorageError:
+            there = self._open()
+            if there is None or _is_ours(there):
+                raise
+        self._tables.drop(self._name)
         return self._tables.create(self._name, _SCHEMA.empty_table(), FILE_FORMAT)
 
     def _parse(self, row: dict[str, Any]) -> _Manifest:
@@ -175,15 +188,14 @@ class Snapshots:
         what = f"{self._bank}'s snapshot at position {manifest.pos}"
         state = _State(manifest.tensors)
         where = f"snapshot = {quote(manifest.snapshot)} AND start > {_MANIFEST}"
-        with reading(f"read {what}"):
-            parts = find(self._tables, self._name, "data", where, ["start", "crc32c"])
-        parts.sort(key=lambda part: part[0]["start"])
-        ends = accumulate(blob.size for _, blob in parts)
-        if [0, *ends] != [*(row["start"] for row, _ in parts), state.nbytes]:
-            raise Corrupt(f"{what} lacks some of the {state.nbytes} bytes that its manifest names, or has others")
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="raymem-snapshot") as pool:
-            # raises what a part did
-            list(pool.map(lambda part: _fill(what, state, *part), parts))
+        with reading(f"read {what}"), opened(self._tables, self._name, "data", where, ["start", "crc32c"]) as parts:
+            parts.sort(key=lambda part: part[0]["start"])
+            ends = accumulate(blob.size for _, blob in parts)
+            if [0, *ends] != [*(row["start"] for row, _ in parts), state.nbytes]:
+                raise Corrupt(f"{what} lacks some of the {state.nbytes} bytes that its manifest names, or has others")
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="raymem-snapshot") as pool:
+                # raises what a part did
+                list(pool.map(lambda part: _fill(what, state, *part), parts))
         return manifest.pos, state.tensors(), manifest.meta
 
     def _prune(self) -> None:
@@ -305,7 +317,6 @@ def _tensor(data: NDArray[np.uint8], header: dict[str, Any]) -> Tensor:
 
 def _fill(what: str, state: _State, row: dict[str, Any], blob: Blob) -> None:
     views = state.views(row["start"], blob.size)
-    with reading(f"read {what}"):
-        blob.read_into(views)
+    blob.read_into(views)
     if _crc(views) != row["crc32c"]:
         raise Corrupt(f"{what} does not match its checksum from byte {row['start']} on", start=row["start"])

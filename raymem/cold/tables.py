@@ -30,6 +30,8 @@ class Tables:
         local = "://" not in uri or uri.startswith("file://")
         if sync == "disk" and not local:
             raise ConfigError(f'sync="disk" needs a local path, and {uri} is an object store: leave sync out there')
+        if local and "?" in uri:
+            raise ConfigError(f"LanceDB reads no folder with a question mark in its path, as {uri} has: rename it")
         self.uri = str(Path(uri.removeprefix("file://")).expanduser().absolute()) if local else uri
         self.sync: Sync = sync or ("disk" if local else "none")
         with writing(f"open the cold store at {self.uri}"):

@@ -106,6 +106,12 @@ def test_many_changes_are_compacted_and_all_there(store: ColdStore, spec: BankSp
     assert store.tables.open("catalog").stats()["fragment_stats"]["num_fragments"] < 140
 
 
+def test_a_folder_that_lancedb_can_not_read_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="question mark"):
+        ColdStore.open(str(tmp_path / "what?"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_sync_is_for_local_paths(store: ColdStore):
     assert store.sync == "disk"
     with pytest.raises(ConfigError, match="s3://bucket/x"):

@@ -5,19 +5,22 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from raymem.cold import blobs
 from raymem.cold import snapshots as snapshots_module
+from raymem.cold.evidence import Evidence, inspect
 from raymem.cold.files import Files
+from raymem.cold.holes import Holes
 from raymem.cold.snapshots import Snapshots
 from raymem.cold.store import ColdStore
 from raymem.cold.sweeper import sweep
 from raymem.cold.tables import Tables
 from raymem.errors import Corrupt, StorageError
-from raymem.types import BankSpec
+from raymem.types import BankSpec, Selection
 
 DTYPES = [
     torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
@@ -166,18 +169,48 @@ def test_a_checksum_says_where(store: ColdStore, snapshots: Snapshots, monkeypat
 def test_a_file_that_is_cut_short_is_not_read_as_what_memory_held(store: ColdStore, snapshots: Snapshots):
     tensors = {"x": torch.randint(0, 255, (200_000,), dtype=torch.uint8)}
     snapshots.save(5, tensors, {})
-    reads = blobs._read
-
-    def short(path: Path, position: int, views: blobs.Views) -> None:
-        reads(path, position, [view[: len(view) // 2] for view in views])
-        for view in views:
-            view[len(view) // 2 :] = 0xA5
-
+    new, read = np.empty, blobs._read
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blobs, "_read", short)
+        # all zeros would pass for what the file doesn't say
+        patch.setattr(np, "empty", lambda *args: np.full(*args[:1], 0xA5, *args[1:]))
+        assert torch.equal(snapshots.latest(strict=True)[1]["x"], tensors["x"])
+        (path,) = sorted(Path(store.uri).glob("snapshots-*/data/*"), key=os.path.getsize)[1:]
+        patch.setattr(blobs, "_read", lambda *args: (os.truncate(path, 100_000), read(*args)))
         with pytest.raises(Corrupt, match="checksum"):
             snapshots.latest(strict=True)
-    assert torch.equal(snapshots.latest(strict=True)[1]["x"], tensors["x"])
+    assert new is np.empty
+
+
+def test_reads_that_come_in_pieces_are_put_together(snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch):
+    tensors = {"x": torch.randint(0, 255, (50_001,), dtype=torch.uint8), "y": torch.randn(3)}
+    snapshots.save(5, tensors, {})
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda handle, views, position: read(handle, [views[0][:777]], position))
+    _, back, _ = snapshots.latest(strict=True)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("how", ["saves", "drop"])
+def test_a_snapshot_that_is_being_read_may_be_dropped(store: ColdStore, snapshots: Snapshots, monkeypatch, how: str):
+    tensors = {"x": torch.randint(0, 255, (9_000,), dtype=torch.uint8)}
+    monkeypatch.setattr(snapshots_module, "_PART_BYTES", 1000)
+    snapshots.save(5, tensors, {})
+    monkeypatch.setattr(snapshots_module, "_READERS", 1)
+    other, read, reads = store.snapshots(store.catalog.get("lab/a")), blobs._read, []
+
+    def meanwhile(*args) -> None:
+        reads.append(args)
+        if len(reads) == 3 and how == "drop":
+            store.tables.drop(snapshots._name)
+        elif len(reads) == 3:
+            for pos in (6, 7):
+                other.save(pos, {"x": torch.zeros(9)}, {})
+        read(*args)
+
+    monkeypatch.setattr(blobs, "_read", meanwhile)
+    pos, back, _ = snapshots.latest()
+    assert (len(reads), pos, snapshots.fallbacks) == (9, 5, 0)
+    assert torch.equal(back["x"], tensors["x"])
 
 
 def test_snapshots_of_an_earlier_raymem_are_passed_over_and_replaced(store: ColdStore, snapshots: Snapshots, capsys):
@@ -186,10 +219,22 @@ def test_snapshots_of_an_earlier_raymem_are_passed_over_and_replaced(store: Cold
     store.tables.create(snapshots._name, pa.Table.from_pylist([row], pa.schema(fields)))
     assert (snapshots.latest(), snapshots.nbytes(), snapshots.unfinished()) == (None, 0, set())
     assert "the journal redoes them" in "".join(capsys.readouterr())
+    store.catalog.tag("lab/a", "merged", 7)
+    with pytest.raises(Corrupt, match="merge again"):
+        store.snapshots(store.catalog.get("lab/a")).latest()
     tensors = state()
     snapshots.save(9, tensors, {})
     pos, back, _ = snapshots.latest(strict=True)
     assert (pos, raw(back["keys_NK"])) == (9, raw(tensors["keys_NK"]))
+
+
+def test_who_looks_for_erased_rows_can_not_read_a_part_without_bytes(store: ColdStore, snapshots: Snapshots):
+    looks = Evidence(store.catalog.get("lab/a").id, Selection(stream="s"), 0, Holes.of(range(3), 3))
+    snapshots.save(5, {"memory.pos": torch.arange(5)}, {})
+    check = inspect(Files(store.tables), looks)
+    assert (check.found, check.unreadable) == (3, 0)
+    damage(store, snapshots, 5, "data", None)
+    assert inspect(Files(store.tables), looks).unreadable > 0
 
 
 def cut_short(snapshots: Snapshots, pos: int) -> None:
