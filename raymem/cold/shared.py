@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from raymem.cold.failures import reading, writing
 from raymem.cold.tables import Tables, quote
-from raymem.errors import Conflict, Overloaded, RaymemError, StorageError
+from raymem.errors import ConfigError, Conflict, Overloaded, RaymemError, StorageError
 
 _ATTEMPTS = 12
 # a change that depends on what rows say takes longer than one that does not, and is cut short by each that crosses it
@@ -63,9 +63,18 @@ class SharedTable:
         self._turn = threading.Lock()
 
     def create(self, rows: pa.Table) -> None:
-        """Make the table with these rows, durably, unless it is there already."""
-        self._tables.share(self._name, rows)
+        """Make the table with these rows, durably, unless it is there already.
+
+        Raises:
+            ConfigError: it lacks columns that these rows have.
+        """
+        table = self._tables.share(self._name, rows)
         self._make_durable()
+        if missing := set(rows.schema.names) - set(table.schema.names):
+            raise ConfigError(
+                f"an earlier raymem wrote the store at {self._tables.uri}: {self._what} has no "
+                f"{', '.join(sorted(missing))}; export its banks with that version, and import them into a new store"
+            )
 
     def open(self) -> Any:
         """A handle on the latest version."""

@@ -151,10 +151,10 @@ class Snapshots:
         if not _is_ours(table):
             if self._is_merged:
                 raise Corrupt(
-                    f"an earlier raymem wrote {self._bank}'s snapshots, and only they hold the state it was merged to; "
-                    "export it with that version and import it here, or merge again"
+                    f"an earlier build wrote {self._bank}'s snapshots, and only they hold the state it was merged to; "
+                    "export it with that one and import it here, or merge again"
                 )
-            _log.warning("snapshots of an earlier raymem passed over: the journal redoes them", bank=self._bank)
+            _log.warning("snapshots of an earlier build passed over: the journal redoes them", bank=self._bank)
             return []
         with reading(f"list the snapshots of {self._bank}"):
             found: list[dict[str, Any]] = table.search().where(where).select(columns).limit(None).to_list()

@@ -112,6 +112,15 @@ def test_a_folder_that_lancedb_can_not_read_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_store_of_an_earlier_raymem_is_refused_with_the_way_out(store: ColdStore):
+    older = store.tables.open("catalog").to_arrow().drop_columns(["log", "base"])
+    store.tables.drop("catalog")
+    store.tables.create("catalog", older)
+    with pytest.raises(ConfigError, match="no base, log; export its banks with that version"):
+        ColdStore.open(store.uri)
+    assert store.tables.open("catalog").to_arrow() == older
+
+
 def test_sync_is_for_local_paths(store: ColdStore):
     assert store.sync == "disk"
     with pytest.raises(ConfigError, match="s3://bucket/x"):
