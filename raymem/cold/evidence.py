@@ -163,7 +163,7 @@ def _in_snapshots(files: Files, data: Sequence[File], evidence: Evidence) -> tup
 
 def _parts(files: Files, file: File) -> Iterator[pa.RecordBatch]:
     # of 4 MB each
-    return files.rows(file, batch_rows=1, ahead=1)
+    return files.rows(file, batch_rows=1)
 
 
 def _generation(data: Sequence[File]) -> int:
