@@ -185,7 +185,7 @@ def _wanted(manifest: dict[str, Any]) -> list[str]:
 def _collect(batch: pa.RecordBatch, snapshot: str, manifest: dict[str, Any], tensors: dict[str, bytearray]) -> None:
     """Take the wanted tensors' bytes out of a state's parts, which come in order."""
     of_it = _true(pc.and_(pc.equal(batch["snapshot"], snapshot), pc.greater_equal(batch["start"], 0)))
-    found = batch.filter(pa.array(of_it)).sort_by("start")
+    found = batch.filter(pa.array(of_it))
     for begins, data in zip(found["start"].to_pylist(), found["data"].to_pylist(), strict=True):
         start = 0
         for name, header in manifest["tensors"].items():

@@ -77,11 +77,11 @@ def kept_in(request, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("part_bytes", [1, 37, 4096, 2**22])
-@pytest.mark.parametrize("last", [30, 2 * 4096 - 877 % 4096, 9 * 4096 + 1])
+@pytest.mark.parametrize("part_bytes", [37, 4096, 2**22])
+@pytest.mark.parametrize("last", [1, 30, 2 * 4096 - 877 % 4096, 9 * 4096 + 1])
 @pytest.mark.usefixtures("kept_in")
 def test_big_and_small_tensors_share_parts(snapshots, monkeypatch: pytest.MonkeyPatch, part_bytes: int, last: int):
-    monkeypatch.setattr(snapshots_module, "_PART_BYTES", part_bytes if last == 30 else max(part_bytes, 37))
+    monkeypatch.setattr(snapshots_module, "_PART_BYTES", part_bytes)
     tensors = {
         name: torch.randint(0, 255, (size,), dtype=torch.uint8)
         for name, size in zip("abcdef", (1, 99, 0, 777 + 4096, 0, last), strict=True)
@@ -169,7 +169,7 @@ def test_a_checksum_says_where(store: ColdStore, snapshots: Snapshots, monkeypat
 def test_a_file_that_is_cut_short_is_not_read_as_what_memory_held(store: ColdStore, snapshots: Snapshots):
     tensors = {"x": torch.randint(0, 255, (200_000,), dtype=torch.uint8)}
     snapshots.save(5, tensors, {})
-    new, read = np.empty, blobs._read
+    read = blobs._read
     with pytest.MonkeyPatch.context() as patch:
         # all zeros would pass for what the file doesn't say
         patch.setattr(np, "empty", lambda *args: np.full(*args[:1], 0xA5, *args[1:]))
@@ -178,7 +178,6 @@ def test_a_file_that_is_cut_short_is_not_read_as_what_memory_held(store: ColdSto
         patch.setattr(blobs, "_read", lambda *args: (os.truncate(path, 100_000), read(*args)))
         with pytest.raises(Corrupt, match="checksum"):
             snapshots.latest(strict=True)
-    assert new is np.empty
 
 
 def test_reads_that_come_in_pieces_are_put_together(snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch):

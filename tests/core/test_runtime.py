@@ -104,7 +104,7 @@ def test_cutting_a_trace_changes_nothing(cold: ColdStore, runtime: Runtime, make
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():
-    assert list(prefetch(range(50), depth=3)) == list(range(50))
+    assert list(prefetch(range(50))) == list(range(50))
     assert list(prefetch([])) == []
 
     def breaks():
