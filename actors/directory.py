@@ -10,16 +10,15 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-import structlog
-
 from raymem.actors.calls import Peer
 from raymem.actors.placement import Node, ShardInfo, Topology, node_prefix, shard_name
 from raymem.actors.rehoming import Rehoming
 from raymem.actors.shard import ClusterSpec, open_shared
 from raymem.cold.store import ColdStore, Entry
 from raymem.errors import RaymemError, Unavailable
+from raymem.logs import get_logger
 
-log = structlog.get_logger("raymem.directory")
+log = get_logger("raymem.directory")
 _REFRESH_S = 5.0
 
 

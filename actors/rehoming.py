@@ -10,15 +10,14 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import structlog
-
 from raymem.actors.calls import Peer, ask_all
 from raymem.actors.placement import ShardInfo, choose, node_prefix
 from raymem.cold.store import ColdStore, Entry
 from raymem.errors import BackendUnavailable, Conflict, Moved, RaymemError
 from raymem.lease import Watch
+from raymem.logs import get_logger
 
-log = structlog.get_logger("raymem.rehoming")
+log = get_logger("raymem.rehoming")
 _AT_ONCE = 4
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import structlog
-
 from raymem.actors.calls import Peer
 from raymem.actors.migration import move
 from raymem.actors.placement import draining, node_prefix
@@ -18,10 +16,11 @@ from raymem.actors.transfer import Packed, pack_fields, unpack, unpack_fields
 from raymem.cold.store import ColdStore
 from raymem.config import Settings
 from raymem.errors import NotShared, RaymemError
+from raymem.logs import get_logger
 from raymem.moving import MovingHost, Yielded
 from raymem.types import Ack, EraseReceipt, MigrationReport, Selection, Trace
 
-log = structlog.get_logger("raymem.shard")
+log = get_logger("raymem.shard")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import structlog
 from torch import Tensor
 
 from raymem.cold.erasure import settle_forks
@@ -20,6 +19,7 @@ from raymem.cold.sweeper import sweep
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
 from raymem.errors import BankDetached, CalibrationNotFound, InvalidInput, RaymemError
+from raymem.logs import get_logger
 from raymem.memory.learned import Learned
 from raymem.types import (
     Ack,
@@ -41,7 +41,7 @@ from raymem.types import (
 )
 
 T = TypeVar("T")
-log = structlog.get_logger("raymem.backend")
+log = get_logger("raymem.backend")
 
 
 class Backend(Protocol):

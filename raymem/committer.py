@@ -7,13 +7,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import structlog
-
 from raymem.cold.log import Log
 from raymem.cold.log_rows import Part
 from raymem.crew import Crew, settle
+from raymem.logs import get_logger
 
-_log = structlog.get_logger("raymem.committer")
+_log = get_logger("raymem.committer")
 
 
 class Committer:

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import structlog
 from torch import Tensor
 
 from raymem.backend import detached
@@ -21,6 +20,7 @@ from raymem.erasing import erase
 from raymem.errors import Moved, RaymemError
 from raymem.homes import Homes
 from raymem.limits import Limiter
+from raymem.logs import get_logger
 from raymem.past import Past
 from raymem.room import PAST, Room
 from raymem.runtime import Runtime
@@ -32,7 +32,7 @@ from raymem.wire import traces_of
 from raymem.worker import BankWorker
 
 T = TypeVar("T")
-log = structlog.get_logger("raymem.host")
+log = get_logger("raymem.host")
 _TICK_S = 1.0
 
 

@@ -13,12 +13,11 @@ import uuid
 import weakref
 from collections.abc import Callable
 
-import structlog
-
 from raymem.cold.incarnations import Incarnation, Incarnations
 from raymem.errors import RaymemError
+from raymem.logs import get_logger
 
-log = structlog.get_logger("raymem.lease")
+log = get_logger("raymem.lease")
 
 
 def clock() -> float:

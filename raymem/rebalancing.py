@@ -19,15 +19,14 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 
-import structlog
-
 from raymem.backend import ColdBackend
 from raymem.cold.branching import require_no_past
 from raymem.cold.partitions import Layout, Place
 from raymem.errors import BankDetached, RaymemError
+from raymem.logs import get_logger
 from raymem.types import RebalanceReport, Selection
 
-log = structlog.get_logger("raymem.rebalancing")
+log = get_logger("raymem.rebalancing")
 
 
 def plan(held: Sequence[Mapping[str, int]], slack: float = 0.1) -> list[tuple[str, int]]:

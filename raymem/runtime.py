@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import structlog
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from raymem.cold.store import ColdStore, Entry
 from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import Encoder
 from raymem.errors import Corrupt, RaymemError
+from raymem.logs import get_logger
 from raymem.memory import build, keeps_rows
 from raymem.memory.base import Dims, Found, Memory, Rows, State
 from raymem.memory.learned import Learned
@@ -37,7 +37,7 @@ from raymem.types import Ack, BankSpec, Readout, Trace, check_hidden
 # what encoding makes of so many bytes, some five times as much, stays in the processor's cache: thrice as fast
 _PIECE_BYTES = 2**20
 Progress = Callable[[int, int], None]
-log = structlog.get_logger("raymem.runtime")
+log = get_logger("raymem.runtime")
 
 
 @dataclass

@@ -6,14 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-import structlog
-
 from raymem.cold.store import ColdStore, Entry
 from raymem.crew import Crew
 from raymem.errors import RaymemError
+from raymem.logs import get_logger
 from raymem.room import PAST, Room
 
-log = structlog.get_logger("raymem.space")
+log = get_logger("raymem.space")
 
 
 class Space:

@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import structlog
-
 from raymem.cold.log import Log
 from raymem.cold.store import ColdStore, Entry
 from raymem.committer import Committer
@@ -15,8 +13,9 @@ from raymem.config import Settings
 from raymem.crew import Crew
 from raymem.errors import Moved, NotOwner, RaymemError
 from raymem.lease import Lease
+from raymem.logs import get_logger
 
-log = structlog.get_logger("raymem.tenure")
+log = get_logger("raymem.tenure")
 
 
 class Tenure:

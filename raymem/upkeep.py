@@ -6,16 +6,15 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-import structlog
-
 from raymem.cold import erasure
 from raymem.cold.store import ColdStore, Entry
 from raymem.cold.sweeper import sweep
 from raymem.config import ColdSettings
 from raymem.errors import RaymemError
+from raymem.logs import get_logger
 from raymem.types import Selection
 
-log = structlog.get_logger("raymem.upkeep")
+log = get_logger("raymem.upkeep")
 Erase = Callable[[str, Selection], Awaitable[object]]
 
 

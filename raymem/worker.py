@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import structlog
 from torch import Tensor
 
 from raymem.backlog import SMALL_BYTES
@@ -18,11 +17,12 @@ from raymem.config import Settings
 from raymem.crew import Crew, settle
 from raymem.errors import Moved, NotOwner, RaymemError
 from raymem.homes import Homes
+from raymem.logs import get_logger
 from raymem.runtime import Runtime
 from raymem.types import Ack, Readout, Trace
 
 T = TypeVar("T")
-log = structlog.get_logger("raymem.worker")
+log = get_logger("raymem.worker")
 
 
 @dataclass(frozen=True)

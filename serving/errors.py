@@ -6,7 +6,6 @@ import json
 import math
 from typing import Any
 
-import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -22,9 +21,10 @@ from raymem.errors import (
     Unauthorized,
     Unavailable,
 )
+from raymem.logs import get_logger
 from raymem.serving.schemas import ErrorBody
 
-log = structlog.get_logger("raymem.gateway")
+log = get_logger("raymem.gateway")
 # any route can answer with these
 _ALWAYS: tuple[type[RaymemError], ...] = (Unauthorized, InvalidInput, TooLarge, Overloaded, RaymemError, Unavailable)
 

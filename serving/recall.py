@@ -6,9 +6,8 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING
 
-import structlog
-
 from raymem.errors import FingerprintMismatch, MissingExtra, TooLarge
+from raymem.logs import get_logger
 from raymem.serving.schemas import Candidate, RecallAnswer, Span
 from raymem.serving.spans import Piece, pieces
 from raymem.store import AsyncBank
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 # a question, not a document: its rows are all compared with all of the bank's
 MAX_TOKENS = 1024
 _NEIGHBOURS = 8
-log = structlog.get_logger("raymem.recall")
+log = get_logger("raymem.recall")
 
 
 class Reader:

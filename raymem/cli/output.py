@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import structlog
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from raymem import logs
 from raymem.errors import RaymemError, StorageError
 
 Report = Callable[[int, int], None]
@@ -30,11 +29,7 @@ def reset() -> None:
 
 def set_log_level(level: int) -> None:
     """Log on stderr from this level on."""
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        # looked up at each call: the stream may be exchanged
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
-    )
+    logs.on_stderr(level)
 
 
 def set_json(wanted: bool) -> bool:

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import structlog
+from raymem.logs import get_logger
 
 _VERSIONS = "_versions"
 # a manifest's last bytes
 _END = b"LANC"
 _MANIFEST, _MARK = ".manifest", ".synced"
-log = structlog.get_logger("raymem.durable")
+log = get_logger("raymem.durable")
 
 
 class FolderSync:

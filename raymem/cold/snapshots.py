@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import structlog
 import torch
 from crc32c import crc32c
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from raymem.cold.catalog import Entry
 from raymem.cold.failures import reading, writing
 from raymem.cold.tables import Tables, quote, snapshot_table
 from raymem.errors import Corrupt, StorageError
+from raymem.logs import get_logger
 
 # what one thread reads at a time
 _PART_BYTES = 2**22
@@ -47,7 +47,7 @@ _SCHEMA = pa.schema(
         pa.field("crc32c", pa.uint32()),
     ]
 )
-_log = structlog.get_logger(__name__)
+_log = get_logger("raymem.snapshots")
 
 Snapshot = tuple[int, dict[str, Tensor], dict[str, Any]]
 

@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import structlog
 import torch
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -21,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from raymem.errors import ConfigError, InvalidInput, RaymemError
+from raymem.logs import get_logger
 from raymem.serving.vllm import insides
 from raymem.serving.vllm.copier import RowCopier
 from raymem.serving.vllm.counters import Counters, growth
@@ -31,7 +31,7 @@ from raymem.serving.vllm.sender import Chunk, Sender, Sink
 from raymem.serving.vllm.tracker import Piece, Tracker
 from raymem.types import Fingerprint
 
-log = structlog.get_logger("raymem.vllm")
+log = get_logger("raymem.vllm")
 
 
 @dataclass

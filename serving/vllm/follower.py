@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import structlog
 from torch import Tensor
 
 from raymem.backend import detached
 from raymem.cold.store import ColdStore, Entry
 from raymem.errors import BankNotFound, RaymemError
+from raymem.logs import get_logger
 from raymem.runtime import Replica
 from raymem.types import Fingerprint, Readout
 
-log = structlog.get_logger("raymem.vllm")
+log = get_logger("raymem.vllm")
 
 
 class Follower:

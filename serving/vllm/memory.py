@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-import structlog
 import torch
 from torch import Tensor
 
 from raymem.errors import RaymemError
+from raymem.logs import get_logger
 from raymem.serving.vllm.belief import Belief
 from raymem.serving.vllm.params import banks_to_read
 from raymem.types import Readout
 
-log = structlog.get_logger("raymem.vllm")
+log = get_logger("raymem.vllm")
 
 
 class Bank(Protocol):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from raymem.errors import ConfigError, RaymemError
+from raymem.logs import get_logger
 from raymem.serving.vllm import insides
 from raymem.serving.vllm.connector import RaymemConnector
 from raymem.serving.vllm.memory import MemoryMixer
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from raymem.serving.vllm.follower import Follower
 
-log = structlog.get_logger("raymem.vllm")
+log = get_logger("raymem.vllm")
 
 
 class MemoryReader:

@@ -16,18 +16,18 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol
 
-import structlog
 import torch
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay
 from torch import Tensor
 
 from raymem.errors import Overloaded, RaymemError, Unavailable
+from raymem.logs import get_logger
 from raymem.serving.vllm.counters import Counters
 from raymem.serving.vllm.params import ConnectorConfig
 from raymem.serving.vllm.tracker import Piece
 from raymem.types import Trace
 
-log = structlog.get_logger("raymem.vllm")
+log = get_logger("raymem.vllm")
 _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 1.0
 
