@@ -37,8 +37,7 @@ def find(cold: ColdStore, entry: Entry, what: Selection) -> Evidence:
     Of a fork these are also the rows that were erased in its parent since: its own states have them still.
     """
     journal = cold.journal(entry)
-    erased, matching = journal.holes().positions(), Holes.of(journal.matches(condition(what)), journal.end())
-    gone = matching | Holes.of(erased[~journal.noted().has(erased)].tolist(), journal.end())
+    gone = Holes.of(journal.matches(condition(what)), journal.end()) | (journal.holes() - journal.noted())
     wanted, digests = sample(gone), set[bytes]()
     if wanted:
         for rows in journal.scan(gone.first, max(wanted) + 1):
@@ -57,7 +56,7 @@ def is_due(cold: ColdStore, entry: Entry, what: Selection) -> bool:
 def begin(cold: ColdStore, entry: Entry, evidence: Evidence) -> EraseReceipt:
     """Run the check, which must find the rows now, and put down what is about to happen."""
     check = inspect(Files(cold.tables), evidence)
-    own = int((evidence.gone.positions() >= entry.base).sum())
+    own = len(evidence.gone) - len(evidence.gone.until(entry.base))
     receipt = EraseReceipt(
         id=uuid.uuid4().hex,
         bank=entry.name,
@@ -96,9 +95,9 @@ def rewrite(cold: ColdStore, entry: Entry, evidence: Evidence) -> tuple[Entry, E
         NotOwner: the bank has another owner or another journal by now.
     """
     journal = cold.journal(entry)
-    there, gone = journal.holes(), evidence.gone.positions()
+    there = journal.holes()
     rewritten = dataclasses.replace(entry, generation=evidence.generation)
-    if bool(((gone < entry.base) & ~there.has(gone)).any()):
+    if evidence.gone.until(entry.base) - there:
         rewritten = dataclasses.replace(rewritten, parent=None, base=0)
     holes = there | evidence.gone
     shared: set[bytes] = set()

@@ -97,8 +97,7 @@ def selects(what: Selection, batch: pa.RecordBatch) -> Mask:
 
 def sample(gone: Holes) -> set[int]:
     """The positions whose contents are remembered: evenly spread."""
-    positions = gone.positions()
-    return set(positions[:: max(1, -(-len(positions) // _SAMPLE))].tolist())
+    return set(gone.spread(_SAMPLE))
 
 
 def contents(batch: pa.RecordBatch, rows: Sequence[int]) -> list[bytes]:

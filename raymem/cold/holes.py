@@ -18,6 +18,8 @@ from raymem.errors import Corrupt
 
 Ints = NDArray[np.int64]
 HOLES = b"raymem.holes"
+# more positions than a journal can ever give
+_MOST = 2**53
 
 
 def _none() -> Ints:
@@ -54,17 +56,43 @@ class Holes:
 
     def __or__(self, other: Holes) -> Holes:
         """The positions of both."""
-        return Holes.of(np.r_[self.positions(), other.positions()].tolist(), max(self.end, other.end))
+        both_R2, end = np.concatenate([self.ranges_R2, other.ranges_R2]), max(self.end, other.end)
+        if not len(both_R2):
+            return Holes(end=end)
+        both_R2 = both_R2[np.argsort(both_R2[:, 0], kind="stable")]
+        reach_R = np.maximum.accumulate(both_R2[:, 1])
+        # a range that begins behind all that came before it is one of its own
+        apart = np.flatnonzero(both_R2[1:, 0] > reach_R[:-1])
+        starts, stops = both_R2[np.r_[0, apart + 1], 0], reach_R[np.r_[apart, len(reach_R) - 1]]
+        return Holes(np.stack([starts, stops], axis=1), end)
+
+    def __sub__(self, other: Holes) -> Holes:
+        """The positions that the other has not."""
+        free_R2 = np.r_[0, other.ranges_R2.reshape(-1), _MOST].reshape(-1, 2)
+        firsts = np.searchsorted(free_R2[:, 1], self.ranges_R2[:, 0], side="right")
+        lasts = np.searchsorted(free_R2[:, 0], self.ranges_R2[:, 1], side="left")
+        cut = [
+            np.clip(free_R2[first:last], start, stop)
+            for first, last, (start, stop) in zip(firsts, lasts, self.ranges_R2.tolist(), strict=True)
+        ]
+        return Holes(np.concatenate(cut), self.end) if cut else Holes(end=self.end)
+
+    def until(self, pos: int) -> Holes:
+        """The positions before `pos`, of a journal that has given out so many."""
+        return Holes(np.minimum(self.ranges_R2[self.ranges_R2[:, 0] < pos], pos), pos)
+
+    def spread(self, most: int) -> list[int]:
+        """Evenly spread positions of these, about `most` of them, ascending."""
+        nth_T = np.arange(0, len(self), max(1, -(-len(self) // most)))
+        before_R = np.cumsum(np.r_[0, np.diff(self.ranges_R2, axis=1)[:, 0]])
+        place_T = np.searchsorted(before_R, nth_T, side="right") - 1
+        listed: list[int] = (self.ranges_R2[place_T, 0] + nth_T - before_R[place_T]).tolist()
+        return listed
 
     @property
     def first(self) -> int:
         """The first erased position; `end` if there is none."""
         return int(self.ranges_R2[0, 0]) if len(self.ranges_R2) else self.end
-
-    def positions(self) -> Ints:
-        """Every erased position, ascending."""
-        parts = [np.arange(start, stop) for start, stop in self.ranges_R2.tolist()]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def has(self, pos_T: Ints) -> NDArray[np.bool_]:
         """Which of these positions were erased."""
@@ -102,14 +130,28 @@ class Holes:
         return base64.b64encode(zlib.compress(flat.tobytes()))
 
     @classmethod
-    def decode(cls, text: bytes) -> Holes:
+    def decode(cls, text: bytes, most: int | None = None) -> Holes:
         """What `encode` wrote.
 
+        Args:
+            text: base64.
+            most: ranges there can be, where the text comes from elsewhere: no more is unfolded.
+
         Raises:
-            Corrupt: it did not.
+            Corrupt: it did not write that.
         """
+        unfold = zlib.decompressobj()
         try:
-            flat = np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8"))
-            return cls(flat[:-1].reshape(-1, 2).astype(np.int64), int(flat[-1]))
+            # a bound of 0 would be none
+            packed = unfold.decompress(base64.b64decode(text), 0 if most is None else 16 * most + 8)
+            if not unfold.eof:
+                raise ValueError("it is cut short, or longer than the journal has rows for")
+            steps = np.frombuffer(packed, dtype="<i8")
+            flat = np.cumsum(steps)
+            found = cls(flat[:-1].reshape(-1, 2).astype(np.int64), int(flat[-1]))
+            # the first range may begin at 0 and the last end where the journal does; all else goes forward
+            if (steps < 0).any() or (steps[1:-1] == 0).any() or (flat < 0).any() or found.end > _MOST:
+                raise ValueError(f"its positions are not ascending ones up to {_MOST}")
         except (ValueError, IndexError, zlib.error) as error:
             raise Corrupt(f"the record of a journal's erased positions is damaged ({error})") from error
+        return found

@@ -47,8 +47,7 @@ class Lineage(Journal):
 
     def holes(self) -> Holes:
         """As `Journal.holes`."""
-        inherited = self._parent().holes().positions()
-        return Holes.of(inherited[inherited < self.entry.base].tolist(), self.entry.base) | super().holes()
+        return self._parent().holes().until(self.entry.base) | super().holes()
 
     def tokens(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> Tensor:
         """As `Journal.tokens`; a run may go on in the fork."""

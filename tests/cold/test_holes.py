@@ -1,3 +1,7 @@
+import base64
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,10 @@ from raymem.errors import Corrupt
 
 HOLES = Holes.of([0, 1, 5, 6, 7, 9], end=10)
 LEFT = [2, 3, 4, 8, 10, 11, 12]
+
+
+def positions(holes: Holes) -> list[int]:
+    return [pos for start, stop in holes.ranges_R2.tolist() for pos in range(start, stop)]
 
 
 def test_rows_that_keep_every_position_but_the_erased_are_in_order():
@@ -36,7 +44,7 @@ def test_the_next_row_is_the_first_that_was_not_erased():
 def test_two_erasures_add_up():
     both = HOLES | Holes.of([8, 12], end=13)
 
-    assert both.positions().tolist() == [0, 1, 5, 6, 7, 8, 9, 12]
+    assert positions(both) == [0, 1, 5, 6, 7, 8, 9, 12]
     assert both.end == 13
 
 
@@ -57,3 +65,57 @@ def test_every_third_of_many_rows_is_a_short_record():
 def test_a_damaged_record_is_refused(text):
     with pytest.raises(Corrupt):
         Holes.decode(text)
+
+
+def test_sets_of_positions_are_sets_of_positions():
+    generator = np.random.default_rng(0)
+    assert not (Holes() | Holes()) and not (Holes() - Holes()) and not Holes().spread(4)
+    for _ in range(200):
+        mine, other = (set(generator.choice(30, generator.integers(0, 15), replace=False).tolist()) for _ in range(2))
+        one, two, pos = Holes.of(mine, 30), Holes.of(other, 30), int(generator.integers(0, 31))
+        assert positions(one | two) == sorted(mine | other)
+        assert positions(one - two) == sorted(mine - other)
+        assert positions(one.until(pos)) == sorted(each for each in mine if each < pos)
+        assert one.spread(4) == sorted(mine)[:: max(1, -(-len(mine) // 4))]
+
+
+def test_a_record_of_very_many_positions_takes_no_more_memory_than_its_ranges():
+    many = Holes.of([3], 4) | Holes(np.array([[10, 2**52]]), 2**52)
+
+    assert len(many - Holes.of([3, 20], 30)) == 2**52 - 11
+    assert (len(many.until(2**51)), len(many.spread(16))) == (2**51 - 9, 16)
+    assert len(Holes.decode(many.encode())) == len(many)
+
+
+def record(*steps: int) -> bytes:
+    return base64.b64encode(zlib.compress(np.array(steps, "<i8").tobytes()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        record(-1, 2, 3),
+        record(3, -2, 3),
+        record(3, 0, 3),
+        record(3, 1, 0, 1, 3),
+        record(3, 1, -1),
+        record(2**62, 2**62, 2**62),
+        record(0, 2**53, 1),
+        record(1, 2),
+        record(),
+        record(1, 2, 3)[:-4],
+    ],
+)
+def test_positions_that_no_journal_has_are_refused(text):
+    with pytest.raises(Corrupt):
+        Holes.decode(text)
+
+
+def test_a_record_unfolds_to_what_its_journal_can_need_and_no_further():
+    bomb = base64.b64encode(zlib.compress(bytes(2**26), 9))
+    tracemalloc.start()
+    with pytest.raises(Corrupt, match="longer than the journal has rows for"):
+        Holes.decode(bomb, most=18)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
