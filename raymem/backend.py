@@ -14,6 +14,7 @@ from torch import Tensor
 from raymem.cold.erasure import settle_forks
 from raymem.cold.export import export_bank, import_bank
 from raymem.cold.history import fork_at, fork_position, materialise_cold, restore_to
+from raymem.cold.reach import inherited
 from raymem.cold.store import ColdStore, Entry
 from raymem.cold.sweeper import sweep
 from raymem.config import Settings
@@ -322,7 +323,7 @@ class ColdBackend(ABC):
         done: dict[str, str] = {}
         for fork in forks:
             try:
-                there = await self.erase(fork.name, receipt.what, rebuild)
+                there = await self.erase(fork.name, inherited(receipt.what, fork.base), rebuild)
             except RaymemError as error:
                 # the receipt says that it is not done; a sweep tries again
                 log.warning("not erased in a fork", bank=entry.name, fork=fork.name, error=str(error))

@@ -31,13 +31,15 @@ class ColdSettings(_Section):
     A bank's snapshot is due after `snapshot_bytes` or `snapshot_s`; its rows leave the log of its host for its own
     table after `settle_bytes` or `settle_s`, or when the log holds `log_bytes` of all banks.
 
-    Owners look for expired rows every `expire_s` seconds. A table that the catalog doesn't name is deleted when nothing
+    Owners look for expired rows every `expire_s` seconds; with `expire_scope` "run" a run goes from its first expired
+    row on, as what follows was computed in its context. A table that the catalog doesn't name is deleted when nothing
     was written to it for `sweep_age_s`: less than the longest import, and a table may go while it is being made.
     """
 
     sync: Literal["disk", "none"] | None = None
     snapshot_bytes: int = Field(default=64 * 2**20, ge=2**10)
     expire_s: float = Field(default=600.0, gt=0)
+    expire_scope: Literal["rows", "run"] = "rows"
     sweep_age_s: float = Field(default=3600.0, ge=0)
     snapshot_s: float = Field(default=600.0, gt=0)
     settle_bytes: int = Field(default=4 * 2**20, ge=1)

@@ -42,6 +42,7 @@ def erase(runtime: Runtime, what: Selection, *, rebuild: bool) -> EraseReceipt:
     runtime.let_go()
     try:
         replica, evidence = _rewritten(runtime.cold, entry, evidence, str(runtime.device))
+        receipt = erasure.note(runtime.cold, entry, receipt, evidence)
         switched = erasure.switch(runtime.cold, entry, replica.entry)
     except RaymemError:
         if erasure.undo(runtime.cold, receipt, evidence) is not None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from raymem.cold.reach import LISTED, beyond
 from raymem.memory.spalm import SpalmOptions, blend
 from raymem.types import BankInfo, BankSpec, EraseReceipt, FileCheck, Readout
 
@@ -79,7 +80,7 @@ def one_receipt(name: str, id: str, receipts: Sequence[EraseReceipt]) -> EraseRe
     meant = [receipt for receipt in receipts if receipt.rows] or list(receipts[:1])
     after = [receipt.after for receipt in meant if receipt.after is not None]
     done = all(receipt.status == "complete" for receipt in meant)
-    return EraseReceipt(
+    together = EraseReceipt(
         id=" ".join(receipt.id for receipt in meant),
         bank=name,
         bank_id=id,
@@ -94,8 +95,15 @@ def one_receipt(name: str, id: str, receipts: Sequence[EraseReceipt]) -> EraseRe
         finished=max(receipt.finished or 0.0 for receipt in meant) if done else None,
         reason="; ".join(sorted({receipt.reason for receipt in meant if receipt.reason})),
         forks={fork: made for receipt in meant for fork, made in receipt.forks.items()},
-        out_of_reach=meant[0].out_of_reach,
+        followed_rows=sum(receipt.followed_rows for receipt in meant),
+        exposed_rows=sum(receipt.exposed_rows for receipt in meant),
+        exposed=tuple(run for receipt in meant for run in receipt.exposed)[:LISTED],
+        later_rows=sum(receipt.later_rows for receipt in meant),
+        same_rows=sum(receipt.same_rows for receipt in meant),
     )
+    # what no count says of each partition, then the counts of all together
+    own = [words for receipt in meant for words in receipt.out_of_reach if words not in beyond(receipt)]
+    return dataclasses.replace(together, out_of_reach=(*beyond(together), *dict.fromkeys(own)))
 
 
 def _sum(checks: Sequence[FileCheck]) -> FileCheck:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -48,8 +48,7 @@ def connect(
         settings: limits and sizes; read from file and environment by default.
 
     Raises:
-        ConfigError: arguments that don't go together.
-        BackendUnavailable: no Ray cluster or gateway there.
+        ConfigError: arguments that don't go together. BackendUnavailable: no Ray cluster or gateway there.
     """
     loop = Loop()
     try:
@@ -204,8 +203,7 @@ class AsyncStore:
         """Move every bank away from a node, live; it takes no new ones until this is called with `undo`.
 
         Raises:
-            InvalidInput: there is no such node.
-            Conflict: no other node can take its banks.
+            InvalidInput: there is no such node. Conflict: no other node can take its banks.
         """
         return await self.backend.drain(node, undo)
 
@@ -350,6 +348,7 @@ class AsyncBank:
         seq_from: int | None = None,
         seq_to: int | None = None,
         before: float | None = None,
+        scope: Literal["rows", "run"] = "rows",
         rebuild: bool = False,
     ) -> EraseReceipt:
         """Erase the rows for which all that is given holds, for good: a stream, a run, a few rows, what is old.
@@ -360,13 +359,14 @@ class AsyncBank:
             seq_from: only rows of the run from this one on.
             seq_to: and before this one.
             before: only rows of traces older than this, in seconds since the epoch.
+            scope: "run", also later rows of the same runs, whose states have traces of these; the receipt counts them.
             rebuild: go on for kinds that can't take rows out of their state: it is replayed from the rows that stay.
 
         Raises:
             Unsupported: such a kind, without `rebuild`; nothing was changed. InvalidInput: nothing selected.
         """
-        what = Selection(stream, run, seq_from, seq_to, before).check()
-        return await self._backend.erase(self.name, what, rebuild)
+        what = Selection(stream, run, seq_from, seq_to, before, scope)
+        return await self._backend.erase(self.name, what.check(), rebuild)
 
     async def receipts(self) -> list[EraseReceipt]:
         """The receipts of what was erased in this bank, oldest first; they stay when the bank is removed."""
@@ -563,11 +563,12 @@ class Bank:
         seq_from: int | None = None,
         seq_to: int | None = None,
         before: float | None = None,
+        scope: Literal["rows", "run"] = "rows",
         rebuild: bool = False,
     ) -> EraseReceipt:
         """As `AsyncBank.erase`."""
         what = {"stream": stream, "run": run, "seq_from": seq_from, "seq_to": seq_to, "before": before}
-        return self._loop.run(self._bank.erase(**what, rebuild=rebuild))  # type: ignore[arg-type]
+        return self._loop.run(self._bank.erase(**what, scope=scope, rebuild=rebuild))  # type: ignore[arg-type]
 
     def receipts(self) -> list[EraseReceipt]:
         """As `AsyncBank.receipts`."""

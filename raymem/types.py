@@ -333,7 +333,8 @@ class Selection:
     """Which rows an erasure is about: those for which everything that is given holds.
 
     A stream; one of its runs; the run's rows with seq in [`seq_from`, `seq_to`); rows whose trace is older than
-    `before`, in seconds since the epoch.
+    `before`, in seconds since the epoch. `scope` "run" adds what followed in the same runs, whose states were computed
+    with these rows in their context. `starts` is raymem's own: where runs were cut in the bank that a fork began as.
     """
 
     stream: str | None = None
@@ -341,6 +342,8 @@ class Selection:
     seq_from: int | None = None
     seq_to: int | None = None
     before: float | None = None
+    scope: Literal["rows", "run"] = "rows"
+    starts: tuple[RowRef, ...] = ()
 
     def check(self) -> Selection:
         """Return this selection if it can be meant.
@@ -359,7 +362,17 @@ class Selection:
                 check_label(what, label)
         if self.before is not None and not math.isfinite(self.before):
             raise InvalidInput(f"before is {self.before}; it is a time in seconds since the epoch")
+        if self.scope not in ("rows", "run"):
+            raise InvalidInput(
+                f"scope is {shorten(repr(self.scope))}; it is 'rows', those that are named, or 'run', also what "
+                "followed them in their runs"
+            )
         return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is about all rows of a stream or of a run."""
+        return self.stream is not None and (self.seq_from, self.seq_to, self.before) == (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -376,6 +389,16 @@ class FileCheck:
 
 
 @dataclass(frozen=True)
+class Exposed:
+    """Rows of a run that stay and come after its first erased one, `seq_from`."""
+
+    stream: str
+    run: str
+    seq_from: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class EraseReceipt:
     """What an erasure did, and how that is known.
 
@@ -384,6 +407,12 @@ class EraseReceipt:
     and had to find the rows then: where it did not, `proves` is False and the check `after` means nothing. `forks` are
     banks that began with these rows, with the receipt of the same erasure there. What no check can reach is named in
     `out_of_reach`.
+
+    Of the `rows`, `followed_rows` were not named themselves: the scope "run" took them along. Rows that stay may have
+    traces of what went. `exposed_rows` come later in the same runs, so that their states were computed with the erased
+    rows in their context; `exposed` says which they are, up to 64 runs. `later_rows` came later in other runs of the
+    same streams: whether those had the erased text in their prompts is not known. `same_rows` are, token and states,
+    the same as erased ones, under other names.
     """
 
     id: str
@@ -401,6 +430,11 @@ class EraseReceipt:
     reason: str = ""
     forks: dict[str, str] = field(default_factory=dict)
     out_of_reach: tuple[str, ...] = ()
+    followed_rows: int = 0
+    exposed_rows: int = 0
+    exposed: tuple[Exposed, ...] = ()
+    later_rows: int = 0
+    same_rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from raymem.cold import erasure
-from raymem.cold.store import ColdStore, Entry
+from raymem.cold.store import ColdStore
 from raymem.cold.sweeper import sweep
 from raymem.config import ColdSettings
 from raymem.errors import RaymemError
@@ -66,10 +66,8 @@ class Upkeep:
     def _due(self, now: float) -> list[tuple[str, Selection]]:
         mine = set(self._names())
         entries = [entry for entry in self._cold.catalog.list() if entry.name in mine]
-        found = [(entry, _expired(entry, now)) for entry in entries if entry.ttl_s is not None]
+        found = [(entry, self._expired(now - entry.ttl_s)) for entry in entries if entry.ttl_s is not None]
         return [(entry.name, what) for entry, what in found if erasure.is_due(self._cold, entry, what)]
 
-
-def _expired(entry: Entry, now: float) -> Selection:
-    assert entry.ttl_s is not None
-    return Selection(before=now - entry.ttl_s)
+    def _expired(self, before: float) -> Selection:
+        return Selection(before=before, scope=self._settings.expire_scope)

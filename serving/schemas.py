@@ -182,6 +182,9 @@ class Erase(_Request):
     seq_from: int | None = None
     seq_to: int | None = None
     before: float | None = Field(default=None, description="Seconds since the epoch.")
+    scope: Literal["rows", "run"] = Field(
+        default="rows", description="`run`: also what followed in the same runs, computed with these rows in context."
+    )
     rebuild: bool = False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Look after the cold store as a whole.")
 
 
+class Scope(Enum):
+    """What goes with the rows that are named."""
+
+    ROWS = "rows"
+    RUN = "run"
+
+
 @bank.app.command("erase")
 def erase(
     name: bank.Name,
@@ -26,6 +34,9 @@ def erase(
     seq_from: Annotated[int | None, typer.Option("--seq-from", help="Only the run's rows from this one on.")] = None,
     seq_to: Annotated[int | None, typer.Option("--seq-to", help="And before this one.")] = None,
     before: Annotated[datetime | None, typer.Option("--before", help="Only rows older than this.")] = None,
+    scope: Annotated[
+        Scope, typer.Option("--scope", help="run: what followed in the same runs goes too; it has traces of the rows.")
+    ] = Scope.ROWS,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Replay kinds that can't take rows out.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     store: StoreOption = DEFAULT_STORE,
@@ -34,7 +45,8 @@ def erase(
 ) -> None:
     """Erase rows for good: a stream, one of its runs, some rows of it, or what is old.
 
-    Everything that is given has to hold for a row to go. The receipt says whether any file still holds it.
+    Everything that is given has to hold for a row to go. The receipt says whether any file still holds it, and how
+    many later rows stay whose hidden states were computed with it in their context: --scope run takes those along.
 
     For example:
 
@@ -42,14 +54,17 @@ def erase(
 
         raymem bank erase research/alice --stream alice --run r7 --seq-from 120 --seq-to 140
 
+        raymem bank erase research/alice --stream alice --run r7 --seq-from 120 --seq-to 140 --scope run
+
         raymem bank erase research/facts --before 2026-01-31 --rebuild
     """
     if not yes:
-        typer.confirm(f"Erase these rows of {name} for good?", abort=True, err=True)
+        more = " and all that followed them in their runs" if scope is Scope.RUN else ""
+        typer.confirm(f"Erase these rows of {name}{more} for good?", abort=True, err=True)
     moment = before.timestamp() if before else None
     with opened(store, cold) as memory, output.waiting(f"erasing in {name} …"):
         receipt = memory.bank(name).erase(
-            stream=stream, run=run, seq_from=seq_from, seq_to=seq_to, before=moment, rebuild=rebuild
+            stream=stream, run=run, seq_from=seq_from, seq_to=seq_to, before=moment, scope=scope.value, rebuild=rebuild
         )
     output.show(receipt, lambda made: _card(made))
 
@@ -126,12 +141,16 @@ def _lifetime(ttl_s: float | None) -> str:
 def _card(receipt: EraseReceipt) -> Table:
     after = receipt.after or receipt.before
     rows = [
-        ["rows erased", f"{receipt.rows:,}"],
+        [
+            "rows erased",
+            f"{receipt.rows:,}" + (f", {receipt.followed_rows:,} as what followed" * (receipt.followed_rows > 0)),
+        ],
+        ["later rows with traces", f"{receipt.exposed_rows:,}"],
         ["status", receipt.status + (f": {receipt.reason}" if receipt.reason else "")],
         ["check before", f"{receipt.before.found:,} finds in {receipt.before.files:,} files"],
         ["check after", f"{after.found:,} finds in {after.files:,} files"],
         ["proves", "yes" if receipt.proves else "nothing: the check did not find the rows when they were there"],
-        ["out of reach", "; ".join(receipt.out_of_reach)],
+        ["out of reach", "\n".join(f"- {words}" for words in receipt.out_of_reach)],
         ["receipt", receipt.id],
     ]
     return output.table(receipt.bank, ["", ""], rows)

@@ -10,24 +10,21 @@ import dataclasses
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 
-import numpy as np
 import pyarrow as pa
 
-from raymem.cold.evidence import Evidence, condition, contents, inspect, sample
+from raymem.cold.catalog import part_of
+from raymem.cold.evidence import Evidence, contents, inspect, sample
 from raymem.cold.files import Files
 from raymem.cold.holes import Holes
+from raymem.cold.reach import LISTED, beyond, inherited, is_reached, reach
 from raymem.cold.rows import bank_schema
 from raymem.cold.store import ColdStore, Entry
 from raymem.cold.tables import journal_table, snapshot_table
 from raymem.types import EraseReceipt, FileCheck, Selection
 
-OUT_OF_REACH = (
-    "files that were exported before",
-    "copies and backups of the storage that the cold store lies on",
-    "banks that rows were merged into under other names, and what readers have kept",
-)
 _OF_A_BANK = re.compile(r"(journal|snapshots)-(?P<bank>[0-9a-f]+)(-(?P<generation>\d+))?")
 
 
@@ -37,31 +34,36 @@ def find(cold: ColdStore, entry: Entry, what: Selection) -> Evidence:
     Of a fork these are also the rows that were erased in its parent since: its own states have them still.
     """
     journal = cold.journal(entry)
-    gone = Holes.of(journal.matches(condition(what)), journal.end()) | (journal.holes() - journal.noted())
+    found = reach(journal, what, vectors=bool(entry.spec.fingerprint.values))
+    gone = Holes.of(found.gone_T.tolist(), journal.end()) | (journal.holes() - journal.noted())
     wanted, digests = sample(gone), set[bytes]()
     if wanted:
         for rows in journal.scan(gone.first, max(wanted) + 1):
             picked = [row for row, pos in enumerate(rows.pos_T.tolist()) if pos in wanted]
             for batch in rows.to_arrow().combine_chunks().to_batches():
                 digests.update(contents(batch, picked))
-    return Evidence(entry.id, what, entry.next_generation, gone, frozenset(digests))
+    if what.scope == "run":
+        what = dataclasses.replace(what, starts=tuple({*what.starts, *found.starts}))
+    return Evidence(entry.id, what, entry.next_generation, gone, frozenset(digests), found)
 
 
 def is_due(cold: ColdStore, entry: Entry, what: Selection) -> bool:
     """Whether a bank has rows that a selection is about, or, being a fork, states with rows that its parent erased."""
     journal = cold.journal(entry)
-    return len(journal.matches(condition(what))) > 0 or len(journal.holes()) > len(journal.noted())
+    return is_reached(journal, what) or len(journal.holes()) > len(journal.noted())
 
 
 def begin(cold: ColdStore, entry: Entry, evidence: Evidence) -> EraseReceipt:
     """Run the check, which must find the rows now, and put down what is about to happen."""
-    check = inspect(Files(cold.tables), evidence)
+    check, found = inspect(Files(cold.tables), evidence), evidence.reach
     own = len(evidence.gone) - len(evidence.gone.until(entry.base))
+    forks = {fork.name: "" for fork in cold.catalog.forks(entry.id)}
     receipt = EraseReceipt(
         id=uuid.uuid4().hex,
         bank=entry.name,
         bank_id=entry.id,
-        what=evidence.what,
+        # a sweep may have to go on with the forks
+        what=evidence.what if forks else dataclasses.replace(evidence.what, starts=()),
         rows=len(evidence.gone),
         generation=evidence.generation,
         status="pending",
@@ -69,10 +71,21 @@ def begin(cold: ColdStore, entry: Entry, evidence: Evidence) -> EraseReceipt:
         before=check,
         proves=check.found >= max(1, own),
         reason="the rows are being erased",
-        forks={fork.name: "" for fork in cold.catalog.forks(entry.id)},
-        out_of_reach=OUT_OF_REACH,
+        forks=forks,
+        followed_rows=found.followed,
+        exposed_rows=sum(run.rows for run in found.exposed),
+        exposed=found.exposed[:LISTED],
+        later_rows=found.later,
     )
-    return cold.receipts.put(receipt, evidence)
+    words = _beyond(cold, entry, receipt, evidence)
+    return cold.receipts.put(dataclasses.replace(receipt, out_of_reach=words), evidence)
+
+
+def note(cold: ColdStore, entry: Entry, receipt: EraseReceipt, evidence: Evidence) -> EraseReceipt:
+    """Put down what the rewriting showed, before its switch: which contents rows that stay have too."""
+    receipt = dataclasses.replace(receipt, same_rows=evidence.same)
+    words = _beyond(cold, entry, receipt, evidence)
+    return cold.receipts.put(dataclasses.replace(receipt, out_of_reach=words), evidence)
 
 
 def nothing(entry: Entry, evidence: Evidence) -> EraseReceipt:
@@ -100,13 +113,14 @@ def rewrite(cold: ColdStore, entry: Entry, evidence: Evidence) -> tuple[Entry, E
     if evidence.gone.until(entry.base) - there:
         rewritten = dataclasses.replace(rewritten, parent=None, base=0)
     holes = there | evidence.gone
-    shared: set[bytes] = set()
+    shared: Counter[bytes] = Counter()
 
     def survivors() -> Iterator[pa.RecordBatch]:
         for rows in journal.scan(rewritten.base):
             for batch in rows.to_arrow().combine_chunks().to_batches():
                 stay = batch.filter(pa.array(~evidence.gone.has(batch["pos"].to_numpy())))
-                shared.update(evidence.contents & set(contents(stay, np.arange(len(stay)).tolist())))
+                kept = contents(stay, list(range(len(stay)))) if evidence.contents else []
+                shared.update(digest for digest in kept if digest in evidence.contents)
                 yield stay.replace_schema_metadata(schema.metadata)
 
     schema = bank_schema(entry.spec, holes)
@@ -114,8 +128,8 @@ def rewrite(cold: ColdStore, entry: Entry, evidence: Evidence) -> tuple[Entry, E
     cold.catalog.unchanged(entry)
     cold.tables.drop(journal_table(entry.id, evidence.generation))
     cold.tables.fill(journal_table(entry.id, evidence.generation), schema, survivors())
-    kept = dataclasses.replace(evidence, contents=evidence.contents - shared)
-    return rewritten, kept
+    rest = evidence.contents - shared.keys()
+    return rewritten, dataclasses.replace(evidence, contents=rest, same=shared.total())
 
 
 def switch(cold: ColdStore, entry: Entry, rewritten: Entry) -> Entry:
@@ -150,6 +164,7 @@ def finish(cold: ColdStore, receipt: EraseReceipt, evidence: Evidence) -> EraseR
     reason = _left(cold, receipt, after)
     done = dataclasses.replace(
         receipt,
+        what=receipt.what if reason else dataclasses.replace(receipt.what, starts=()),
         status="pending" if reason else "complete",
         after=after,
         finished=None if reason else time.time(),
@@ -173,8 +188,17 @@ def is_older(table: str, entry: Entry) -> bool:
     return found is not None and found["bank"] == entry.id and int(found["generation"] or 0) < entry.generation
 
 
+def _beyond(cold: ColdStore, entry: Entry, receipt: EraseReceipt, evidence: Evidence) -> tuple[str, ...]:
+    """What is out of reach, and the parent of a fork whose inherited rows it still has."""
+    parent = cold.catalog.by_id(entry.parent) if entry.parent else None
+    if parent is None or not evidence.gone.until(entry.base) - cold.journal(entry).holes():
+        return beyond(receipt)
+    return beyond(receipt, (part_of(parent.name) or (parent.name, 0))[0])
+
+
 def _left(cold: ColdStore, receipt: EraseReceipt, after: FileCheck) -> str:
-    left = {fork.name for fork in cold.catalog.forks(receipt.bank_id) if is_due(cold, fork, receipt.what)}
+    forks, what = cold.catalog.forks(receipt.bank_id), receipt.what
+    left = {fork.name for fork in forks if is_due(cold, fork, inherited(what, fork.base))}
     open_forks = [name for name, id in receipt.forks.items() if name in left and not _is_complete(cold, id)]
     parts = [f"{after.found} finds in files that are left"] if after.found else []
     parts += [f"{after.unreadable} files can't be decoded"] if after.unreadable else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from raymem.cold.files import File, Files
 from raymem.cold.holes import Holes
-from raymem.cold.tables import quote
+from raymem.cold.reach import Reach
 from raymem.errors import Corrupt
 from raymem.types import FileCheck, Selection
 
@@ -32,7 +32,8 @@ class Evidence:
     """How a row that was erased would be known, without keeping what was erased.
 
     `gone` are its positions, which no later row of the bank gets, `contents` digests of token and hidden states of up
-    to 1,024 of the rows, but those that a row which stays has too.
+    to 1,024 of the rows, but those that a row which stays has too: `same` counts such rows. `reach` is what was left
+    near the rows when they were looked for; it isn't kept.
     """
 
     bank_id: str
@@ -40,6 +41,8 @@ class Evidence:
     generation: int
     gone: Holes
     contents: frozenset[bytes] = frozenset()
+    reach: Reach = field(default_factory=Reach)
+    same: int = 0
 
     def of(self, batch: pa.RecordBatch) -> Mask:
         """Which rows of a journal or a log are, or hold what was in, a row that was erased."""
@@ -69,16 +72,6 @@ class Evidence:
         return cls(bank_id, what, generation, Holes.decode(found["gone"].encode()), digests)
 
 
-def condition(what: Selection) -> str:
-    """A selection as an SQL condition on the journal's columns."""
-    parts = [f"stream = {quote(what.stream)}"] if what.stream is not None else []
-    parts += [f"run = {quote(what.run)}"] if what.run is not None else []
-    parts += [f"seq >= {what.seq_from}"] if what.seq_from is not None else []
-    parts += [f"seq < {what.seq_to}"] if what.seq_to is not None else []
-    parts += [f"time < {what.before!r}"] if what.before is not None else []
-    return " AND ".join(parts)
-
-
 def selects(what: Selection, batch: pa.RecordBatch) -> Mask:
     """Which rows a selection is about: `condition`, without LanceDB."""
     mask = np.ones(len(batch), dtype=np.bool_)
@@ -88,7 +81,7 @@ def selects(what: Selection, batch: pa.RecordBatch) -> Mask:
         mask &= _true(pc.equal(batch["run"], what.run))
     if what.seq_from is not None:
         mask &= batch["seq"].to_numpy() >= what.seq_from
-    if what.seq_to is not None:
+    if what.seq_to is not None and (what.scope == "rows" or what.before is not None):
         mask &= batch["seq"].to_numpy() < what.seq_to
     if what.before is not None:
         mask &= batch["time"].to_numpy() < what.before
@@ -201,7 +194,7 @@ def _in_state(pos: int, manifest: dict[str, Any], tensors: dict[str, bytearray],
         found += int(evidence.gone.has(columns if columns.ndim == 1 else columns[:, 3]).sum())
     what, sources = evidence.what, manifest["meta"].get("encoder", {}).get("sources", [])
     # a run that comes back later may have its name back
-    if pos > evidence.gone.end or what != Selection(what.stream, what.run):
+    if pos > evidence.gone.end or not what.whole:
         return found
     named = [run for stream, run in sources if stream == what.stream and what.run in (None, run)]
     return found + len(named)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from raymem.cold.tables import Tables, in_memory, journal_table, quote
 from raymem.errors import Corrupt, Overloaded, StorageError
 
 T = TypeVar("T")
+_NAMES = ["pos", "stream", "run", "seq"]
 _COMPACT_EVERY = 128
 _FRAGMENT_BYTES = 64 * 2**20
 # compaction has fallen behind: from here on a writer waits for it, and from there on it is refused
@@ -253,14 +255,20 @@ class Journal:
 
     def matches(self, where: str) -> Tensor:
         """Positions [T] int64 of the rows for which an SQL condition on their columns holds, ascending."""
+        return torch.from_numpy(self.named(where)["pos"].to_numpy().copy())
 
-        def look() -> list[int]:
+    def named(self, where: str) -> pa.Table:
+        """What the rows are called for which such a condition holds: pos, stream, run and seq, in order."""
+
+        def look() -> pa.Table:
             settled, left = self._look()
             unsettled = in_memory([rows.to_arrow() for rows in left])
-            found = [] if unsettled is None else unsettled.search().where(where).select(["pos"]).to_list()
-            return sorted({row["pos"] for row in found} | set(settled.select(where, ["pos"])["pos"]))
+            found = [] if unsettled is None else [unsettled.search().where(where).select(_NAMES).to_arrow()]
+            return pa.concat_tables([settled.columns(where, _NAMES), *found])
 
-        return torch.tensor(_again(look), dtype=torch.int64)
+        found = _again(look)
+        _, first = np.unique(found["pos"].to_numpy(), return_index=True)
+        return found.take(pa.array(first))
 
     def holes(self) -> Holes:
         """The positions whose rows were erased."""

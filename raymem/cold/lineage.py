@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -40,10 +42,10 @@ class Lineage(Journal):
         inherited = self._parent().find(stream, run, seq_from, seq_to, self._upto(stop))
         return inherited | super().find(stream, run, seq_from, seq_to, stop)
 
-    def matches(self, where: str) -> Tensor:
-        """As `Journal.matches`, of the rows that it inherited too."""
-        inherited_T = self._parent().matches(where)
-        return torch.cat([inherited_T[inherited_T < self.entry.base], super().matches(where)])
+    def named(self, where: str) -> pa.Table:
+        """As `Journal.named`, of the rows that it inherited too."""
+        inherited = self._parent().named(where)
+        return pa.concat_tables([inherited.filter(pc.less(inherited["pos"], self.entry.base)), super().named(where)])
 
     def holes(self) -> Holes:
         """As `Journal.holes`."""

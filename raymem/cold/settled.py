@@ -58,9 +58,13 @@ class Settled:
 
     def select(self, where: str, columns: list[str], limit: int | None = None) -> dict[str, list[Any]]:
         """Columns of the rows for which an SQL condition holds, or of the first ones."""
-        with reading(f"search the journal of {self.entry.name}"):
-            found = self.open().search().where(where).select(columns).limit(limit).to_arrow()
+        found = self.columns(where, columns, limit)
         return {name: found[name].to_pylist() for name in columns}
+
+    def columns(self, where: str, columns: list[str], limit: int | None = None) -> pa.Table:
+        """As `select`, as Arrow."""
+        with reading(f"search the journal of {self.entry.name}"):
+            return self.open().search().where(where).select(columns).limit(limit).to_arrow().select(columns)
 
     def of_stream(self, stream: str, start: int, batch_rows: int = 4096) -> Iterator[JournalRows]:
         """A stream's rows of one version from position `start` on, in order, checked."""

@@ -10,6 +10,18 @@ def test_rows_are_erased_and_the_receipt_kept(raymem, alice):
     assert "complete" in raymem("bank", "receipts", alice).out
 
 
+def test_what_followed_rows_goes_with_them_where_that_is_asked_for(raymem, alice):
+    rows = ("bank", "erase", alice, "--stream", "s", "--run", "r", "--seq-from", 3, "--seq-to", 5)
+
+    kept = raymem(*rows, "-y")
+    run = raymem(*rows, "-y", "--scope", "run", "--json")
+
+    assert "later rows with traces" in kept.out
+    assert "5 later rows were computed" in " ".join(kept.out.split())
+    assert (run.json["rows"], run.json["followed_rows"], run.json["exposed_rows"]) == (5, 5, 0)
+    assert raymem(*rows, "-y", "--scope", "all").code == 2
+
+
 def test_rows_may_expire(raymem, alice):
     assert raymem("bank", "ttl", alice, "86400", "--json").json["ttl_s"] == 86400
     assert "for good" in raymem("bank", "ttl", alice, "none").out

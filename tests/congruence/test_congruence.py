@@ -15,7 +15,7 @@ from raymem.errors import RaymemError
 from raymem.memory import kinds
 from raymem.memory.learned import Learned
 from raymem.store import AsyncBank
-from raymem.types import RebalanceReport
+from raymem.types import FileCheck, RebalanceReport
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -257,6 +257,10 @@ step("Bank.digest", "of an imported bank")(lambda on: on.other("copy").digest() 
 step("Bank.erase", "refused where it takes a replay")(lambda on: on.bank.erase(stream="s", run="soon"))
 step("Bank.erase", "a run")(lambda on: on.bank.erase(stream="s", run="one", rebuild=True))
 step("Bank.erase", "some rows")(lambda on: on.bank.erase(stream="s", run="r", seq_from=3, seq_to=9, rebuild=True))
+step("Bank.erase", "what followed in the run")(
+    lambda on: on.bank.erase(stream="s", run="r", seq_from=70, seq_to=72, scope="run", rebuild=True)
+)
+step("Bank.erase", "no such scope")(lambda on: on.bank.erase(stream="s", scope="all"))
 step("Bank.erase", "no row")(lambda on: on.bank.erase(stream="nobody", rebuild=True))
 step("Bank.erase", "nothing named")(lambda on: on.bank.erase(run="r"))
 step("Bank.erase", "of no bank")(lambda on: on.other("none").erase(stream="s"))
@@ -315,7 +319,9 @@ def plain(outcome: Any, what: str) -> Any:
         parts = tuple(plain(part, what) for part in outcome.partitions)
         return dataclasses.replace(outcome, owner=None, node=None, created=0.0, partitions=parts)
     if isinstance(outcome, EraseReceipt):
-        return outcome.bank, outcome.what, outcome.rows, outcome.status, outcome.proves, outcome.forks
+        # whatever it says but when it was, which files there were, and what it is called
+        own = {"id": "", "bank_id": "", "generation": 0, "started": 0.0, "finished": None, "after": None}
+        return dataclasses.replace(outcome, **own, before=FileCheck(0, 0, 0, 0))
     if isinstance(outcome, MigrationReport):
         return outcome.bank, outcome.rows, outcome.source == outcome.target, outcome.pause_ms, outcome.total_ms
     if isinstance(outcome, Calibration):
@@ -386,7 +392,7 @@ def test_the_steps_do_what_they_say(outcome, kind):
     assert found["Store.merge", "of two"].rows == found["Bank.info", "before a merge"].rows + 40
     erased = found["Bank.erase", "a run"]
     assert (erased.rows, erased.status, erased.proves) == (6, "complete", True)
-    assert [receipt.rows for receipt in found["Bank.receipts", "of a bank"]][-2:] == [6, 6]
+    assert [receipt.rows for receipt in found["Bank.receipts", "of a bank"]][-3:] == [6, 6, 7]
     if kind == "spalm":
         assert found["Bank.read", "partitions"].partition_Qk.unique().tolist() == [0, 1]
         assert found["Bank.restore", "partitions"].kept_as == "spalm/parts-before-restore"
