@@ -12,8 +12,9 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from raymem.cold.erasure import settle_forks
-from raymem.cold.export import export_bank, import_bank
+from raymem.cold.export import export_bank
 from raymem.cold.history import fork_at, fork_position, materialise_cold, restore_to
+from raymem.cold.imports import import_bank
 from raymem.cold.reach import inherited
 from raymem.cold.store import ColdStore, Entry
 from raymem.cold.sweeper import sweep
@@ -301,8 +302,12 @@ class ColdBackend(ABC):
         return dataclasses.replace(report, receipts=tuple([await self._go_on(receipt) for receipt in report.receipts]))
 
     async def put_calibration(self, calibration: Calibration) -> str:
-        """Keep a calibration; return its hash."""
-        blob = calibration.to_bytes()
+        """Keep a calibration; return its hash.
+
+        Raises:
+            InvalidInput: no keys can be made with it, naming the field and its value.
+        """
+        blob = calibration.check().to_bytes()
         put = self.cold.calibrations.put
         await asyncio.to_thread(put, calibration.hash, calibration.model, calibration.layers, blob)
         return calibration.hash
@@ -314,7 +319,7 @@ class ColdBackend(ABC):
             found = self.cold.calibrations.find(content, layers)
             if found is None:
                 raise _no_calibration(content, layers)
-            return Calibration.from_bytes(self.cold.calibrations.get(found))
+            return found
 
         return await asyncio.to_thread(find)
 
@@ -342,8 +347,12 @@ class ColdBackend(ABC):
         return await self._erase_in_forks(entry, receipt, True)
 
     async def put_params(self, learned: Learned) -> str:
-        """Keep weights; return their name."""
-        return await asyncio.to_thread(self.cold.params.put, learned.kind, learned.to_bytes())
+        """Keep weights; return their name.
+
+        Raises:
+            InvalidSpec: no bank of their kind could use them.
+        """
+        return await asyncio.to_thread(self.cold.params.put, learned.check().kind, learned.to_bytes())
 
     async def params(self, params: str) -> Learned:
         """Weights by their name."""
@@ -351,14 +360,19 @@ class ColdBackend(ABC):
 
     def complete(self, spec: BankSpec) -> BankSpec:
         """A spec that was checked, with the store's calibration if it names none."""
-        from raymem.runtime import assemble, learned_of
+        from raymem.assembly import assemble
+        from raymem.runtime import learned_of
 
         fingerprint = spec.fingerprint
-        found = fingerprint.calibration or self.cold.calibrations.find(fingerprint.content, fingerprint.layers)
-        if found is None:
+        calibrations = self.cold.calibrations
+        calibration = (
+            calibrations.sound(fingerprint.calibration)
+            if fingerprint.calibration
+            else calibrations.find(fingerprint.content, fingerprint.layers)
+        )
+        if calibration is None:
             raise _no_calibration(fingerprint.model, fingerprint.layers)
-        calibration = Calibration.from_bytes(self.cold.calibrations.get(found))
-        spec = spec.model_copy(update={"fingerprint": fingerprint.model_copy(update={"calibration": found})})
+        spec = spec.model_copy(update={"fingerprint": fingerprint.model_copy(update={"calibration": calibration.hash})})
         assemble(spec, calibration, learned_of(self.cold, spec))
         return spec
 

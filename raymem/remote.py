@@ -243,7 +243,7 @@ class HttpBackend:
     async def put_calibration(self, calibration: Calibration) -> str:
         """Keep a calibration."""
         headers = {"Content-Type": routes.BYTES}
-        kept = await self._json(routes.PUT_CALIBRATION, content=calibration.to_bytes(), headers=headers)
+        kept = await self._json(routes.PUT_CALIBRATION, content=calibration.check().to_bytes(), headers=headers)
         return str(kept["hash"])
 
     async def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration:
@@ -254,7 +254,7 @@ class HttpBackend:
     async def put_params(self, learned: Learned) -> str:
         """Keep weights."""
         headers = {"Content-Type": routes.BYTES}
-        kept = await self._json(routes.PUT_PARAMS, content=learned.to_bytes(), headers=headers)
+        kept = await self._json(routes.PUT_PARAMS, content=learned.check().to_bytes(), headers=headers)
         return str(kept["params"])
 
     async def params(self, params: str) -> Learned:

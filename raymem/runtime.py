@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raymem.assembly import assemble
 from raymem.backlog import SMALL_BYTES, Backlog
 from raymem.cold.catalog import part_of
 from raymem.cold.history import materialise
@@ -27,8 +28,8 @@ from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import Encoder
 from raymem.errors import Corrupt, RaymemError
 from raymem.logs import get_logger
-from raymem.memory import build, keeps_rows
-from raymem.memory.base import Dims, Found, Memory, Rows, State
+from raymem.memory import keeps_rows
+from raymem.memory.base import Found, Rows, State
 from raymem.memory.learned import Learned
 from raymem.prefetch import prefetch
 from raymem.staging import Staging
@@ -60,22 +61,6 @@ class Staged:
     outcomes: list[Ack | RaymemError]
     rows: JournalRows | None = None
     logged: bool = False
-
-
-def assemble(spec: BankSpec, calibration: Calibration, learned: Learned | None = None) -> tuple[Encoder, Memory]:
-    """The encoder and the mechanism that a spec asks for, with the weights that it names.
-
-    Raises:
-        InvalidSpec: unknown kind, option or layer, a budget too small, weights that don't fit, naming the value.
-        FingerprintMismatch: the calibration belongs to another model or other layers.
-    """
-    encoder = Encoder(spec, calibration)
-    # vector values live in the output-embedding space, which is as wide as the hidden states
-    dims = Dims(encoder.key_width, spec.fingerprint.width if spec.fingerprint.values else 0)
-    memory = build(spec.kind, dims, spec.options, spec.budget_bytes)
-    if learned is not None:
-        learned.load_into(memory)
-    return encoder, memory
 
 
 def learned_of(cold: ColdStore, spec: BankSpec) -> Learned | None:

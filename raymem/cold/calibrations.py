@@ -11,9 +11,13 @@ from crc32c import crc32c
 
 from raymem.cold.failures import reading, writing
 from raymem.cold.tables import Tables, quote
-from raymem.errors import CalibrationNotFound, Corrupt
+from raymem.encode.calibration import Calibration
+from raymem.errors import CalibrationNotFound, Corrupt, InvalidInput
+from raymem.logs import get_logger
 
 _TABLE = "calibrations"
+# as if it had been made before any that was made here
+_BROUGHT = 0.0
 _SCHEMA = pa.schema(
     [
         pa.field("hash", pa.string(), nullable=False),
@@ -26,6 +30,9 @@ _SCHEMA = pa.schema(
 )
 
 
+_log = get_logger(__name__)
+
+
 class Calibrations:
     """Calibration files by hash."""
 
@@ -36,10 +43,20 @@ class Calibrations:
 
     def put(self, hash: str, model: str, layers: Sequence[int], blob: bytes) -> None:
         """Store a calibration of `model` (a content hash) and `layers`; one that is there already stays as it is."""
-        key = {"hash": hash, "model": model, "layers": json.dumps(list(layers))}
-        row = key | {"created": time.time(), "crc32c": crc32c(blob), "data": blob}
-        with writing(f"store calibration {hash}"):
+        self._put({"hash": hash, "model": model, "layers": json.dumps(list(layers))}, time.time(), blob)
+
+    def bring(self, calibration: Calibration) -> None:
+        """Store one that came with a bank: new banks take it only where nobody has made one here for its model."""
+        layers = json.dumps(list(calibration.layers))
+        key = {"hash": calibration.hash, "model": calibration.model, "layers": layers}
+        self._put(key, _BROUGHT, calibration.to_bytes())
+
+    def _put(self, key: dict[str, str], created: float, blob: bytes) -> None:
+        row = key | {"created": created, "crc32c": crc32c(blob), "data": blob}
+        with writing(f"store calibration {key['hash']}"):
             merge = self._tables.open(_TABLE).merge_insert("hash").when_not_matched_insert_all()
+            if created != _BROUGHT:
+                merge = merge.when_matched_update_all(where=f"target.created = {_BROUGHT}")
             merge.execute(pa.Table.from_pylist([row], schema=_SCHEMA))
             if self._sync:
                 self._sync.sync()
@@ -59,9 +76,38 @@ class Calibrations:
             raise Corrupt(f"calibration {hash} does not match its checksum; make it again with `raymem calibrate`")
         return blob
 
-    def find(self, model: str, layers: Sequence[int]) -> str | None:
-        """The hash of the newest calibration of `model` (a content hash) and exactly these layers, if there is one."""
+    def find(self, model: str, layers: Sequence[int]) -> Calibration | None:
+        """The newest sound calibration of `model` (a content hash) and exactly these layers, if there is one.
+
+        One that can't be used, as earlier releases kept, is passed over.
+
+        Raises:
+            Corrupt: none of those that are there is sound, naming the newest and what is wrong with it.
+        """
         where = f"model = {quote(model)} AND layers = {quote(json.dumps(list(layers)))}"
         with reading("search the calibrations"):
             found = self._tables.open(_TABLE).search().where(where).select(["hash", "created"]).to_arrow().to_pylist()
-        return max(found, key=lambda row: row["created"])["hash"] if found else None
+        wrong: Corrupt | None = None
+        for row in sorted(found, key=lambda row: -row["created"]):
+            try:
+                return self.sound(row["hash"])
+            except Corrupt as error:
+                _log.warning("calibration passed over", calibration=row["hash"], reason=error.message)
+                wrong = wrong or error
+        if wrong is not None:
+            raise wrong
+        return None
+
+    def sound(self, hash: str) -> Calibration:
+        """The calibration stored under `hash`, checked as one that new banks may be made with.
+
+        Raises:
+            CalibrationNotFound: there is none. Corrupt: it can't be used; make one with `raymem calibrate`.
+        """
+        try:
+            return Calibration.from_bytes(self.get(hash)).check()
+        except (Corrupt, InvalidInput) as error:
+            raise Corrupt(
+                f"calibration {hash} of this store can't be used: {error.message}. make another with `raymem "
+                "calibrate`; new banks take that one"
+            ) from error

@@ -13,15 +13,25 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from raymem.errors import Corrupt, InvalidSpec
+from raymem import safefile
+from raymem.errors import Corrupt, InvalidInput, InvalidSpec, RaymemError
 from raymem.types import KeySpec
 
 _FORMAT = "raymem-calibration-1"
+_PARTS = {"mean", "whiten"}
+_MOST_LAYERS = 256
+_NAME_MAX = 1000
+# states lie around 1 and in the worst known models around 10⁵; what is further out turns sums into Inf
+_LARGEST = 1e12
+# a whitening's scale is one over that of the states
+_SMALLEST_SCALE, _LARGEST_SCALE = 1e-9, 1e9
+_SKEW = 1e-3
+# cosines, and what rounding does to them; a range of matching texts that are all alike ends a little over 1
+_COSINE_MAX = 1.01
 
 
 class Range(NamedTuple):
@@ -104,6 +114,17 @@ class Calibration:
             )
         return [self.layers.index(layer) for layer in layers]
 
+    def check(self) -> Calibration:
+        """Return this calibration if it is one that keys and relevance can be made with.
+
+        Raises:
+            InvalidInput: naming the field, its value, and the command that makes another.
+        """
+        wrong = _wrong_fields(self) or _wrong_tensors(self) or _wrong_ranges(self)
+        if wrong:
+            raise InvalidInput(f"the calibration's {wrong}; make one with `raymem calibrate`")
+        return self
+
     def to_bytes(self) -> bytes:
         """The calibration as one safetensors file that carries its own hash."""
         metadata = {"format": _FORMAT, "head": self._head(), "sha256": self.hash}
@@ -116,11 +137,15 @@ class Calibration:
         Raises:
             Corrupt: not such a file, or its contents do not match its hash.
         """
+        metadata, tensors = safefile.read(data, "the calibration")
         try:
-            metadata = _metadata(data)
-            found = _build(json.loads(metadata["head"]), safetensors.torch.load(data))
-        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise Corrupt(f"not a calibration ({type(error).__name__}: {error}); make it again") from error
+            if odd := set(tensors) - _PARTS:
+                raise ValueError(f"it has {str(sorted(odd))[:80]}, which no calibration has")
+            found = _build(safefile.plain(metadata.get("head"), "the calibration's head"), tensors)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            if isinstance(error, RaymemError):
+                raise Corrupt(f"not a calibration ({error.message[:200]}); make it again") from error
+            raise Corrupt(f"not a calibration ({type(error).__name__}: {str(error)[:200]}); make it again") from error
         if metadata.get("format") != _FORMAT or found.hash != metadata.get("sha256"):
             raise Corrupt(
                 f"a calibration of format {metadata.get('format')!r} does not match its hash "
@@ -161,12 +186,6 @@ def _identity(key: KeySpec) -> list[Any]:
     return [list(key.layers), key.function, key.window]
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    length = int.from_bytes(data[:8], "little")
-    head: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    return head
-
-
 def _build(head: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
     ranges = {
         KeySpec.model_validate({"function": function, "layers": layers, "window": window}): Range(float(lo), float(hi))
@@ -174,7 +193,73 @@ def _build(head: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
     }
     mean_LD, whiten_LDD = tensors["mean"], tensors.get("whiten")
     layers, width = tuple(head["layers"]), head["width"]
+    if not all(type(number) is int for number in (*layers, width)):
+        raise ValueError(f"layers {str(layers)[:80]} and width {str(width)[:80]} are whole numbers")
     for tensor, shape in [(mean_LD, (len(layers), width)), (whiten_LDD, (len(layers), width, width))]:
         if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
             raise ValueError(f"a tensor is {tensor.dtype} {list(tensor.shape)} where float32 {list(shape)} was said")
     return Calibration(head["model"], layers, mean_LD, whiten_LDD, head["shrink"], ranges)
+
+
+def _wrong_fields(made: Calibration) -> str:
+    named = isinstance(made.model, str) and 0 < len(made.model) <= _NAME_MAX
+    if not named:
+        return f"model is {str(made.model)[:80]!r}; expected a content hash"
+    layers = made.layers
+    whole = isinstance(layers, tuple) and all(type(layer) is int and layer > 0 for layer in layers)
+    if not whole or not 0 < len(layers) <= _MOST_LAYERS or len(set(layers)) < len(layers):
+        return f"layers are {str(layers)[:80]}; expected 1 to {_MOST_LAYERS} different numbers from 1 on"
+    if isinstance(made.shrink, bool) or not isinstance(made.shrink, int | float) or not 0 <= made.shrink <= 1:
+        return f"shrink is {str(made.shrink)[:80]}; expected 0 to 1"
+    return ""
+
+
+def _wrong_tensors(made: Calibration) -> str:
+    mean, layers = made.mean_LD, len(made.layers)
+    if not isinstance(mean, Tensor) or mean.dtype != torch.float32 or mean.dim() != 2 or len(mean) != layers:
+        return f"mean is {_form(mean)}; expected float32 [{layers}, width]"
+    if not made.width or not _within(mean, _LARGEST):
+        return f"mean has width {made.width} and entries up to {_peak(mean)}; expected finite ones up to {_LARGEST:g}"
+    whiten, shape = made.whiten_LDD, (layers, made.width, made.width)
+    if whiten is None:
+        return ""
+    if not isinstance(whiten, Tensor) or whiten.dtype != torch.float32 or whiten.shape != shape:
+        return f"whitening is {_form(whiten)}; expected float32 {list(shape)}"
+    # the inverse root of a covariance: symmetric, and positive definite
+    scale = whiten.diagonal(dim1=1, dim2=2)
+    if not _within(whiten, _LARGEST_SCALE) or float(scale.min()) < _SMALLEST_SCALE:
+        return (
+            f"whitening has entries up to {_peak(whiten)} and a diagonal from {float(scale.min()):g} on; expected "
+            f"{_SMALLEST_SCALE:g} to {_LARGEST_SCALE:g}"
+        )
+    if float((whiten - whiten.mT).abs().max()) > _SKEW * _peak(whiten):
+        return "whitening is not symmetric"
+    if bool(torch.linalg.cholesky_ex(whiten.double())[1].any()):
+        return "whitening is not positive definite"
+    return ""
+
+
+def _wrong_ranges(made: Calibration) -> str:
+    for key, (lo, hi) in made.ranges.items():
+        if not (-_COSINE_MAX <= lo < hi <= _COSINE_MAX):
+            return (
+                f"range of {key.function} keys of layers {list(key.layers)} is {lo} to {hi}; expected cosines, lo < hi"
+            )
+        if set(key.layers) - set(made.layers):
+            return f"ranges are of layers {list(key.layers)}; it is made for {list(made.layers)}"
+    singles = {key.layers for key in made.ranges}
+    missing = [layer for layer in made.layers if (layer,) not in singles]
+    return f"ranges lack layers {missing}" if missing else ""
+
+
+def _form(tensor: object) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else str(tensor)[:80]
+
+
+def _peak(tensor: Tensor) -> float:
+    return max(map(abs, map(float, torch.aminmax(tensor))), default=0.0) if tensor.numel() else 0.0
+
+
+def _within(tensor: Tensor, most: float) -> bool:
+    # NaN goes through both ends
+    return not tensor.numel() or all(abs(float(end)) <= most for end in torch.aminmax(tensor))

@@ -32,7 +32,7 @@ def merge_rule(kind: str) -> MergeRule:
     Raises:
         InvalidSpec: unknown kind.
     """
-    return _class(kind).merge_rule
+    return class_of(kind).merge_rule
 
 
 def keeps_rows(kind: str) -> bool:
@@ -43,7 +43,7 @@ def keeps_rows(kind: str) -> bool:
     """
     from raymem.memory.rows import RowMemory
 
-    return issubclass(_class(kind), RowMemory)
+    return issubclass(class_of(kind), RowMemory)
 
 
 def option_names(kind: str) -> set[str]:
@@ -52,7 +52,7 @@ def option_names(kind: str) -> set[str]:
     Raises:
         InvalidSpec: unknown kind.
     """
-    return set(_class(kind).options_type.model_fields)
+    return set(class_of(kind).options_type.model_fields)
 
 
 def build(kind: str, dims: Dims, options: dict[str, object], budget_bytes: int) -> Memory:
@@ -61,7 +61,7 @@ def build(kind: str, dims: Dims, options: dict[str, object], budget_bytes: int) 
     Raises:
         InvalidSpec: unknown kind or option, naming the value and what there is.
     """
-    cls = _class(kind)
+    cls = class_of(kind)
     try:
         checked = cls.options_type.model_validate(options)
     except ValidationError as error:
@@ -72,8 +72,13 @@ def build(kind: str, dims: Dims, options: dict[str, object], budget_bytes: int) 
     return cls(dims, checked, budget_bytes)
 
 
-def _class(kind: str) -> type[Memory]:
+def class_of(kind: str) -> type[Memory]:
+    """The class of a kind.
+
+    Raises:
+        InvalidSpec: there is none of that name.
+    """
     if kind not in _CLASSES:
-        raise InvalidSpec(f"unknown kind {kind!r}; there is {', '.join(kinds())}")
+        raise InvalidSpec(f"unknown kind {kind[:80]!r}; there is {', '.join(kinds())}")
     cls: type[Memory] = getattr(importlib.import_module(f"raymem.memory.{kind}"), _CLASSES[kind])
     return cls

@@ -8,19 +8,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+# what torch's generators take
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 MergeRule = Literal["exact", "approximate", "refused"]
 
 
 class Options(BaseModel):
     """Base of each kind's options: frozen, and an unknown option is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Dims(NamedTuple):
@@ -84,6 +86,8 @@ class Memory(nn.Module, ABC):
     options_type: ClassVar[type[Options]] = Options
     # whether a row can be taken out exactly; of the others only a replay without it knows what they would be
     forgets: ClassVar[bool] = False
+    # what the names of its learned weights begin with
+    learns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, dims: Dims, options: Options, budget_bytes: int) -> None:
         super().__init__()

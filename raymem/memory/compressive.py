@@ -82,6 +82,7 @@ class Compressive(StateMemory):
     kind: ClassVar[str] = "compressive"
     merge_rule: ClassVar[MergeRule] = "approximate"
     options_type: ClassVar[type[Options]] = CompressiveOptions
+    learns: ClassVar[tuple[str, ...]] = ("compress", "rule")
 
     def __init__(self, dims: Dims, options: CompressiveOptions, budget_bytes: int) -> None:
         super().__init__(dims, options, budget_bytes, Projection(dims.key, options.key_dims, options.projection_seed))

@@ -130,6 +130,7 @@ class Dct(Compressive):
     kind: ClassVar[str] = "dct"
     merge_rule: ClassVar[MergeRule] = "approximate"
     options_type: ClassVar[type[Options]] = DctOptions
+    learns: ClassVar[tuple[str, ...]] = ("compress", "policy", "rule")
 
     def __init__(self, dims: Dims, options: DctOptions, budget_bytes: int) -> None:
         self.dct = options

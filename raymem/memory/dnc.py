@@ -208,6 +208,7 @@ class Dnc(RingMemory):
     kind: ClassVar[str] = "dnc"
     merge_rule: ClassVar[MergeRule] = "refused"
     options_type: ClassVar[type[Options]] = DncOptions
+    learns: ClassVar[tuple[str, ...]] = ("rule",)
 
     def __init__(self, dims: Dims, options: DncOptions, budget_bytes: int) -> None:
         super().__init__(dims, options, budget_bytes)

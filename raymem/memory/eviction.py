@@ -25,7 +25,7 @@ class EvictionOptions(Options):
 
     eviction: PolicyName = "fifo"
     gamma: float | None = Field(default=0.5, ge=0)
-    hidden: int = Field(default=32, ge=1)
+    hidden: int = Field(default=32, ge=1, le=4096)
 
     def rule(self, key_dims: int, strength: float) -> Policy | None:
         """The policy for keys of `key_dims`; None for "fifo", which each memory has a faster way for."""

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from raymem.errors import InvalidInput, InvalidSpec, InvalidTrace, Unsupported
 from raymem.kernels.rls_update import information_update, leverage, ridge_factor, to_grid
-from raymem.memory.base import Dims, MergeRule, Options, Rows, State
+from raymem.memory.base import Dims, MergeRule, Options, Rows, Seed, State
 from raymem.memory.columns import take_columns
 from raymem.memory.discriminant import log_posterior
 from raymem.memory.merging import check_states
@@ -57,8 +57,8 @@ class LarimarOptions(Options):
     tokens: int = Field(default=1024, ge=_LEAST_TOKENS)
     cross_dtype: Literal["float64", "float32"] = "float64"
     key_dims: int | None = Field(default=None, ge=1)
-    projection_seed: int = 0
-    seed: int = 0
+    projection_seed: Seed = 0
+    seed: Seed = 0
 
 
 class Larimar(StateMemory):

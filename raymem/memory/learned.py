@@ -8,17 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from raymem.errors import Corrupt, InvalidSpec
+from raymem import safefile
+from raymem.errors import Corrupt, InvalidInput, InvalidSpec
+from raymem.memory import class_of, option_names
 from raymem.memory.base import Memory
 
 _FORMAT = "raymem-params-1"
 _KEY = "raymem"
 _PREFIX = "memory."
+_GATE = "gate."
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,47 @@ class Learned:
         """
         if name_of(data) != name:
             raise Corrupt(f"params {name} have other bytes than their name says ({name_of(data)}); train again")
-        try:
-            length = int.from_bytes(data[:8], "little")
-            head = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_KEY])
-            tensors = safetensors.torch.load(data)
-        except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise Corrupt(f"params {name} are no such file ({type(error).__name__}: {error}); train again") from error
+        metadata, tensors = safefile.read(data, f"params {name}")
+        head = safefile.plain(metadata.get(_KEY), f"what params {name} say of themselves")
         if head.get("format") != _FORMAT:
-            raise Corrupt(f"params {name} are of format {head.get('format')!r}; this raymem reads {_FORMAT!r}")
-        return Learned(head["kind"], tensors, head["options"], head["about"])
+            said = str(head.get("format"))[:80]
+            raise Corrupt(f"params {name} are of format {said!r}; this raymem reads {_FORMAT!r}: train again")
+        try:
+            found = Learned(head["kind"], tensors, head["options"], head["about"])
+        except KeyError as error:
+            raise Corrupt(f"params {name} don't say their {error.args[0]}; train again") from error
+        try:
+            return found.check()
+        except InvalidInput as error:
+            raise Corrupt(f"params {name}: {error.message}") from error
+
+    def check(self) -> Learned:
+        """Return these weights if a bank of their kind could use them.
+
+        Whether they fit a bank's widths is for `load_into` to say.
+
+        Raises:
+            InvalidSpec: no such kind, options that it doesn't have, or weights that it doesn't learn, naming them.
+        """
+        for what, said in (("kind", self.kind), ("options", self.options), ("about", self.about)):
+            if not isinstance(said, str if what == "kind" else Mapping):
+                raise InvalidSpec(f"the params' {what} is {str(said)[:80]!r}; train again")
+        if odd := set(self.options) - option_names(self.kind):
+            raise InvalidSpec(
+                f"the params' options {str(sorted(odd))[:80]} are none of a {self.kind} bank; train again"
+            )
+        known = tuple(f"{_PREFIX}{name}." for name in class_of(self.kind).learns)
+        for name, tensor in self.tensors.items():
+            if not name.startswith((*known, _GATE)) or not tensor.is_floating_point() or not tensor.numel():
+                raise InvalidSpec(
+                    f"the params' {str(name)[:80]!r}, {tensor.dtype} {list(tensor.shape)}, is no weight that a "
+                    f"{self.kind} bank learns; there are floats named {', '.join((*known, _GATE))}… Train again"
+                )
+        try:
+            safefile.require_finite(self.tensors, "the params")
+        except Corrupt as error:
+            raise InvalidSpec(f"{error.message}; train again") from error
+        return self
 
     def load_into(self, memory: Memory) -> None:
         """Give a mechanism these weights.

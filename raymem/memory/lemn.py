@@ -45,7 +45,7 @@ class LemnOptions(SlotOptions):
     slots: int = Field(default=1024, ge=1)
     policy: PolicyName = "lru"
     gamma: float | None = Field(default=0.5, ge=0)
-    hidden: int = Field(default=32, ge=1)
+    hidden: int = Field(default=32, ge=1, le=4096)
 
 
 class Lemn(StateMemory):
@@ -60,6 +60,7 @@ class Lemn(StateMemory):
     kind: ClassVar[str] = "lemn"
     merge_rule: ClassVar[MergeRule] = "approximate"
     options_type: ClassVar[type[Options]] = LemnOptions
+    learns: ClassVar[tuple[str, ...]] = ("policy",)
 
     def __init__(self, dims: Dims, options: LemnOptions, budget_bytes: int) -> None:
         super().__init__(dims, options, budget_bytes, Projection(dims.key, options.key_dims, options.projection_seed))

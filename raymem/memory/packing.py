@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
+from raymem.errors import InvalidSpec
+
 KeyDtype = Literal["float32", "bfloat16", "int8"]
 STORED: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _BLOCK_ROWS = 64
+# of a projection: 0.5 GB while it is drawn
+_MOST_NUMBERS = 2**26
 
 
 def pack(keys_NK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -41,6 +45,11 @@ class Projection(nn.Module):
         super().__init__()
         self.dims = width if dims is None else dims
         self.identity = self.dims == width
+        if self.dims > width or (not self.identity and self.dims * width > _MOST_NUMBERS):
+            raise InvalidSpec(
+                f"key_dims={self.dims} of keys of width {width}: choose fewer than the width, and at most "
+                f"{_MOST_NUMBERS // width} for keys as wide"
+            )
         if not self.identity:
             with torch.device("cpu"):
                 generator = torch.Generator().manual_seed(seed)

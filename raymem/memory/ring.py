@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raymem.errors import InvalidSpec, InvalidTrace
 from raymem.kernels.content_address import cosines
-from raymem.memory.base import Dims, Options, State
+from raymem.memory.base import Dims, Options, Seed, State
 from raymem.memory.eviction import EvictionOptions
 from raymem.memory.packing import STORED, KeyDtype, Projection, pack
 from raymem.memory.slots import answered, put
@@ -38,7 +38,7 @@ class RingOptions(Options):
     strength: float = Field(default=16.0, gt=0)
     key_dtype: KeyDtype = "float32"
     key_dims: int | None = Field(default=None, ge=1)
-    projection_seed: int = 0
+    projection_seed: Seed = 0
 
 
 class RingMemory(StateMemory):

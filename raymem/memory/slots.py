@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from raymem.errors import InvalidTrace
-from raymem.memory.base import Dims, Options, State
+from raymem.memory.base import Dims, Options, Seed, State
 from raymem.memory.packing import STORED, KeyDtype, pack
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch
@@ -29,7 +29,7 @@ class SlotOptions(Options):
     strength: float = Field(default=16.0, gt=0)
     key_dtype: KeyDtype = "float32"
     key_dims: int | None = Field(default=None, ge=1)
-    projection_seed: int = 0
+    projection_seed: Seed = 0
 
 
 def row_spec(dims: Dims, key_dims: int, key_dtype: KeyDtype, tokens: int | None = None) -> StateSpec:

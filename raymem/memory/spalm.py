@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raymem.errors import InvalidTrace
 from raymem.kernels.topk_cosine import topk_cosine
-from raymem.memory.base import Dims, Found, MergeRule, Options, Rows, State
+from raymem.memory.base import Dims, Found, MergeRule, Options, Rows, Seed, State
 from raymem.memory.eviction import EvictionOptions
 from raymem.memory.packing import STORED, KeyDtype, Projection, pack, unpack
 from raymem.memory.rows import RowMemory, RowState
@@ -38,7 +38,7 @@ class SpalmOptions(EvictionOptions):
 
     key_dtype: KeyDtype = "bfloat16"
     key_dims: int | None = Field(default=None, ge=1)
-    projection_seed: int = 0
+    projection_seed: Seed = 0
     n_short: int = Field(default=128, ge=0)
     tau: float = Field(default=0.08, gt=0)
 
@@ -53,6 +53,7 @@ class Spalm(RowMemory):
     kind: ClassVar[str] = "spalm"
     merge_rule: ClassVar[MergeRule] = "exact"
     options_type: ClassVar[type[Options]] = SpalmOptions
+    learns: ClassVar[tuple[str, ...]] = ("rule",)
 
     def __init__(self, dims: Dims, options: SpalmOptions, budget_bytes: int) -> None:
         self._widths = (options.key_dims or dims.key, dims.value)

@@ -25,7 +25,7 @@ from raymem.kernels.delta_update import (
     transition,
 )
 from raymem.memory import nets
-from raymem.memory.base import Dims, MergeRule, Options, State
+from raymem.memory.base import Dims, MergeRule, Options, Seed, State
 from raymem.memory.codes import OneHotCode, SignCode, SoftmaxCode, TokenCode, ValueCode, VectorCode
 from raymem.memory.merging import bank_by_bank, interleaved
 from raymem.memory.packing import Projection
@@ -66,8 +66,8 @@ class TitansOptions(Options):
     clip: float | None = Field(default=None, gt=0)
     learned: bool = False
     key_dims: int | None = Field(default=None, ge=1)
-    projection_seed: int = 0
-    seed: int = 0
+    projection_seed: Seed = 0
+    seed: Seed = 0
 
     def resolved(self, value_width: int) -> TitansOptions:
         """The same options with what depends on the kind of value filled in."""
@@ -93,6 +93,7 @@ class Titans(StateMemory):
     kind: ClassVar[str] = "titans"
     merge_rule: ClassVar[MergeRule] = "approximate"
     options_type: ClassVar[type[Options]] = TitansOptions
+    learns: ClassVar[tuple[str, ...]] = ("gate", "first")
 
     def __init__(self, dims: Dims, options: TitansOptions, budget_bytes: int) -> None:
         projection = Projection(dims.key, options.key_dims, options.projection_seed)

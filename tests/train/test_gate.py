@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from raymem import Trace
+from raymem.assembly import assemble
 from raymem.encode.encoder import Encoder
 from raymem.errors import Corrupt, InvalidInput
 from raymem.lm.gate import Gate
 from raymem.lm.mixing import Mixer
 from raymem.lm.models import Pass
 from raymem.memory.learned import Learned, name_of
-from raymem.runtime import assemble
 from raymem.train.data import lessons_of
 from raymem.train.loop import Loop
 from raymem.train.spalm import Bench, SpalmTask

@@ -1,0 +1,66 @@
+"""Tensors from elsewhere: safetensors files, measured before they are unpacked, and every number in them finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic_core import from_json
+from torch import Tensor
+
+from raymem.errors import Corrupt
+
+# of names, shapes and what was said of the tensors; 100 bytes a tensor are usual
+_HEAD_BYTES = 2**20
+
+
+def read(data: bytes, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a safetensors file.
+
+    Args:
+        data: the whole file.
+        what: names it in errors.
+
+    Raises:
+        Corrupt: no such file, a head that is too large, or a tensor with NaN or Inf, naming it.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= min(_HEAD_BYTES, len(data) - 8):
+        raise Corrupt(f"{what}: {len(data)} bytes are no safetensors file with a head of at most {_HEAD_BYTES} bytes")
+    try:
+        head = from_json(data[8 : 8 + length], allow_inf_nan=False)
+        tensors = safetensors.torch.load(data)
+    # what torch raises of a type that it doesn't have, or of a shape that no memory holds
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, RuntimeError, OverflowError) as error:
+        raise Corrupt(f"{what} is no safetensors file ({type(error).__name__}: {str(error)[:200]})") from error
+    require_finite(tensors, what)
+    said = head.get("__metadata__") or {}
+    return dict(said), tensors
+
+
+def plain(text: str | None, what: str) -> dict[str, Any]:
+    """A JSON object of a file's metadata.
+
+    Raises:
+        Corrupt: it is none.
+    """
+    try:
+        found = from_json(text or "", allow_inf_nan=False)
+    except ValueError as error:
+        raise Corrupt(f"{what} is no JSON ({str(error)[:200]})") from error
+    if not isinstance(found, dict):
+        raise Corrupt(f"{what} is {str(found)[:80]}; expected an object")
+    return found
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise Corrupt, naming it, if a tensor holds NaN or Inf."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
+            # NaN goes through both ends
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise Corrupt(f"{what}: tensor {name[:80]!r} holds NaN or Inf")
