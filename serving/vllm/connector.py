@@ -6,6 +6,7 @@ rows off the device and hands them to the sender. Nothing is ever loaded, and no
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from raymem.errors import ConfigError, InvalidInput, RaymemError
+from raymem.errors import ConfigError, InvalidInput, RaymemError, Unauthorized
 from raymem.logs import get_logger
 from raymem.serving.vllm import insides
 from raymem.serving.vllm.copier import RowCopier
@@ -47,16 +48,22 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
 
     Raises:
         ConfigError: the engine runs without that speculative method, or a setting is unknown.
+        Unsupported: this vLLM would sample garbage beside that method.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self.layers = insides.streamed_layers(vllm_config)
         self.config = ConnectorConfig.parse(self._kv_transfer_config.kv_connector_extra_config)
+        if role is KVConnectorRole.WORKER:
+            insides.mend_vllm()
+        else:
+            self._say_policy()
         self._group, self._block_size = insides.hidden_group(kv_cache_config)
         self._tracker = Tracker(self._group, self._block_size)
         self._refused: list[tuple[str, RaymemError]] = []
         self._fingerprint: Fingerprint | None = None
+        self._hashing = threading.Lock()
         self._cache: Tensor | None = None
         self._copier: RowCopier | None = None
         self._finished: set[str] = set()
@@ -81,8 +88,9 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         Raises:
             FingerprintMismatch: naming every field that differs.
         """
-        if self._fingerprint is None:
-            self._fingerprint = engine_fingerprint(self._vllm_config, self.layers)
+        with self._hashing:
+            if self._fingerprint is None:
+                self._fingerprint = engine_fingerprint(self._vllm_config, self.layers)
         require_same(bank, self._fingerprint)
 
     def cold_uri(self) -> str:
@@ -105,6 +113,15 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
 
     # on the scheduler's side
 
+    def _say_policy(self) -> None:
+        allowed = {"write_banks": list(self.config.write_banks), "read_banks": list(self.config.read_banks)}
+        if any(allowed.values()):
+            log.info("requests may touch these banks", **allowed)
+        else:
+            log.warning(
+                "requests may touch no bank: name write_banks or read_banks in kv_connector_extra_config", **allowed
+            )
+
     def on_new_request(self, request: Any) -> None:
         try:
             target = write_target(request.kv_transfer_params)
@@ -112,7 +129,8 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
                 return
             if request.prompt_token_ids is None:
                 raise InvalidInput("a prompt of embeddings has no token ids to store: send the prompt as text or ids")
-        except InvalidInput as error:
+            self.config.check_write(target.bank)
+        except (InvalidInput, Unauthorized) as error:
             self._refused.append((request.request_id, error))
         else:
             self._tracker.admit(request, target)
@@ -157,7 +175,9 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         self._finished = set()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        self._finished |= finished_req_ids
+        # other ranks send nothing, and have nothing to forget
+        if self.sender is not None:
+            self._finished |= finished_req_ids
         if not self.has_connector_metadata():
             return None, None
         rows = self._get_connector_metadata()

@@ -66,6 +66,21 @@ def _is_hidden_layer(name: str) -> bool:
     return "cache_only_layers" in name
 
 
+def mend_vllm() -> None:
+    """Try, in a worker on a CPU, what vLLM does there differently from GPUs, and mend what is wrong.
+
+    Raises:
+        Unsupported: sampled text would be garbage.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from raymem.serving.vllm.cpu_sampling import mend_sampler, mend_seeds
+
+        mend_sampler()
+        mend_seeds()
+
+
 def writes_rows() -> bool:
     """Whether this worker is the one that writes: every tensor-parallel rank holds the same hidden states."""
     from vllm.distributed.parallel_state import get_tensor_model_parallel_rank

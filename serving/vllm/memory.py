@@ -9,13 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from raymem.errors import RaymemError
-from raymem.logs import get_logger
+from raymem.errors import InvalidInput, RaymemError, Unauthorized
 from raymem.serving.vllm.belief import Belief
+from raymem.serving.vllm.once import Once
 from raymem.serving.vllm.params import banks_to_read
 from raymem.types import Readout
-
-log = get_logger("raymem.vllm")
 
 
 class Bank(Protocol):
@@ -50,14 +48,22 @@ class Span(NamedTuple):
     start: int
 
 
+_MOST_MISSING = 64
+
+
 @dataclass
 class ReadCounters:
-    """Since the reader was made: rows of logits that a bank was mixed into, and why others were not."""
+    """Since the reader was made: rows of logits that a bank was mixed into, and why others were not.
+
+    `requests_refused` asked for banks in a way that can't be followed, for too many, or for one that the engine's
+    `read_banks` does not name; they go on without memory. `missing` counts rows by bank, for the first 64 banks.
+    """
 
     rows_mixed: int = 0
     reads: int = 0
     rows_without_bank: int = 0
     rows_failed: int = 0
+    requests_refused: int = 0
     missing: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,7 +79,8 @@ class MemoryMixer:
     Args:
         banks: attached banks by name; may change between steps.
         blend: gets logits `[R, V]` float32 and what a bank answered, and returns new logits.
-        request_args: a request's `extra_args`.
+        request_args: a request's `extra_args`; None when there is no such request any more.
+        allow: gets the banks that a request asks for; raises to refuse them.
         earlier_states: a request's states from the cache: (request index, start, stop) -> `[n, L, D]`.
         neighbours: how many candidates are asked of a bank.
     """
@@ -84,14 +91,19 @@ class MemoryMixer:
         blend: Callable[[Tensor, Readout], Tensor],
         request_args: Callable[[str], Any],
         earlier_states: Callable[[int, int, int], Tensor],
+        *,
+        allow: Callable[[tuple[str, ...]], None] = lambda _banks: None,
         neighbours: int = 32,
     ) -> None:
         self._banks = banks
         self._blend = blend
         self._request_args = request_args
         self._earlier_states = earlier_states
+        self._allow = allow
         self._neighbours = neighbours
+        self._asked: dict[str, tuple[str, ...]] = {}
         self._beliefs: dict[str, dict[str, Belief]] = {}
+        self._once = Once()
         self.counters = ReadCounters()
 
     def change(self, step: Step, rows_R: Tensor, logits_RV: Tensor) -> Tensor:
@@ -114,10 +126,26 @@ class MemoryMixer:
         owners_R = torch.searchsorted(torch.tensor(step.starts[1:]), rows_R, right=True)
         found = []
         for request in torch.unique(owners_R).tolist():
-            names = banks_to_read(self._request_args(step.requests[request])) if request < len(step.requests) else ()
+            names = self._asked_by(step.requests[request]) if request < len(step.requests) else ()
             if names:
                 found.append((self._span(step, rows_R, owners_R, request), names))
         return found
+
+    def _asked_by(self, request: str) -> tuple[str, ...]:
+        # found out once, not in every step
+        if request not in self._asked:
+            self._asked[request] = self._wanted(request)
+        return self._asked[request]
+
+    def _wanted(self, request: str) -> tuple[str, ...]:
+        try:
+            banks = banks_to_read(self._request_args(request))
+            self._allow(banks)
+        except (InvalidInput, Unauthorized) as error:
+            self._once.warn((error.code, str(error)), "request reads no memory", request=request, reason=str(error))
+            self.counters.requests_refused += 1
+            return ()
+        return banks
 
     @staticmethod
     def _span(step: Step, rows_R: Tensor, owners_R: Tensor, request: int) -> Span:
@@ -134,7 +162,7 @@ class MemoryMixer:
             logits_RV[span.places] = self._weigh(own_QV, mixed_QV, span, name, step)
         except RaymemError as error:
             # a request whose memory fails goes on without it
-            log.error("read failed", bank=name, code=error.code, reason=str(error))
+            self._once.warn((name, error.code), "read failed", bank=name, code=error.code, reason=str(error))
             self.counters.rows_failed += len(span.places)
             return
         self.counters.reads += 1
@@ -150,9 +178,10 @@ class MemoryMixer:
 
     def _forget_finished(self, step: Step) -> None:
         # one that was preempted is in no step for a while, and comes back
-        for request in self._beliefs.keys() - set(step.requests):
-            if not banks_to_read(self._request_args(request)):
-                del self._beliefs[request]
+        for request in self._asked.keys() - set(step.requests):
+            if self._request_args(request) is None:
+                del self._asked[request]
+                self._beliefs.pop(request, None)
 
     def _queries(self, span: Span, window: int, step: Step) -> tuple[Tensor, int]:
         """Return the span's states, led by those that the first one's window reaches back to."""
@@ -172,10 +201,10 @@ class MemoryMixer:
         return torch.cat(parts), start
 
     def _miss(self, name: str, rows: int) -> None:
-        if name not in self.counters.missing:
-            log.warning("bank is not attached here: requests go on without it", bank=name)
-        self.counters.missing[name] = self.counters.missing.get(name, 0) + rows
+        self._once.warn((name,), "bank is not attached here: requests go on without it", bank=name)
         self.counters.rows_without_bank += rows
+        if name in self.counters.missing or len(self.counters.missing) < _MOST_MISSING:
+            self.counters.missing[name] = self.counters.missing.get(name, 0) + rows
 
 
 def last(readout: Readout, queries: int) -> Readout:

@@ -126,7 +126,14 @@ class _WorkerMemory:
             cache, group = connector.paged_states()
             return tap.earlier_states(request, start, stop, group, cache)
 
-        self._mixer = MemoryMixer(self._banks, mixer.logits, tap.request_args, earlier, NEIGHBOURS)
+        self._mixer = MemoryMixer(
+            self._banks,
+            mixer.logits,
+            tap.request_args,
+            earlier,
+            allow=connector.config.check_reads,
+            neighbours=NEIGHBOURS,
+        )
         self._tap = tap
 
     def _change(self, step: Any, rows_R: Tensor, logits_RV: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from raymem.errors import Overloaded, RaymemError, Unavailable
 from raymem.logs import get_logger
 from raymem.serving.vllm.counters import Counters
+from raymem.serving.vllm.once import Once
 from raymem.serving.vllm.params import ConnectorConfig
 from raymem.serving.vllm.tracker import Piece
 from raymem.types import Trace
@@ -68,6 +69,7 @@ class Sender:
         self._config = config
         self._sink: Sink | None = None
         self._count = Counters()
+        self._once = Once()
         self._runs: dict[str, _Run] = {}
         self._queues: dict[str, deque[Chunk]] = {}
         self._tasks: dict[str, concurrent.futures.Future[None]] = {}
@@ -113,7 +115,7 @@ class Sender:
 
     def refuse(self, request: str, reason: RaymemError) -> None:
         """Count a request whose wish to stream can't be followed."""
-        log.warning("request does not stream", request=request, code=reason.code, reason=str(reason))
+        self._once.warn((reason.code, str(reason)), "request does not stream", request=request, reason=str(reason))
         with self._lock:
             self._count.requests_refused += 1
 
@@ -185,7 +187,7 @@ class Sender:
                 taken.append(queue.popleft())
                 room -= taken[-1].hidden_TLD.nbytes
             if not taken:
-                del self._tasks[bank]
+                del self._tasks[bank], self._queues[bank]
                 self._idle.notify_all()
         return taken
 

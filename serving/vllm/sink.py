@@ -9,9 +9,12 @@ from raymem.serving.vllm.params import ConnectorConfig
 from raymem.store import AsyncBank, AsyncStore
 from raymem.types import Fingerprint, Trace
 
+# a handle that was let go is made again with the next write
+_MOST_BANKS = 1024
+
 
 class StoreSink:
-    """Writes traces to the banks of one store.
+    """Writes traces to the banks of one store; a bank that is slow to open holds up its own rows alone.
 
     Args:
         config: names the store.
@@ -21,9 +24,9 @@ class StoreSink:
     def __init__(self, config: ConnectorConfig, require: Callable[[Fingerprint], None]) -> None:
         self._config = config
         self._require = require
-        self._opening = asyncio.Lock()
+        self._connecting = asyncio.Lock()
         self._store: AsyncStore | None = None
-        self._banks: dict[str, AsyncBank] = {}
+        self._banks: dict[str, asyncio.Task[AsyncBank]] = {}
 
     async def write(self, bank: str, trace: Trace) -> None:
         """Write a trace; it is durable when this returns.
@@ -32,8 +35,7 @@ class StoreSink:
             FingerprintMismatch: the bank belongs to another model, other layers or another dtype.
             BankNotFound, BankDetached, Unavailable, InvalidTrace: as the store says.
         """
-        async with self._opening:
-            handle = self._banks.get(bank) or await self._open(bank)
+        handle = await self._bank(bank)
         await handle.write(trace)
 
     async def close(self) -> None:
@@ -41,11 +43,24 @@ class StoreSink:
         if self._store is not None:
             await self._store.close()
 
-    async def _open(self, bank: str) -> AsyncBank:
-        if self._store is None:
-            self._store = await AsyncStore.connect(self._config.store, cold=self._config.cold)
-        handle = self._store.bank(bank)
+    async def _bank(self, name: str) -> AsyncBank:
+        # the latest used comes last, so that the first is the one to let go
+        opening = self._banks.pop(name, None) or asyncio.create_task(self._open(name))
+        self._banks[name] = opening
+        if len(self._banks) > _MOST_BANKS:
+            del self._banks[next(iter(self._banks))]
+        # writes that wait for one opening each get its error, and the next one tries again
+        try:
+            return await asyncio.shield(opening)
+        finally:
+            if opening.done() and (opening.cancelled() or opening.exception()) and self._banks.get(name) is opening:
+                del self._banks[name]
+
+    async def _open(self, name: str) -> AsyncBank:
+        async with self._connecting:
+            if self._store is None:
+                self._store = await AsyncStore.connect(self._config.store, cold=self._config.cold)
+        handle = self._store.bank(name)
         info = await handle.info()
         await asyncio.to_thread(self._require, info.spec.fingerprint)
-        self._banks[bank] = handle
         return handle

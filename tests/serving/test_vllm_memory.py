@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from raymem.errors import InvalidTrace
+from raymem.errors import InvalidTrace, Unauthorized
 from raymem.serving.vllm.memory import MemoryMixer
 from raymem.types import Readout
 
@@ -50,7 +50,7 @@ class FakeStep:
         return self._states_T[rows_R][:, None, None].expand(-1, 1, 2)
 
 
-def mixer(banks, reads):
+def mixer(banks, reads, **options):
     def earlier(request, start, stop):
         return (100 * request + torch.arange(start, stop)).float()[:, None, None].expand(-1, 1, 2)
 
@@ -58,7 +58,7 @@ def mixer(banks, reads):
         assert logits_RV.dtype == torch.float32
         return logits_RV + readout.values_QV
 
-    return MemoryMixer(banks, blend, lambda name: {"raymem": {"read": reads.get(name, [])}}, earlier)
+    return MemoryMixer(banks, blend, lambda name: {"raymem": {"read": reads.get(name, [])}}, earlier, **options)
 
 
 def logits(rows):
@@ -143,3 +143,48 @@ def test_a_read_that_fails_costs_the_memory_and_not_the_request():
     after = memory.change(FakeStep(["a"], [1], [3]), torch.tensor([0]), logits(1))
     assert torch.equal(after, logits(1).float())
     assert memory.counters.rows_failed == 1
+
+
+def test_what_a_request_asks_is_looked_at_once_and_each_bank_is_read_once():
+    asked, bank = [], EchoBank()
+
+    def request_args(name):
+        asked.append(name)
+        return {"raymem": {"read": ["lab/x"] * 20_000}}
+
+    memory = MemoryMixer({"lab/x": bank}, lambda rows, answer: rows + answer.values_QV, request_args, lambda *_: None)
+    for position in range(5):
+        memory.change(FakeStep(["a"], [1], [position]), torch.tensor([0]), logits(1))
+    assert len(bank.asked) == 5
+    assert asked == ["a"]
+
+
+def test_a_wish_that_is_refused_costs_the_memory_alone_is_counted_once_and_leaves_the_others_alone():
+    def allow(banks):
+        if "lab/secret" in banks:
+            raise Unauthorized("not yours")
+
+    reads = {"a": ["lab/x", "lab/secret"], "b": ["lab/x"], "c": [f"lab/{i}" for i in range(9)], "d": "lab/x"}
+    bank = EchoBank()
+    memory = mixer({"lab/x": bank, "lab/secret": EchoBank()}, reads, allow=allow)
+    for position in range(3):
+        step = FakeStep(["a", "b", "c", "d"], [1, 1, 1, 1], [position] * 4)
+        after = memory.change(step, torch.arange(4), logits(4))
+        assert torch.equal(after[[0, 2, 3]], logits(4)[[0, 2, 3]].float())
+        assert not torch.equal(after[1], logits(4)[1].float())
+    assert memory.counters.requests_refused == 3
+    assert memory.counters.rows_mixed == len(bank.asked) == 3
+
+
+def test_names_that_requests_make_up_are_not_remembered_for_ever(caplog):
+    reads = {f"r{i}": [f"lab/b{i}"] for i in range(500)}
+    args = {name: {"raymem": {"read": banks}} for name, banks in reads.items()}
+    memory = MemoryMixer({}, lambda rows, _: rows, args.get, lambda *_: None)
+    for name in list(reads):
+        memory.change(FakeStep([name], [2], [0]), torch.tensor([0, 1]), logits(2))
+        del args[name]
+    assert memory.counters.rows_without_bank == 1000
+    assert len(memory.counters.missing) == 64
+    # the last one's end shows with the next step
+    assert set(memory._asked) == {"r499"}
+    assert sum("not attached" in line for line in caplog.messages) == 64

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raymem.errors import ConfigError, InvalidInput, InvalidName
+from raymem.errors import ConfigError, InvalidInput, InvalidName, Unauthorized
 from raymem.serving.vllm import ConnectorConfig, engine_args, raymem_params
 from raymem.serving.vllm.params import Target, banks_to_read, write_target
 
@@ -51,3 +51,79 @@ def test_a_wish_that_is_not_understood_is_refused_with_its_value(asked):
 def test_a_bad_bank_name_is_refused_before_it_reaches_the_engine():
     with pytest.raises(InvalidName, match="alice"):
         raymem_params("alice")
+
+
+def test_banks_to_read_are_named_once_each_in_order():
+    many = ["lab/b", "lab/a"] * 10_000
+    assert banks_to_read({"raymem": {"read": many}}) == ("lab/b", "lab/a")
+    assert raymem_params(read=many) == {"raymem": {"read": ["lab/b", "lab/a"]}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"read": [f"lab/{i}" for i in range(9)]}, "9 banks to read; a request reads 8 at most"),
+        ({"read": "lab/alice"}, "'lab/alice'; expected a list of names"),
+        ({"read": 3}, "expected a list"),
+        ({"read": None}, "expected a list"),
+        ({"read": {"lab/alice": 1}}, "expected a list"),
+        ({"read": ["lab/alice", 3]}, "expected a list"),
+        ({"read": [["lab/alice"]]}, "expected a list"),
+        ({"read": ["no slash"]}, "namespace/name"),
+        ({"read": ["lab/" + "x" * 10**6]}, r"… \(1000004 characters\)"),
+        ({"reed": ["lab/alice"]}, r'expected \{"read"'),
+    ],
+)
+def test_a_wish_to_read_that_cannot_be_followed_is_refused_with_its_value_in_short(asked, reason):
+    with pytest.raises(InvalidInput, match=reason) as refused:
+        banks_to_read({"raymem": asked})
+    assert len(str(refused.value)) < 400
+    if asked.get("read"):
+        with pytest.raises(InvalidInput, match=reason):
+            raymem_params(read=asked["read"])
+
+
+@pytest.mark.parametrize(
+    "asked", [{"bank": "x" * 10**6}, {"bank": ["x"] * 10**6}, {"bank": "lab/a", "stream": ["x"] * 10**6}]
+)
+def test_a_wish_to_write_is_shortened_in_the_error(asked):
+    with pytest.raises(InvalidInput) as refused:
+        write_target({"raymem": asked})
+    assert len(str(refused.value)) < 400
+
+
+def test_settings_name_no_bank_unless_asked_and_a_program_of_its_own_may_touch_all():
+    flags = ConnectorConfig.parse({"store": "./memory"})
+    for check in (flags.check_write, lambda bank: flags.check_reads((bank,))):
+        with pytest.raises(Unauthorized, match=r"'lab/alice' is not among.*_banks, \[\].*kv_connector_extra_config"):
+            check("lab/alice")
+    own = ConnectorConfig.parse(engine_args("./memory")["kv_transfer_config"]["kv_connector_extra_config"])
+    own.check_write("lab/alice")
+    own.check_reads(["lab/alice", "other/bob"])
+
+
+@pytest.mark.parametrize(
+    ("glob", "allowed", "refused"),
+    [
+        ("lab/*", "lab/alice", "laboratory/alice"),
+        ("lab/alice", "lab/alice", "lab/alice2"),
+        ("*/public", "lab/public", "lab/public-not"),
+        ("lab/[ab]*", "lab/bob", "lab/carol"),
+        ("Lab/*", "Lab/alice", "lab/alice"),
+    ],
+)
+def test_globs_say_which_banks_requests_may_touch(glob, allowed, refused):
+    config = ConnectorConfig(store="./memory", write_banks=(glob,), read_banks=("team/x", glob))
+    config.check_write(allowed)
+    config.check_reads([allowed, "team/x"])
+    with pytest.raises(Unauthorized, match=refused):
+        config.check_write(refused)
+    with pytest.raises(Unauthorized, match=refused):
+        config.check_reads([allowed, refused])
+
+
+@pytest.mark.parametrize("globs", ["lab/*", [3], [""], ["x" * 1000], None])
+def test_globs_that_are_none_are_an_error_that_names_the_setting(globs):
+    with pytest.raises(ConfigError, match="write_banks") as refused:
+        engine_args("./memory", write_banks=globs)
+    assert len(str(refused.value)) < 500

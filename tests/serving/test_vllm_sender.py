@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from raymem.errors import BankNotFound, ConfigError, Overloaded, StorageError
+from raymem.errors import BankNotFound, ConfigError, Overloaded, StorageError, Unauthorized
 from raymem.serving.vllm.params import ConnectorConfig
 from raymem.serving.vllm.sender import Chunk, Sender
 from raymem.serving.vllm.tracker import Piece
@@ -216,3 +216,24 @@ def test_nothing_is_remembered_of_runs_that_have_ended(sender_of):
     sender.end(["r", "shed", "unknown"])
     assert sender.flush(5)
     assert sender._runs == {}
+
+
+def test_banks_that_have_no_rows_are_forgotten(sender_of):
+    sender = sender_of(Recorder())
+    for i in range(300):
+        offer(sender, piece(0, 1, run=f"r{i}", bank=f"lab/b{i}"))
+        sender.end([f"r{i}"])
+    assert sender.flush(5)
+    assert (sender._queues, sender._tasks, sender._runs) == ({}, {}, {})
+    # and come back
+    offer(sender, piece(0, 2, run="r", bank="lab/b0"))
+    assert sender.flush(5)
+    assert sender.stats().rows_written == 302
+
+
+def test_requests_that_are_refused_are_all_counted_and_logged_once_for_each_reason(sender_of, caplog):
+    sender = sender_of(Recorder())
+    for i in range(1000):
+        sender.refuse(f"r{i}", Unauthorized(f"bank 'lab/b{i % 200}' is not among"))
+    assert sender.stats().requests_refused == 1000
+    assert sum("does not stream" in line for line in caplog.messages) == 64
