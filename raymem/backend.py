@@ -365,10 +365,10 @@ class ColdBackend(ABC):
 
         fingerprint = spec.fingerprint
         calibrations = self.cold.calibrations
+        # the model may have been calibrated under an earlier release's hash of it
+        known = (calibrations.find(content, fingerprint.layers) for content in fingerprint.content_hashes())
         calibration = (
-            calibrations.sound(fingerprint.calibration)
-            if fingerprint.calibration
-            else calibrations.find(fingerprint.content, fingerprint.layers)
+            calibrations.sound(fingerprint.calibration) if fingerprint.calibration else next(filter(None, known), None)
         )
         if calibration is None:
             raise _no_calibration(fingerprint.model, fingerprint.layers)

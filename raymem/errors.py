@@ -9,6 +9,7 @@
     │   ├── InvalidTrace            wrong shape, width or dtype
     │   │   └── NonFinite           NaN or Inf in a row
     │   ├── FingerprintMismatch     rows or queries of another model
+    │   ├── UnsupportedModel        a language model whose states or logits raymem can't have
     │   └── TooLarge                over a size limit
     ├── ConfigError                 unknown or unusable setting
     ├── NotFound
@@ -117,6 +118,12 @@ class FingerprintMismatch(InvalidInput):
 
     code = "fingerprint_mismatch"
     http_status = 409
+
+
+class UnsupportedModel(InvalidInput):
+    """A language model of a family whose states or logits raymem can't have."""
+
+    code = "unsupported_model"
 
 
 class TooLarge(InvalidInput):

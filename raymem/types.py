@@ -34,7 +34,8 @@ class Fingerprint(_Frozen):
 
     `layers` are 1-based decoder outputs; layer n = number of layers is the state before the final norm. `content`,
     `tokenizer` and `calibration` are content hashes; `values` is the hash of the output embedding that vector values
-    live in ("" when the rows carry no vectors).
+    live in ("" when the rows carry no vectors). `model` is a label. `legacy` are the content and tokenizer hashes under
+    which raymem 0.3 and earlier knew the same files: banks of theirs are recognised by them.
     """
 
     model: str
@@ -45,17 +46,53 @@ class Fingerprint(_Frozen):
     tokenizer: str
     calibration: str = ""
     values: str = ""
+    legacy: tuple[str, str] | None = None
 
     def require(self, other: Fingerprint) -> None:
-        """Raise FingerprintMismatch naming every field in which `other` differs."""
+        """Raise FingerprintMismatch naming every field in which `other` differs; labels may."""
+        self._refuse(self.differences(other))
+
+    def accept(self, made: Fingerprint) -> None:
+        """Raise FingerprintMismatch if rows or queries that `made` describes can't be this bank's.
+
+        They depend on no calibration, and name a value space only where they carry vectors.
+        """
+        wrong = self.differences(made)
+        wrong.pop("calibration", None)
+        if not made.values:
+            wrong.pop("values", None)
+        self._refuse(wrong)
+
+    def differences(self, other: Fingerprint) -> dict[str, str]:
+        """What `other` has another of, and how, by field."""
         mine, theirs = self.model_dump(), other.model_dump()
-        wrong = [
-            f"{name}: bank has {mine[name]!r}, got {theirs[name]!r}" for name in mine if mine[name] != theirs[name]
-        ]
+        names = [name for name in mine if name not in {"model", "content", "tokenizer", "legacy"}]
+        if not self._same_files(other):
+            names = ["model", "content", "tokenizer", *names]
+        return {
+            name: f"{name}: bank has {mine[name]!r}, got {theirs[name]!r}"
+            for name in names
+            if mine[name] != theirs[name]
+        }
+
+    def content_hashes(self) -> tuple[str, ...]:
+        """All hashes that the model's content goes by."""
+        return (self.content,) if self.legacy is None else (self.content, self.legacy[0])
+
+    def _same_files(self, other: Fingerprint) -> bool:
+        mine, theirs = (self.content, self.tokenizer), (other.content, other.tokenizer)
+        # one that knows its old hashes beside one that has no others
+        if self.legacy is None and other.legacy is not None:
+            return mine in (theirs, other.legacy)
+        if other.legacy is None and self.legacy is not None:
+            return theirs in (mine, self.legacy)
+        return mine == theirs
+
+    def _refuse(self, wrong: dict[str, str]) -> None:
         if wrong:
             raise FingerprintMismatch(
-                f"made by another model ({'; '.join(wrong)}); write to a bank created with this fingerprint",
-                fields=[line.split(":")[0] for line in wrong],
+                f"made by another model ({'; '.join(wrong.values())}); write to a bank created with this fingerprint",
+                fields=list(wrong),
             )
 
 
@@ -108,6 +145,8 @@ class Trace:
 
     `hidden` is [T, L, D] in the fingerprint's dtype, `tokens` the input ids [T] int64, `seq` the run's index of the
     first row, `values` optional float vectors [T, V] in the output-embedding space, `time` seconds since the epoch.
+    `fingerprint` says what made the rows: a bank of another model or other layers then refuses them. Without one, shape
+    and dtype are all that can be checked.
     """
 
     hidden: Tensor
@@ -117,6 +156,7 @@ class Trace:
     seq: int = 0
     values: Tensor | None = None
     time: float = field(default_factory=time.time)
+    fingerprint: Fingerprint | None = None
 
     def __len__(self) -> int:
         return int(self.hidden.shape[0])
@@ -133,13 +173,16 @@ class Trace:
         return replace(self, hidden=self.hidden.detach().clone(), tokens=self.tokens.detach().clone(), values=values)
 
     def validate(self, fingerprint: Fingerprint) -> None:
-        """Check shapes, dtype, names and finiteness against a bank's fingerprint.
+        """Check what made the rows, shapes, dtype, names and finiteness against a bank's fingerprint.
 
         Raises:
             InvalidTrace, NonFinite, InvalidName: with the offending value; nothing has been changed.
+            FingerprintMismatch: another model made the rows, or they are of other layers.
         """
         check_label("stream", self.stream)
         check_label("run", self.run)
+        if self.fingerprint is not None:
+            fingerprint.accept(self.fingerprint)
         check_hidden(self.hidden, fingerprint)
         if self.seq < 0:
             raise InvalidTrace(f"seq is {self.seq}; a run's rows count from 0")

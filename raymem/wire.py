@@ -14,7 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import msgpack
@@ -32,6 +32,8 @@ MAX_BYTES = 2**30
 _TAG = "$"
 _TENSOR = 1
 _ERROR = "RaymemError"
+# in the schema's metadata: the fingerprint of the rows, as JSON
+_MADE_BY = b"raymem.fingerprint"
 _NOUNS: dict[str, type[Any]] = {
     noun.__name__: noun for noun in (Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace)
 }
@@ -95,17 +97,22 @@ def traces_to_arrow(traces: Sequence[Trace]) -> bytes:
     """Traces of one bank as an Arrow IPC stream in the journal's layout, checksums included; for bulk writes.
 
     Raises:
-        InvalidInput: no trace, or traces of different layers, width or dtype.
+        InvalidInput: no trace, or traces of different models, layers, width or dtype.
     """
     if not traces:
         raise InvalidInput("no trace to send: give at least one")
     tables = [JournalRows.of(trace, 0, 0).to_arrow() for trace in traces]
     if any(table.schema != tables[0].schema for table in tables):
         raise InvalidInput("traces of different layers, widths or dtypes can't travel together: send them one by one")
+    made = traces[0].fingerprint
+    if any(trace.fingerprint != made for trace in traces):
+        raise InvalidInput("traces that different models made can't travel together: send them one by one")
+    own = {} if made is None else {_MADE_BY: made.model_dump_json().encode()}
+    metadata = {**(tables[0].schema.metadata or {}), **own}
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, tables[0].schema) as writer:
+    with pa.ipc.new_stream(sink, tables[0].schema.with_metadata(metadata)) as writer:
         for table in tables:
-            writer.write_table(table)
+            writer.write_table(table.replace_schema_metadata(metadata))
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
@@ -124,7 +131,10 @@ def traces_from_arrow(data: bytes | bytearray | memoryview, max_bytes: int = MAX
         with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
             table = reader.read_all()
         table.validate(full=True)
-        return [trace for piece in JournalRows.from_arrow(table) for trace in traces_of(piece.verify())]
+        said = (table.schema.metadata or {}).get(_MADE_BY)
+        made = None if said is None else Fingerprint.model_validate_json(said)
+        found = [trace for piece in JournalRows.from_arrow(table) for trace in traces_of(piece.verify())]
+        return [replace(trace, fingerprint=made) for trace in found]
     except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise Corrupt(f"not an Arrow stream of rows: {type(error).__name__}: {str(error)[:200]}") from error
 

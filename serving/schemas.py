@@ -86,6 +86,9 @@ class WriteBody(_Request):
     hidden: Floats3
     values: Floats2 | None = None
     time: float | None = None
+    fingerprint: Fingerprint | None = Field(
+        default=None, description="What made the rows: a bank of another model or other layers then refuses them."
+    )
 
     def trace(self, fingerprint: Fingerprint) -> Trace:
         """The trace as the bank wants it."""
@@ -97,6 +100,7 @@ class WriteBody(_Request):
             run=self.run,
             seq=self.seq,
             values=None if self.values is None else _floats(self.values, torch.float32),
+            fingerprint=self.fingerprint,
             **given,
         )
 

@@ -102,7 +102,7 @@ def _gpu() -> Finding:
 
 
 def _model() -> Finding:
-    from raymem.lm.models import cache_folder
+    from raymem.lm.identity import cache_folder
 
     folder = cache_folder() / "models" / DEFAULT_MODEL
     if (folder / "config.json").exists():

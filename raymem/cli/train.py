@@ -65,7 +65,7 @@ def train(
         raise InvalidInput(f"--store {store} needs --cold: training reads the cold store that the nodes share")
     require_store(store)
     from raymem.cold.store import ColdStore
-    from raymem.lm.models import cache_folder
+    from raymem.lm.identity import cache_folder
     from raymem.train import TrainSettings
     from raymem.train import train as fit
 

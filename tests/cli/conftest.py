@@ -1,8 +1,8 @@
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from modelzoo import save_tiny
 
 from raymem import Calibration, KeySpec, Trace, connect
 from raymem.encode.calibration import Range
@@ -13,14 +13,9 @@ WIDTH = 24
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that says what a model is; nobody loads it."""
+    """A folder with a model of six layers."""
     monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"hidden_size": WIDTH, "num_hidden_layers": 6}))
-    (folder / "model.safetensors").write_bytes(b"weights")
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
+    return save_tiny(tmp_path / "tiny", hidden_size=WIDTH, num_hidden_layers=6)
 
 
 @pytest.fixture

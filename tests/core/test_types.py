@@ -85,10 +85,56 @@ def test_streams_and_runs_are_printable_and_short(label: str):
 
 
 def test_a_fingerprint_names_what_differs():
-    other = FINGERPRINT.model_copy(update={"model": "huge", "layers": (1,)})
-    with pytest.raises(FingerprintMismatch, match=r"model: bank has 'tiny', got 'huge'; layers"):
+    other = FINGERPRINT.model_copy(update={"model": "huge", "content": "d", "layers": (1,)})
+    with pytest.raises(FingerprintMismatch, match=r"model: bank has 'tiny', got 'huge'; content: .*; layers"):
         FINGERPRINT.require(other)
     FINGERPRINT.require(FINGERPRINT)
+    # a folder's name says nothing about what is in it
+    FINGERPRINT.require(FINGERPRINT.model_copy(update={"model": "tiny-copy"}))
+
+
+NEW = FINGERPRINT.model_copy(update={"content": "2:c", "tokenizer": "2:t", "legacy": ("c", "t")})
+
+
+def test_banks_of_an_earlier_release_are_recognised_by_its_hashes():
+    for old, new in ((FINGERPRINT, NEW), (NEW, FINGERPRINT)):
+        old.require(new)
+        old.accept(new)
+    other = NEW.model_copy(update={"legacy": ("d", "t")})
+    with pytest.raises(FingerprintMismatch, match="content"):
+        FINGERPRINT.require(other)
+
+
+def test_one_old_hash_does_not_make_one_model_of_two():
+    # the same weights with another config: hashes of earlier releases could not tell them apart
+    with pytest.raises(FingerprintMismatch, match=r"'2:c', got '2:d'"):
+        NEW.require(NEW.model_copy(update={"content": "2:d"}))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"layers": (5, 3)},
+        {"layers": (3,)},
+        {"layers": (1, 5)},
+        {"content": "another"},
+        {"tokenizer": "another"},
+        {"dtype": "bfloat16"},
+        {"width": 8},
+        {"values": "another"},
+    ],
+    ids=str,
+)
+def test_rows_say_what_made_them_and_a_bank_of_something_else_refuses_them(other):
+    rows = trace(fingerprint=FINGERPRINT.model_copy(update=other))
+    with pytest.raises(FingerprintMismatch, match=next(iter(other))):
+        rows.validate(FINGERPRINT)
+
+
+def test_rows_depend_on_no_calibration_and_no_label():
+    bank = FINGERPRINT.model_copy(update={"calibration": "mine"})
+    for other in ({}, {"calibration": "yours"}, {"model": "renamed"}):
+        trace(fingerprint=FINGERPRINT.model_copy(update=other)).validate(bank)
 
 
 def test_provenance_leaves_out_absent_neighbours():
