@@ -38,12 +38,15 @@ class Reader:
         Raises:
             MissingExtra: transformers is not installed.
             FingerprintMismatch: the bank's rows come from another model.
-            TooLarge: the text has more than `MAX_TOKENS` tokens.
+            UnsupportedModel: a family whose states raymem can't have.
+            InvalidInput: the text is empty, holds half a character, or has more tokens than the model has positions.
+            TooLarge: it has more than `MAX_TOKENS` tokens.
         """
         with self._lock:
             model = self._load()
             self._check(model, fingerprint)
             tokens_Q = model.encode(text)
+            model.check_length(len(tokens_Q), "the question")
             if len(tokens_Q) > MAX_TOKENS:
                 raise TooLarge(f"the text has {len(tokens_Q)} tokens, more than {MAX_TOKENS}; ask with less")
             states_QLD = model.run(tokens_Q, fingerprint.layers).hidden_TLd
@@ -70,11 +73,11 @@ class Reader:
         return self._model
 
     def _check(self, model: LanguageModel, fingerprint: Fingerprint) -> None:
-        mine = (model.content_hash, model.tokenizer_hash)
-        if mine != (fingerprint.content, fingerprint.tokenizer):
+        own = {"content": model.content_hash, "tokenizer": model.tokenizer_hash, "legacy": model.legacy_hashes}
+        if fingerprint.differences(fingerprint.model_copy(update=own)):
             raise FingerprintMismatch(
                 f"the bank holds states of {fingerprint.model!r} ({fingerprint.content[:12]}), and the gateway reads "
-                f"with {self.name!r} ({mine[0][:12]}); set gateway.model to the bank's model"
+                f"with {self.name!r} ({model.content_hash[:12]}); set gateway.model to the bank's model"
             )
 
 

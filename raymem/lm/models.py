@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from raymem.errors import InvalidInput, MissingExtra, ModelNotFound, TooLarge
+from raymem.errors import InvalidInput, MissingExtra, ModelNotFound
 from raymem.lm.identity import (
     cache_folder,
     identity,
@@ -177,8 +177,7 @@ class LanguageModel:
             Hidden states `[T, L, d]` in the model's dtype and logits `[T, V]`.
 
         Raises:
-            InvalidInput: layers or ids that the model doesn't have, or no tokens.
-            TooLarge: more tokens than the model has positions, naming both.
+            InvalidInput: layers or ids that the model doesn't have, no tokens, or more than it has positions for.
         """
         done = self.run(tokens_T, layers)
         return done.hidden_TLd, self.logits(done.final_Td)
@@ -233,7 +232,7 @@ class LanguageModel:
             seq: the run's index of the first row.
 
         Raises:
-            InvalidInput, TooLarge: as `forward` says.
+            InvalidInput: as `forward` says.
         """
         from raymem.lm.fingerprint import fingerprint
         from raymem.types import Trace
@@ -250,12 +249,12 @@ class LanguageModel:
             what: what has them, for the message.
 
         Raises:
-            InvalidInput: none. TooLarge: naming the limit.
+            InvalidInput: none, or too many, naming the limit.
         """
         if not tokens:
             raise InvalidInput(f"{what} is empty: there is nothing to read")
         if self.positions is not None and tokens > self.positions:
-            raise TooLarge(
+            raise InvalidInput(
                 f"{what} has {tokens} tokens, and {self.folder.name} has {self.positions} positions: read it in pieces"
                 f" of at most {self.positions}",
                 tokens=tokens,
