@@ -11,6 +11,7 @@ import raymem
 from raymem.cli import (
     bank,
     bench,
+    cache,
     calibrate,
     demo,
     doctor,
@@ -75,6 +76,7 @@ app.command("recall")(recall.recall)
 app.add_typer(erase.app, name="store")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
+app.add_typer(cache.app, name="cache")
 app.command("train")(train.train)
 app.command("demo")(demo.demo)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raymem.cli import output
-from raymem.cli.options import FileOption
+from raymem.cli.options import DEFAULT_MODEL, FileOption, ModelOption
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from raymem.bench.leaks import Leaks
 
 
 class Sync(Enum):
@@ -56,6 +59,50 @@ def durability(
     with output.progress("measuring durability") as report:
         found = figures.run(only or (), folder=folder, sync=sync.value, small=small, repeats=repeats, report=report)
     output.give(found, _table(found), json_)
+
+
+@app.command("erasure")
+def erasure(
+    model: ModelOption = DEFAULT_MODEL,
+    layer: Annotated[int, typer.Option("--layer", help="Whose outputs are written, counted from 1.")] = 26,
+    seed: Annotated[int, typer.Option("--seed", help="Of the passages and of the secrets.")] = 0,
+    small: Annotated[bool, typer.Option("--small", help="A quarter of a minute: to see that it runs.")] = False,
+    json_: FileOption = None,
+) -> None:
+    """How much of an erased sentence the later rows of its run give away, beside chance.
+
+    Sentences with a name, a number and rare words are written among real text and erased, with each scope. Then a
+    probe trained on other texts, and a search with the model's states of every candidate, guess which one it was. Takes
+    three minutes on two cores. docs/erasure.md says what the figures mean.
+
+    For example:
+
+        raymem bench erasure --json leaks.json
+    """
+    import tempfile
+
+    from raymem.bench import leaks
+    from raymem.lm.models import LanguageModel
+
+    sizes = dataclasses.replace(leaks.SMALL if small else leaks.Sizes(), layer=layer, seed=seed)
+    with output.progress("reading passages") as report, tempfile.TemporaryDirectory() as folder:
+        found = leaks.run(LanguageModel.load(model), Path(folder), sizes, report)
+    output.give(dataclasses.asdict(found), _leaks(found), json_)
+
+
+def _leaks(found: Leaks) -> Table:
+    rows = [
+        [f'{name}, scope="{scope}"', distance, f"{hit.top1:.3f}", f"{hit.auc:.3f}"]
+        for name, attack in (("linear probe", found.probe), ("nearest neighbour", found.nearest))
+        for scope, hits in attack.items()
+        for distance, hit in hits.items()
+    ]
+    rows.append(["guessing", "", f"{found.chance:.3f}, by luck up to {found.bound:.3f}", "0.500"])
+    return output.table(
+        f"which sentence was erased, {found.documents} times",
+        ["attack on what is left", "rows later", "first guess right", "AUC"],
+        rows,
+    )
 
 
 def _table(found: dict[str, Any]) -> Table:

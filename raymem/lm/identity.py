@@ -141,6 +141,9 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
 def write_atomically(file: Path, content: bytes) -> None:
     """Write a file whole, or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.parent.stat().st_mode & 0o077:
+        # passes are states of texts: for their owner alone, as the files are
+        file.parent.chmod(0o700)
     with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as stream:
         stream.write(content)
     os.replace(stream.name, file)
