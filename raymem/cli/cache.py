@@ -100,7 +100,7 @@ def clear(
 
 
 def _looked_at(names: tuple[str, ...]) -> tuple[Part, ...]:
-    from raymem.lm.models import cache_folder
+    from raymem.lm.identity import cache_folder
 
     found = []
     for name in names:

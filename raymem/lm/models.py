@@ -5,6 +5,7 @@ Shape legend: T tokens, L kept layers, d width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -206,7 +207,8 @@ class LanguageModel:
         what = json.dumps([self.content_hash, str(self.dtype), list(layers), attention, "pass-2"]).encode()
         key = hashlib.sha256(what + tokens_T.numpy().tobytes()).hexdigest()
         file = cache_folder() / "passes" / f"{key}.safetensors"
-        if file.exists():
+        # not there, or cleared just now
+        with contextlib.suppress(FileNotFoundError):
             kept = load_file(file)
             return Pass(kept["hidden"], kept["final"])
         done = self.run(tokens_T, layers)
