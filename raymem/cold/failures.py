@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from raymem.cold.folder import named
 from raymem.errors import Conflict, Corrupt, RaymemError, StorageError
 
 _CONFLICT = re.compile(r"Incompatible transaction|[Cc]ommit conflict|concurrent writers|preempted by")
@@ -78,6 +79,6 @@ def _storage_error(what: str, text: str, state: str) -> StorageError:
 
 def _text(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.strerror}: {error.filename or ''} (os error {error.errno})"
+        return named(f"{error.strerror}: {error.filename or ''} (os error {error.errno})")
     # lance appends the place in its own source
-    return _SOURCE_LINE.sub("", str(error)).strip() or type(error).__name__
+    return named(_SOURCE_LINE.sub("", str(error)).strip()) or type(error).__name__

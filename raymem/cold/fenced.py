@@ -145,6 +145,7 @@ class FencedTable:
 
     def _commit(self, what: str, change: Callable[[Any], Any]) -> None:
         handle, self._handle = self._handle, None
+        self._tables.require()
         try:
             with writing(f"{what} {self.what}"):
                 change(handle)
@@ -153,6 +154,7 @@ class FencedTable:
         if not self._alone(handle, self._version, handle.version):
             raise self._fenced()
         self._make_durable()
+        self._tables.require()
         self._keep(handle)
         self.commits += 1
 

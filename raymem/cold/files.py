@@ -36,9 +36,9 @@ class Files:
     """Reads a cold store's folder, or its prefix in an object store."""
 
     def __init__(self, tables: Tables) -> None:
-        self._uri = tables.uri
+        self._uri = tables.base
         with reading(f"look into {tables.uri}"):
-            self._fs, self._root = _file_system(tables.uri)
+            self._fs, self._root = _file_system(tables.base)
 
     def tables(self) -> list[str]:
         """Names of the folders there, whether or not a table can be opened in them."""

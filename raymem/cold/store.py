@@ -36,6 +36,8 @@ class ColdStore:
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
         self.catalog = Catalog(tables)
+        # whose folder was emptied, and filled again, is another store
+        tables.pin("catalog")
         self.calibrations = Calibrations(tables)
         self.incarnations = Incarnations(tables)
         self.draining = Draining(tables)

@@ -14,9 +14,12 @@ import pyarrow as pa
 
 from raymem.cold.durable import FolderSync, set_aside_torn
 from raymem.cold.failures import reading, writing
+from raymem.cold.folder import Folder
 from raymem.errors import ConfigError, Conflict, Corrupt, RaymemError
 
 Sync = Literal["disk", "none"]
+# what LanceDB remembers of tables: without a limit it keeps something of every version, 40 kB of each write, for ever
+_INDEX_CACHE_BYTES, _METADATA_CACHE_BYTES = 4 * 2**20, 16 * 2**20
 
 
 class Tables:
@@ -34,10 +37,30 @@ class Tables:
             raise ConfigError(f"LanceDB reads no folder with a question mark in its path, as {uri} has: rename it")
         self.uri = str(Path(uri.removeprefix("file://")).expanduser().absolute()) if local else uri
         self.sync: Sync = sync or ("disk" if local else "none")
+        self._place: Folder | None = None
         with writing(f"open the cold store at {self.uri}"):
             if local:
                 os.makedirs(self.uri, exist_ok=True)
-            self._connection = lancedb.connect(self.uri)
+                self._place = Folder(self.uri)
+            self.base = self._place.base if self._place else self.uri
+            self._connection = lancedb.connect(self.base, session=_session())
+            if self._place:
+                # LanceDB's handles on tables keep the connection
+                self._place.close_with(self._connection)
+
+    def pin(self, name: str) -> None:
+        """From now on, `require` that a table's folder stays the one that it is."""
+        if self._place:
+            with reading(f"open {name} in {self.uri}"):
+                self._place.pin(f"{name}.lance")
+
+    def require(self) -> None:
+        """Raise StorageError unless the store's path still leads to the folder that was opened.
+
+        In an object store nothing is required: what a prefix holds is the store, and nothing else can be in its place.
+        """
+        if self._place:
+            self._place.require()
 
     def open(self, name: str) -> Any:
         """A handle on the table's latest version.
@@ -60,6 +83,7 @@ class Tables:
         options = {"new_table_data_storage_version": file_format} if file_format else None
         if self.sync == "disk":
             set_aside_torn(self._folder(name))
+        self.require()
         with writing(f"create {name} in {self.uri}"):
             return self._connection.create_table(name, rows, exist_ok=True, storage_options=options)
 
@@ -87,6 +111,7 @@ class Tables:
             StorageError, or what `batches` raises.
         """
         source = _Source(batches)
+        self.require()
         try:
             with writing(f"create {name} in {self.uri}"):
                 self._connection.create_table(name, pa.RecordBatchReader.from_batches(schema, source))
@@ -98,6 +123,7 @@ class Tables:
 
     def drop(self, name: str) -> None:
         """Delete a table and its files; nothing happens if there is none."""
+        self.require()
         with writing(f"drop {name} in {self.uri}"):
             self._connection.drop_table(name, ignore_missing=True)
 
@@ -107,14 +133,14 @@ class Tables:
 
     def folder(self, name: str) -> Path | None:
         """Where a table's files are, or None in an object store."""
-        return None if "://" in self.uri else self._folder(name)
+        return self._folder(name) if self._place else None
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        if "://" in self.uri:
+        if not self._place:
             yield
             return
-        handle = os.open(self.uri, os.O_RDONLY)
+        handle = os.open(self.base, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
@@ -122,11 +148,16 @@ class Tables:
             os.close(handle)
 
     def _open(self, name: str) -> Any:
+        self.require()
         with reading(f"open {name} in {self.uri}"):
             return self._connection.open_table(name)
 
     def _folder(self, name: str) -> Path:
-        return Path(self.uri) / f"{name}.lance"
+        return Path(self.base) / f"{name}.lance"
+
+
+def _session() -> lancedb.Session:
+    return lancedb.Session(index_cache_size_bytes=_INDEX_CACHE_BYTES, metadata_cache_size_bytes=_METADATA_CACHE_BYTES)
 
 
 class _Source:

@@ -131,7 +131,7 @@ def flipped(data: bytes) -> bytes:
 )
 @pytest.mark.usefixtures("kept_in")
 def test_a_corrupt_newest_snapshot_falls_back_to_the_one_before(
-    store, snapshots, monkeypatch, capsys, start, column, value
+    store, snapshots, monkeypatch, caplog, start, column, value
 ):
     monkeypatch.setattr(snapshots_module, "_PART_BYTES", 100)
     first, second = state(), state()
@@ -142,7 +142,7 @@ def test_a_corrupt_newest_snapshot_falls_back_to_the_one_before(
     assert (pos, meta, snapshots.fallbacks) == (5, {"n": 1}, 1)
     assert raw(tensors["keys_NK"]) == raw(first["keys_NK"])
     # the command line sends logs to stderr, for the whole process
-    assert "snapshot passed over" in "".join(capsys.readouterr())
+    assert "snapshot passed over" in caplog.text
     with pytest.raises(Corrupt, match="lab/a"):
         snapshots.latest(strict=True)
 
@@ -212,12 +212,12 @@ def test_a_snapshot_that_is_being_read_may_be_dropped(store: ColdStore, snapshot
     assert torch.equal(back["x"], tensors["x"])
 
 
-def test_snapshots_of_an_earlier_raymem_are_passed_over_and_replaced(store: ColdStore, snapshots: Snapshots, capsys):
+def test_snapshots_of_an_earlier_raymem_are_passed_over_and_replaced(store: ColdStore, snapshots: Snapshots, caplog):
     fields = [("snapshot", pa.string()), ("pos", pa.int64()), ("part", pa.int32()), ("data", pa.large_binary())]
     row = {"snapshot": "s", "pos": 7, "part": 0, "data": b"x"}
     store.tables.create(snapshots._name, pa.Table.from_pylist([row], pa.schema(fields)))
     assert (snapshots.latest(), snapshots.nbytes(), snapshots.unfinished()) == (None, 0, set())
-    assert "the journal redoes them" in "".join(capsys.readouterr())
+    assert "the journal redoes them" in caplog.text
     store.catalog.tag("lab/a", "merged", 7)
     with pytest.raises(Corrupt, match="merge again"):
         store.snapshots(store.catalog.get("lab/a")).latest()
