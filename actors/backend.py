@@ -105,6 +105,11 @@ class RayBackend(ColdBackend):
         self._router.forget(name)
         return await self.info(name)
 
+    async def discard(self, name: str, owner: str | None) -> None:
+        """Free a bank that is about to be removed."""
+        if owner is not None:
+            await self._router.discard(name, owner)
+
     async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
         """Journal and apply a trace."""
         asks = self._caller()

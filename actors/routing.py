@@ -172,6 +172,20 @@ class Router:
 
         await repeat(once, self._settings.retry_s)
 
+    async def discard(self, bank: str, owner: str) -> None:
+        """Have the owner of a bank free it unseen, unless that has left the cluster for good.
+
+        Raises:
+            Conflict: a living process outside the cluster holds it.
+        """
+
+        async def once() -> None:
+            if not await self._may_be_taken(bank, owner):
+                await self._ask(bank, owner, "discard")
+
+        await repeat(once, self._settings.retry_s)
+        self.forget(bank)
+
     async def least(self, bank: str, candidates: Sequence[ShardInfo]) -> str:
         """The candidate that a bank had best go to; see `choose`."""
         loads = await ask_all([self.remote(info.name) for info in candidates], "bytes")

@@ -99,6 +99,10 @@ class Shard:
         host = await self._hot(name)
         await host.detach(name)
 
+    async def discard(self, name: str) -> None:
+        """As `Host.discard`."""
+        await (await self._host()).discard(name)
+
     async def digest(self, name: str) -> str:
         """sha256 of a bank's whole state."""
         host = await self._hot(name)

@@ -107,6 +107,14 @@ class ColdBackend(ABC):
         """Settle, snapshot and free a hot bank."""
 
     @abstractmethod
+    async def discard(self, name: str, owner: str | None) -> None:
+        """Free a bank that is about to be removed, without a look at it; nothing if its owner has ended.
+
+        Raises:
+            Conflict: its owner lives elsewhere.
+        """
+
+    @abstractmethod
     async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
         """Journal and apply a trace."""
 
@@ -174,18 +182,17 @@ class ColdBackend(ABC):
         return [await asyncio.to_thread(self._info, entry, hot) for entry in entries if entry.state != "split"]
 
     async def delete(self, name: str, materialise: bool) -> None:
-        """Remove a bank with all its rows, snapshots and tags.
+        """Remove a bank with all its rows, snapshots and tags, whatever they hold: nothing is loaded or saved for it.
 
         Raises:
             Conflict: it has forks and `materialise` is False, naming them.
         """
         catalog = self.cold.catalog
-        entry = await asyncio.to_thread(catalog.get, name)
-        for fork in await asyncio.to_thread(catalog.forks, entry.id) if materialise else []:
+        line = await asyncio.to_thread(catalog.line, name)
+        for fork in await asyncio.to_thread(catalog.forks, line.id) if materialise else []:
             await self.materialise(fork.name)
-        await asyncio.to_thread(catalog.require_no_forks, entry)
-        if entry.state == "hot":
-            await self.detach(name)
+        await asyncio.to_thread(catalog.require_no_forks, line)
+        await self.discard(name, line.owner)
         await asyncio.to_thread(self.cold.remove, name)
 
     async def pin(self, name: str, pinned: bool) -> BankInfo:

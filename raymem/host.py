@@ -142,6 +142,20 @@ class Host:
             if state == "cold":
                 await self._depart(worker)
 
+    async def discard(self, name: str) -> None:
+        """Free a bank that is about to be removed, at once: nothing is written down, and its rows leave the log."""
+        async with self._locks[name]:
+            self._retire_lost(name)
+            worker = self._workers.pop(name, None) or self._lost.pop(name, None)
+            if worker is None:
+                return
+            worker.give_up()
+            await worker.end()
+            runtime, rows = worker.runtime, worker.committer.log
+            await self._thread(lambda: self.cold.catalog.disown(runtime.entry.id, self.owner))
+            rows.forget(runtime.entry.id)
+            await self._depart(worker)
+
     async def write(self, name: str, trace: Trace, *, durable: bool = True, caller: str = "") -> Ack:
         """Journal a trace; every read that comes after the Ack sees it.
 

@@ -51,6 +51,12 @@ class LocalBackend(ColdBackend):
         await self.host.detach(name)
         return await self.info(name)
 
+    async def discard(self, name: str, owner: str | None) -> None:
+        """Free a bank that is about to be removed."""
+        if owner and owner != self.host.owner:
+            await self._require_over(name, owner)
+        await self.host.discard(name)
+
     async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
         """Journal and apply a copy of a trace: whoever made its tensors may go on to change them."""
         mine = trace.copy()
@@ -147,14 +153,18 @@ class LocalBackend(ColdBackend):
         await self._take(name, entry.owner)
 
     async def _take(self, name: str, owner: str | None) -> None:
-        if owner and owner != self.host.owner and not await over(self.cold.incarnations, owner, self._poll_s):
+        if owner and owner != self.host.owner:
+            await self._require_over(name, owner)
+        # somebody else may have taken it meanwhile: only from whom we know about
+        await self.host.attach(name, take_from=owner or "")
+
+    async def _require_over(self, name: str, owner: str) -> None:
+        if not await over(self.cold.incarnations, owner, self._poll_s):
             raise Conflict(
                 f"bank {name!r} is held by {owner}; close it there, or share it: "
                 "`raymem serve` and connect to its http:// address",
                 owner=owner,
             )
-        # somebody else may have taken it meanwhile: only from whom we know about
-        await self.host.attach(name, take_from=owner or "")
 
     @property
     def _poll_s(self) -> float:

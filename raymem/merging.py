@@ -137,7 +137,7 @@ def merge_partitions(
     try:
         cold.catalog.add_together([made.entry(), *entries], journals, revise=still)
     except RaymemError:
-        cold.partitions.drop(made)
+        cold.partitions.drop(made.id)
         raise
     given = {source: sum(part.rows for part in parts if part.source == source) for source in sources}
     return MergeReport(

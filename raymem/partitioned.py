@@ -119,16 +119,16 @@ class PartitionedBackend:
 
     async def delete(self, name: str, materialise: bool) -> None:
         """Remove a bank with everything in it."""
-        layout = await self._layout(name)
-        if layout is None:
-            return await self._inner.delete(name, materialise)
         catalog = self._inner.cold.catalog
-        there = await asyncio.to_thread(catalog.list, part_prefix(name))
+        line = await asyncio.to_thread(catalog.line, name)
+        if line.state != "split":
+            return await self._inner.delete(name, materialise)
+        there = await asyncio.to_thread(catalog.lines, part_prefix(name))
         for part in there if not materialise else []:
             await asyncio.to_thread(catalog.require_no_forks, part)
         for part in there:
             await self._inner.delete(part.name, materialise)
-        await asyncio.to_thread(self._partitions.drop, layout)
+        await asyncio.to_thread(self._partitions.drop, line.id)
         # last: what was cut short before can be asked for again
         await asyncio.to_thread(self._inner.cold.remove, name)
         self._layouts.pop(name, None)

@@ -100,10 +100,16 @@ class Replica:
         self.catch_up(progress, upto)
 
     def load(self, upto: int | None = None) -> None:
-        """Load the newest sound snapshot up to position `upto`, if there is one."""
-        found = self.cold.state(self.entry, upto)
-        if found is not None:
-            self._restore(*found)
+        """Load the newest sound snapshot up to position `upto`, if there is one.
+
+        One whose tensors no bank of this spec can have is passed over: the journal makes the state anew.
+        """
+        while (found := self.cold.state(self.entry, upto)) is not None:
+            try:
+                return self._restore(*found)
+            except Corrupt as error:
+                log.warning("snapshot passed over", bank=self.entry.name, pos=found[0], reason=error.message)
+                upto = found[0] - 1
 
     def catch_up(self, progress: Progress | None = None, upto: int | None = None) -> int:
         """Apply the rows journaled since the last call; return how many. The scan runs ahead of the encoder.
@@ -206,11 +212,13 @@ class Replica:
         try:
             encoder_meta = meta["encoder"]
             assert isinstance(encoder_meta, dict)
-            self.encoder.load(part("encoder."), encoder_meta)
             with self._here():
-                self.state = self.memory.load({n: t.to(self.device) for n, t in part("memory.").items()})
+                state = self.memory.load({n: t.to(self.device) for n, t in part("memory.").items()})
+            # the last that can fail: a snapshot is taken whole or not at all
+            self.encoder.load(part("encoder."), encoder_meta)
         except (KeyError, AssertionError) as error:
             raise Corrupt(f"snapshot of {self.entry.name} at {pos} lacks a part: {error}") from error
+        self.state = state
         self.pos = self.snapshot_pos = pos
 
 
@@ -379,9 +387,16 @@ class Runtime(Replica):
         return super().digest()
 
     def rest(self) -> int:
-        """Settle every row and snapshot: what a bank does before it is cold; return the position it stands at."""
+        """Settle every row and snapshot: what a bank does before it is cold; return the position it stands at.
+
+        A state that can't be written down is made anew from the rows by whoever loads the bank.
+        """
         self.journal.settle()
-        return self.snapshot()
+        try:
+            return self.snapshot()
+        except RaymemError as error:
+            log.warning("bank rests without a snapshot", bank=self.entry.name, reason=error.message)
+            return self.end
 
     def snapshot(self) -> int:
         """Write the whole state to the cold store; return the position it stands at."""

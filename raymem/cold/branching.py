@@ -117,7 +117,7 @@ def fork_together(cold: ColdStore, layout: Layout, target: str, at: str | int | 
     try:
         cold.catalog.add_together([made.entry(), *forks], revise=still)
     except RaymemError:
-        cold.partitions.drop(made)
+        cold.partitions.drop(made.id)
         raise
 
 
@@ -142,7 +142,7 @@ def restore_together(cold: ColdStore, layout: Layout, at: str | int) -> RestoreR
     try:
         cold.catalog.supersede(olds, kept.parts, [*forks, kept.entry()], lambda: cold.partitions.require_still(now))
     except RaymemError:
-        cold.partitions.drop(kept)
+        cold.partitions.drop(kept.id)
         raise
     return dataclasses.replace(report, kept_as=kept_as)
 

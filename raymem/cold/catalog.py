@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -19,16 +19,18 @@ from raymem.cold.failures import reading
 from raymem.cold.holes import Holes
 from raymem.cold.rows import bank_schema
 from raymem.cold.shared import SWAP_ATTEMPTS, Change, Find, SharedTable, tries
-from raymem.cold.tables import Tables, journal_table, quote
+from raymem.cold.tables import Tables, journal_table, quote, snapshot_table
 from raymem.errors import (
     BankExists,
     BankNotFound,
     Conflict,
+    Corrupt,
     NotOwner,
     Partitioned,
     RaymemError,
     TagNotFound,
 )
+from raymem.logs import get_logger
 from raymem.types import BankSpec, check_bank_name, check_label, shorten
 
 _TABLE = "catalog"
@@ -52,8 +54,12 @@ _SCHEMA = pa.schema(
         pa.field("ttl_s", pa.float64()),
     ]
 )
+_STATES = ("hot", "cold", "split")
+_log = get_logger(__name__)
 # one owner may rewrite a journal so often
 _EPOCH_BITS = 16
+# an epoch and the bits of a generation fit an int64 together
+_EPOCH_END = 2 ** (62 - _EPOCH_BITS)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,22 @@ class Entry:
                 "store, or make one bank of it: `raymem bank export`, then `import`"
             )
         return self
+
+
+class Line(NamedTuple):
+    """What removing a bank needs to know of it, which may be all that can be read."""
+
+    id: str
+    name: str
+    generation: int
+    epoch: int
+    state: str | None
+    owner: str | None
+
+    @property
+    def tables(self) -> tuple[str, str]:
+        """Its own tables: of its journal and of its snapshots."""
+        return journal_table(self.id, self.generation), snapshot_table(self.id, self.generation)
 
 
 class Catalog:
@@ -214,10 +236,17 @@ class Catalog:
         Raises:
             BankNotFound: naming the nearest banks.
         """
-        rows = self._rows(f"name = {quote(name)}") if name != _STORE_ROW else []
-        if not rows:
-            raise BankNotFound(f"no bank {shorten(name)!r}; {self._nearest(name)}")
-        return _entry(rows[0])
+        return _entry(self._row(name))
+
+    def line(self, name: str) -> Line:
+        """As `get`, also of a bank whose spec or tags can't be read."""
+        return _line(self._row(name))
+
+    def lines(self, prefix: str = "", id: str | None = None) -> builtins.list[Line]:
+        """As `list`, also those of banks whose spec or tags can't be read; all, or that of one id."""
+        only = "" if id is None else f" AND id = {quote(id)}"
+        rows = self._rows(f"name != '' AND starts_with(name, {quote(prefix)}){only}")
+        return sorted((_line(row) for row in rows), key=lambda line: line.name)
 
     def by_id(self, id: str) -> Entry | None:
         """The bank of that id, whatever its name."""
@@ -229,14 +258,19 @@ class Catalog:
         rows = self._rows(f"parent = {quote(id)}")
         return sorted((_entry(row) for row in rows), key=lambda entry: entry.name)
 
-    def logged(self, log: str) -> builtins.list[Entry]:
+    def logged(self, log: str) -> builtins.list[Line]:
         """The banks that may have rows in an incarnation's log."""
-        return [_entry(row) for row in self._rows(f"log = {quote(log)}")]
+        return [_line(row) for row in self._rows(f"log = {quote(log)}")]
 
     def list(self, prefix: str = "") -> builtins.list[Entry]:
-        """All banks whose name starts with `prefix`, by name."""
-        rows = self._rows(f"name != '' AND starts_with(name, {quote(prefix)})")
-        return sorted((_entry(row) for row in rows), key=lambda entry: entry.name)
+        """All banks whose name starts with `prefix`, by name; one whose line can't be read is left out, and told of."""
+        found = []
+        for row in self._rows(f"name != '' AND starts_with(name, {quote(prefix)})"):
+            try:
+                found.append(_entry(row))
+            except Corrupt as error:
+                _log.warning("bank left out", bank=row["name"], reason=error.message)
+        return sorted(found, key=lambda entry: entry.name)
 
     def owners(self) -> set[str]:
         """Who owns a bank that is hot."""
@@ -286,6 +320,10 @@ class Catalog:
         if log is not None:
             values["log"] = f"nullif(log, {quote(log)})"
         self._change(name, epoch, values)
+
+    def disown(self, id: str, owner: str) -> None:
+        """As `release`, of whatever bank has this id and owner; nothing if none has."""
+        self._update(f"id = {quote(id)} AND owner = {quote(owner)}", values_sql={"owner": "NULL", "state": "'cold'"})
 
     def change(self, entry: Entry, **values: Any) -> Entry:
         """Change fields of a bank that is still at this epoch and generation; return what it is now.
@@ -344,7 +382,7 @@ class Catalog:
         """A bank's tags and their positions."""
         return self.get(name).tags
 
-    def drop(self, entry: Entry) -> None:
+    def drop(self, entry: Entry | Line) -> None:
         """Take a bank out of the catalog: from here on it does not exist.
 
         Raises:
@@ -357,12 +395,18 @@ class Catalog:
 
         self._commit(f"remove {entry.name}", decide)
 
-    def require_no_forks(self, entry: Entry) -> None:
+    def require_no_forks(self, entry: Entry | Line) -> None:
         """Raise Conflict, naming them, if a bank has forks."""
         _require_no_forks(entry, self._rows)
 
     def _store_row(self) -> dict[str, Any]:
         return self._rows(f"name = {quote(_STORE_ROW)}")[0]
+
+    def _row(self, name: str) -> dict[str, Any]:
+        rows = self._rows(f"name = {quote(name)}") if name != _STORE_ROW else []
+        if not rows:
+            raise BankNotFound(f"no bank {shorten(name)!r}; {self._nearest(name)}")
+        return rows[0]
 
     def _rows(self, where: str) -> builtins.list[dict[str, Any]]:
         return self._table.rows(where)
@@ -497,7 +541,7 @@ def _require_new(entry: Entry, find: Find) -> None:
         raise BankNotFound(f"the bank that {entry.name} is a fork of was removed meanwhile; nothing was created")
 
 
-def _require_no_forks(entry: Entry, find: Find) -> None:
+def _require_no_forks(entry: Entry | Line, find: Find) -> None:
     # of a partition each is one of a fork
     forks = sorted({_bank_of(row["name"]) for row in find(f"parent = {quote(entry.id)}")})
     if forks:
@@ -513,9 +557,26 @@ def _bank_exists(name: str) -> BankExists:
 
 
 def _entry(row: dict[str, Any]) -> Entry:
-    with reading(f"read the catalog's entry for {row['name']}"):
-        parsed = {"spec": BankSpec.model_validate_json(row["spec"]), "tags": json.loads(row["tags"])}
+    try:
+        tags = json.loads(row["tags"])
+        parsed = {"spec": BankSpec.model_validate_json(row["spec"]), "tags": tags}
+        if any(type(pos) is not int for pos in tags.values()):
+            raise ValueError(f"its tags are {tags}")
+        if row["state"] not in _STATES:
+            raise ValueError(f"its state is {row['state']}")
+        for name, end in (("epoch", _EPOCH_END), ("generation", 2**63), ("base", 2**53)):
+            if row[name] is None or not 0 <= row[name] < end:
+                raise ValueError(f"its {name} is {row[name]}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Corrupt(
+            f"the catalog's line for {row['name']} can't be read ({str(error)[:200]}); restore it from an export or a "
+            f"copy of the store, or remove it: store.delete(…), `raymem bank rm {row['name']}`"
+        ) from error
     return Entry(**(row | parsed))
+
+
+def _line(row: dict[str, Any]) -> Line:
+    return Line(row["id"], row["name"], row["generation"] or 0, row["epoch"], row["state"], row["owner"])
 
 
 def _not_owner(entry: Entry, epoch: int) -> NotOwner:

@@ -163,6 +163,12 @@ class Log:
                 self._held[bank] = _Held(kept, nbytes, held.since)
                 self._nbytes += nbytes
 
+    def forget(self, bank: str) -> None:
+        """Nobody wants a bank's rows any more, settled or not."""
+        with self._lock:
+            held = self._held.pop(bank, None)
+            self._nbytes -= 0 if held is None else held.nbytes
+
     def leave(self, bank: str) -> None:
         """A bank whose rows have all settled gets another owner, who may erase some: `maintain` drops them here."""
         with self._lock:

@@ -243,11 +243,11 @@ class Partitions:
 
         self._swap(layout.id, decide)
 
-    def drop(self, layout: Layout) -> None:
-        """Forget a bank's layout and where its streams live."""
+    def drop(self, bank: str) -> None:
+        """Forget the layout of the bank of that id, and where its streams live."""
 
         def decide(find: Find) -> Change:
-            return [], [row["id"] for row in find(f"bank = {quote(layout.id)}")]
+            return [], [row["id"] for row in find(f"bank = {quote(bank)}")]
 
         self._table.swap("forget a layout", "false", "swaps", decide)
 

@@ -15,7 +15,7 @@ from raymem.cold.params import Params
 from raymem.cold.partitions import Partitions
 from raymem.cold.receipts import Receipts
 from raymem.cold.snapshots import Snapshot, Snapshots
-from raymem.cold.tables import Tables, journal_table, snapshot_table
+from raymem.cold.tables import BANK_TABLE, Tables
 
 __all__ = [
     "Calibrations",
@@ -94,13 +94,17 @@ class ColdStore:
     def remove(self, name: str) -> None:
         """Remove a bank with its journal and snapshots; once its catalog row is gone, so is the bank.
 
+        Nothing of it is read but the names of its tables: it goes whatever they hold.
+
         Raises:
             BankNotFound: there is no such bank. Conflict: it has forks, naming them.
         """
-        entry = self.catalog.get(name)
-        self.catalog.drop(entry)
-        for table in (journal_table(entry.id, entry.generation), snapshot_table(entry.id, entry.generation)):
-            self.tables.drop(table)
+        line = self.catalog.line(name)
+        self.catalog.drop(line)
+        for table in line.tables:
+            # what else a damaged line names is no table of a bank
+            if BANK_TABLE.fullmatch(table):
+                self.tables.drop(table)
 
     def _tagged(self, entry: Entry) -> list[int]:
         present = self.catalog.by_id(entry.id)

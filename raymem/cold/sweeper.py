@@ -11,7 +11,7 @@ from raymem.cold.catalog import Entry
 from raymem.cold.evidence import Evidence
 from raymem.cold.files import Files
 from raymem.cold.store import ColdStore
-from raymem.cold.tables import journal_table, snapshot_table
+from raymem.errors import Corrupt
 from raymem.types import EraseReceipt, SweepReport
 
 _TABLE = re.compile(r"(?P<kind>journal|snapshots|log)-(?P<id>[0-9a-f]{32})(?:-\d+)?")
@@ -55,7 +55,13 @@ def sweep(cold: ColdStore, age_s: float, *, dry_run: bool = False) -> SweepRepor
 
 def _cut_short(cold: ColdStore, match: re.Match[str], dry_run: bool) -> int:
     """How many snapshots of a bank were cut short; their parts go."""
-    entry = cold.catalog.by_id(match["id"]) if match["kind"] == "snapshots" else None
+    if match["kind"] != "snapshots":
+        return 0
+    try:
+        entry = cold.catalog.by_id(match["id"])
+    except Corrupt:
+        # its line can't be read: its tables stay until it is removed
+        return 0
     if entry is None:
         return 0
     snapshots = cold.snapshots(entry)
@@ -67,12 +73,7 @@ def _is_named(cold: ColdStore, table: str, match: re.Match[str]) -> bool:
         # an incarnation makes its log before it claims a bank
         living = {incarnation.id for incarnation in cold.incarnations.list()}
         return match["id"] in living or bool(cold.catalog.logged(match["id"]))
-    entry = cold.catalog.by_id(match["id"])
-    return entry is not None and table in _tables(entry)
-
-
-def _tables(entry: Entry) -> tuple[str, str]:
-    return journal_table(entry.id, entry.generation), snapshot_table(entry.id, entry.generation)
+    return any(table in line.tables for line in cold.catalog.lines(id=match["id"]))
 
 
 def _go_on(cold: ColdStore, receipt: EraseReceipt, evidence: Evidence, age_s: float) -> EraseReceipt:

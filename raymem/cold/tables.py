@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from raymem.cold.folder import Folder
 from raymem.errors import ConfigError, Conflict, Corrupt, RaymemError
 
 Sync = Literal["disk", "none"]
+BANK_TABLE = re.compile(r"(?P<kind>journal|snapshots)-(?P<id>[0-9a-f]{32})(?:-\d+)?")
 # what LanceDB remembers of tables: without a limit it keeps something of every version, 40 kB of each write, for ever
 _INDEX_CACHE_BYTES, _METADATA_CACHE_BYTES = 4 * 2**20, 16 * 2**20
 

@@ -27,7 +27,7 @@ from raymem.memory.merging import bank_by_bank, interleaved
 from raymem.memory.packing import Projection
 from raymem.memory.scope import joined_scopes
 from raymem.memory.slots import SlotOptions, narrowed, put, row_spec, rows_of, widened
-from raymem.memory.spec import StateSpec, TensorSpec
+from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 
 _LEAST_ROWS = 16
@@ -100,7 +100,7 @@ class Compressive(StateMemory):
 
     def fine_spec(self) -> StateSpec:
         """One fine slot; `use` is the attention received, where the compressor asks for it."""
-        use = {"use": TensorSpec(())} if self.compress.wants_use else {}
+        use = {"use": TensorSpec((), low=0)} if self.compress.wants_use else {}
         return row_spec(self.dims, self.key_dims, self.how.key_dtype) | use
 
     def coarse_spec(self) -> StateSpec:
@@ -110,12 +110,12 @@ class Compressive(StateMemory):
 
     def fixed_spec(self) -> StateSpec:
         """What the slots don't hold: `kept`, blocks that went to the coarse memory since the start."""
-        return {"kept": TensorSpec((), torch.int64)}
+        return {"kept": TensorSpec((), torch.int64, low=0, high=ROWS_END)}
 
     def own_spec(self) -> StateSpec:
         """All slots; see slots, fine_spec, coarse_spec."""
-        fine = {f"mem_{n}": TensorSpec((self.slots, *s.shape), s.dtype) for n, s in self.fine_spec().items()}
-        coarse = {f"cmem_{n}": TensorSpec((self.coarse, *s.shape), s.dtype) for n, s in self.coarse_spec().items()}
+        fine = {f"mem_{n}": s._replace(shape=(self.slots, *s.shape)) for n, s in self.fine_spec().items()}
+        coarse = {f"cmem_{n}": s._replace(shape=(self.coarse, *s.shape)) for n, s in self.coarse_spec().items()}
         return fine | coarse | self.fixed_spec()
 
     def start(self, banks: int) -> State:

@@ -25,7 +25,7 @@ from raymem.memory.compressive import Blocks, Compressive, CompressiveOptions
 from raymem.memory.eviction import EvictionOptions, Places, make_room, policy_part, policy_spec
 from raymem.memory.policies import Entries, Policy
 from raymem.memory.slots import put, widened
-from raymem.memory.spec import StateSpec, TensorSpec
+from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 
 KeepName = Literal["novelty", "surprise", "learned", "keep", "discard"]
 _HIDDEN = 64
@@ -148,7 +148,7 @@ class Dct(Compressive):
 
     def coarse_spec(self) -> StateSpec:
         """One compressed slot; its block's number and what the policy keeps of it, where a policy makes room."""
-        number = {} if self.rule is None else {"number": TensorSpec((), torch.int64)}
+        number = {} if self.rule is None else {"number": TensorSpec((), torch.int64, low=-1, high=ROWS_END)}
         return super().coarse_spec() | number | policy_spec(self.rule)
 
     def coarse_order(self, state: State, bank: int) -> Tensor:
@@ -162,8 +162,8 @@ class Dct(Compressive):
         """Counters of blocks `seen` and `kept`, and the log."""
         log = self.dct.log
         return super().fixed_spec() | {
-            "seen": TensorSpec((), torch.int64),
-            "log_block": TensorSpec((log,), torch.int64),
+            "seen": TensorSpec((), torch.int64, low=0, high=ROWS_END),
+            "log_block": TensorSpec((log,), torch.int64, low=-1, high=ROWS_END),
             "log_features": TensorSpec((log, 3)),
             "log_score": TensorSpec((log,)),
             "log_kept": TensorSpec((log,), torch.bool),

@@ -24,7 +24,7 @@ from raymem.memory.eviction import EvictionOptions, Places, make_room, policy_pa
 from raymem.memory.policies import Entries, Policy
 from raymem.memory.ring import RingMemory, RingOptions
 from raymem.memory.slots import narrowed, put, rows_of
-from raymem.memory.spec import StateSpec, TensorSpec
+from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 from raymem.memory.state import Batch
 
 BACKWARD, FORWARD, CONTENT = range(3)
@@ -216,12 +216,19 @@ class Dnc(RingMemory):
 
     def slot_spec(self) -> StateSpec:
         """A slot of the ring, and the slot written before it; its row's number where a policy asks for it."""
-        spec = super().slot_spec() | {"before": TensorSpec((), torch.int32)}
-        return spec if self.rule is None else spec | {"arrival": TensorSpec((), torch.int64)} | policy_spec(self.rule)
+        spec = super().slot_spec() | {"before": TensorSpec((), torch.int32, low=-1)}
+        return (
+            spec
+            if self.rule is None
+            else spec | {"arrival": TensorSpec((), torch.int64, low=-1, high=ROWS_END)} | policy_spec(self.rule)
+        )
 
     def own_spec(self) -> StateSpec:
         """All slots, and the one written last where that is not told by the count of rows."""
-        return super().own_spec() | ({} if self.rule is None else {"last": TensorSpec((), torch.int32)})
+        own = super().own_spec()
+        # places are known once it is known how many there are
+        own["before"] = own["before"]._replace(high=self.slots - 1)
+        return own | ({} if self.rule is None else {"last": TensorSpec((), torch.int32, low=-1, high=self.slots - 1)})
 
     def start(self, banks: int) -> State:
         """Free slots without links."""

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from raymem.errors import InvalidInput, InvalidSpec, InvalidTrace, Unsupported
+from raymem.errors import Corrupt, InvalidInput, InvalidSpec, InvalidTrace, Unsupported
 from raymem.kernels.rls_update import information_update, leverage, ridge_factor, to_grid
 from raymem.memory.base import Dims, MergeRule, Options, Rows, Seed, State
 from raymem.memory.columns import take_columns
@@ -26,7 +26,7 @@ from raymem.memory.merging import check_states
 from raymem.memory.packing import Projection, pack
 from raymem.memory.reference import Addressing, Reference
 from raymem.memory.scope import joined_scopes
-from raymem.memory.spec import StateSpec, TensorSpec
+from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 
 _LEAST_ROWS, _LEAST_TOKENS = 8, 16
@@ -94,10 +94,19 @@ class Larimar(StateMemory):
         spec = {
             "gram": TensorSpec((rows, rows), wide),
             "cross": TensorSpec((rows, self.width), torch.float32 if self.narrow else wide),
-            "energy": TensorSpec((self.width,), wide),
+            "energy": TensorSpec((self.width,), wide, low=0),
         }
-        column = TensorSpec((self.width,), torch.int64)
-        return spec if self.dims.value else spec | {"slot_token": column, "slot_used": column}
+        token = TensorSpec((self.width,), torch.int64, low=-1, high=2**31 - 1)
+        used = token._replace(low=0, high=ROWS_END)
+        return spec if self.dims.value else spec | {"slot_token": token, "slot_used": used}
+
+    def load(self, tensors: State) -> State:
+        """As StateMemory.load; a sum of squares is symmetric, and with the ridge positive definite."""
+        state, gram = super().load(tensors), tensors["gram"]
+        ridged = gram + self.larimar.ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        if not torch.equal(gram, gram.mT) or bool(torch.linalg.cholesky_ex(ridged)[1]):
+            raise Corrupt("tensor 'gram' of a larimar bank is no sum of squares; the state is damaged")
+        return state
 
     def start(self, banks: int) -> State:
         """Sums of nothing."""

@@ -25,7 +25,7 @@ from raymem.memory.packing import Projection
 from raymem.memory.policies import Entries, PolicyName, policy
 from raymem.memory.scope import joined_scopes
 from raymem.memory.slots import SlotOptions, answered, narrowed, put, row_spec, rows_of
-from raymem.memory.spec import StateSpec, TensorSpec
+from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 
 _LEAST_SLOTS = 16
@@ -77,12 +77,14 @@ class Lemn(StateMemory):
 
     def slot_spec(self) -> StateSpec:
         """One slot: the row, its number (-1 where free), and what the policy keeps of it."""
-        row = row_spec(self.dims, self.key_dims, self.lemn.key_dtype) | {"arrival": TensorSpec((), torch.int64)}
+        row = row_spec(self.dims, self.key_dims, self.lemn.key_dtype) | {
+            "arrival": TensorSpec((), torch.int64, low=-1, high=ROWS_END)
+        }
         return row | policy_spec(self.policy)
 
     def own_spec(self) -> StateSpec:
         """All slots."""
-        return {name: TensorSpec((self.slots, *spec.shape), spec.dtype) for name, spec in self.slot_spec().items()}
+        return {name: spec._replace(shape=(self.slots, *spec.shape)) for name, spec in self.slot_spec().items()}
 
     def start(self, banks: int) -> State:
         """Free slots."""

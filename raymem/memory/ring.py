@@ -59,12 +59,15 @@ class RingMemory(StateMemory):
 
     def slot_spec(self) -> StateSpec:
         """Shapes and dtypes of one slot."""
-        spec = {"key": TensorSpec((self.key_dims,), STORED[self.ring.key_dtype]), "token": TensorSpec((), torch.int32)}
+        spec = {
+            "key": TensorSpec((self.key_dims,), STORED[self.ring.key_dtype]),
+            "token": TensorSpec((), torch.int32, low=-1),
+        }
         return spec | ({"value": TensorSpec((self.dims.value,))} if self.dims.value else {})
 
     def own_spec(self) -> StateSpec:
         """All slots."""
-        return {name: TensorSpec((self.slots, *spec.shape), spec.dtype) for name, spec in self.slot_spec().items()}
+        return {name: spec._replace(shape=(self.slots, *spec.shape)) for name, spec in self.slot_spec().items()}
 
     def start(self, banks: int) -> State:
         """Slots of zeros without a token."""

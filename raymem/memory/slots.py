@@ -34,7 +34,7 @@ class SlotOptions(Options):
 
 def row_spec(dims: Dims, key_dims: int, key_dtype: KeyDtype, tokens: int | None = None) -> StateSpec:
     """Shapes and dtypes of one row: its key, its next token (or `tokens` of them), its vector if rows carry one."""
-    token = TensorSpec(() if tokens is None else (tokens,), torch.int32)
+    token = TensorSpec(() if tokens is None else (tokens,), torch.int32, low=-1)
     spec = {"key": TensorSpec((key_dims,), STORED[key_dtype]), "token": token}
     return spec | ({"value": TensorSpec((dims.value,))} if dims.value else {})
 

@@ -20,7 +20,7 @@ from raymem.memory.base import Dims, Found, MergeRule, Options, Rows, Seed, Stat
 from raymem.memory.eviction import EvictionOptions
 from raymem.memory.packing import STORED, KeyDtype, Projection, pack, unpack
 from raymem.memory.rows import RowMemory, RowState
-from raymem.memory.spec import StateSpec, TensorSpec
+from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 
 _TOKEN_MAX = torch.iinfo(torch.int32).max
 
@@ -68,11 +68,11 @@ class Spalm(RowMemory):
         key, value = self._widths
         spec = {
             "key": TensorSpec((key,), self._stored),
-            "key_scale": TensorSpec(()),
-            "token": TensorSpec((), torch.int32),
-            "pos": TensorSpec((), torch.int64),
-            "seq": TensorSpec((), torch.int64),
-            "source": TensorSpec((), torch.int32),
+            "key_scale": TensorSpec((), low=0),
+            "token": TensorSpec((), torch.int32, low=-1),
+            "pos": TensorSpec((), torch.int64, low=0, high=ROWS_END),
+            "seq": TensorSpec((), torch.int64, low=0, high=ROWS_END),
+            "source": TensorSpec((), torch.int32, low=0),
         }
         return spec | ({"value": TensorSpec((value,), torch.bfloat16)} if value else {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,12 +11,20 @@ from torch import Tensor
 from raymem.errors import Corrupt
 from raymem.memory.base import State
 
+# no bank sees as many rows
+ROWS_END = 2**53
+
 
 class TensorSpec(NamedTuple):
-    """Shape and dtype of one tensor; a -1 in the shape stands for any length."""
+    """Shape, dtype and domain of one tensor; a -1 in the shape stands for any length.
+
+    Entries lie in `low` … `high`, None being no bound; those of float tensors are finite besides.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    low: float | None = None
+    high: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -33,8 +42,11 @@ class TensorSpec(NamedTuple):
 StateSpec = dict[str, TensorSpec]
 
 
-def check_state(kind: str, tensors: State, spec: StateSpec) -> None:
-    """Raise Corrupt unless `tensors` are exactly those that `spec` names."""
+def check_state(kind: str, tensors: State, spec: StateSpec, *, deep: bool = True) -> None:
+    """Raise Corrupt unless `tensors` are exactly those that `spec` names, each entry in its domain.
+
+    Without `deep`, only of those are the entries looked at that have one number a row.
+    """
     if tensors.keys() != spec.keys():
         odd = sorted(tensors.keys() ^ spec.keys())
         raise Corrupt(f"state of a {kind} bank has missing or unknown tensors {odd}; it was made with other options")
@@ -45,3 +57,17 @@ def check_state(kind: str, tensors: State, spec: StateSpec) -> None:
                 f"tensor {name!r} of a {kind} bank is {got.dtype} {list(got.shape)}; "
                 f"expected {wanted.dtype} {list(wanted.shape)}"
             )
+        if deep or len(wanted.shape) < 2:
+            require_domain(f"tensor {name!r} of a {kind} bank", wanted, tensors[name])
+
+
+def require_domain(what: str, spec: TensorSpec, tensor: Tensor) -> None:
+    """Raise Corrupt if an entry is outside the domain, naming it."""
+    bounded = spec.low is not None or spec.high is not None
+    if not tensor.numel() or not (bounded or tensor.is_floating_point()):
+        return
+    # NaN goes through both ends
+    least, most = (end.item() for end in torch.aminmax(tensor))
+    low, high = -math.inf if spec.low is None else spec.low, math.inf if spec.high is None else spec.high
+    if not (low <= least <= most <= high) or math.inf in (-least, most):
+        raise Corrupt(f"{what} holds {least} to {most}; expected finite entries of {low} to {high}")

@@ -15,7 +15,7 @@ from raymem.errors import InvalidSpec
 from raymem.memory.base import Dims, Found, Memory, Options, Rows, State
 from raymem.memory.packing import Projection
 from raymem.memory.scope import SCOPE_ROWS, sample, similarity
-from raymem.memory.spec import StateSpec, TensorSpec, check_state
+from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec, check_state
 
 
 class Batch(NamedTuple):
@@ -74,9 +74,9 @@ class StateMemory(Memory):
     def base_spec(self) -> StateSpec:
         """Shapes and dtypes of the tensors that every bounded kind has, for one bank."""
         return {
-            "count": TensorSpec((), torch.int64),
+            "count": TensorSpec((), torch.int64, low=0, high=ROWS_END),
             "scope_keys": TensorSpec((self.scope_rows, self.key_dims), torch.int8),
-            "scope_scale": TensorSpec((self.scope_rows,)),
+            "scope_scale": TensorSpec((self.scope_rows,), low=0),
         }
 
     def state_spec(self) -> StateSpec:
