@@ -228,9 +228,10 @@ class HttpBackend:
         del body["starts"]
         return _RECEIPT.validate_json(await self._call(routes.ERASE, name, json=body))
 
-    async def receipts(self, name: str) -> list[EraseReceipt]:
+    async def receipts(self, name: str, forget_names: bool) -> list[EraseReceipt]:
         """What was erased in a bank."""
-        return _RECEIPTS.validate_json(await self._call(routes.RECEIPTS, name))
+        route = routes.FORGET_NAMES if forget_names else routes.RECEIPTS
+        return _RECEIPTS.validate_json(await self._call(route, name))
 
     async def set_ttl(self, name: str, ttl_s: float | None) -> BankInfo:
         """Let rows expire."""

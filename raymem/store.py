@@ -368,9 +368,9 @@ class AsyncBank:
         what = Selection(stream, run, seq_from, seq_to, before, scope)
         return await self._backend.erase(self.name, what.check(), rebuild)
 
-    async def receipts(self) -> list[EraseReceipt]:
-        """The receipts of what was erased in this bank, oldest first; they stay when the bank is removed."""
-        return await self._backend.receipts(self.name)
+    async def receipts(self, *, forget_names: bool = False) -> list[EraseReceipt]:
+        """The receipts of erasures here, oldest first; `forget_names` leaves digests of names in finished ones."""
+        return await self._backend.receipts(self.name, forget_names)
 
     async def set_ttl(self, ttl_s: float | None) -> BankInfo:
         """Let rows expire that are older than `ttl_s` seconds, or none; the owner erases them in batches."""
@@ -570,9 +570,9 @@ class Bank:
         what = {"stream": stream, "run": run, "seq_from": seq_from, "seq_to": seq_to, "before": before}
         return self._loop.run(self._bank.erase(**what, scope=scope, rebuild=rebuild))  # type: ignore[arg-type]
 
-    def receipts(self) -> list[EraseReceipt]:
+    def receipts(self, *, forget_names: bool = False) -> list[EraseReceipt]:
         """As `AsyncBank.receipts`."""
-        return self._loop.run(self._bank.receipts())
+        return self._loop.run(self._bank.receipts(forget_names=forget_names))
 
     def set_ttl(self, ttl_s: float | None) -> BankInfo:
         """As `AsyncBank.set_ttl`."""

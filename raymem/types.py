@@ -6,6 +6,8 @@ Shape legend: `T` rows of a trace, `Q` queries, `L` layers, `D` hidden width, `K
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
 import re
 import time
@@ -455,7 +457,7 @@ class EraseReceipt:
     traces of what went. `exposed_rows` come later in the same runs, so that their states were computed with the erased
     rows in their context; `exposed` says which they are, up to 64 runs. `later_rows` came later in other runs of the
     same streams: whether those had the erased text in their prompts is not known. `same_rows` are, token and states,
-    the same as erased ones, under other names.
+    the same as erased ones, under other names. With `names_forgotten`, salted digests stand for stream and run.
     """
 
     id: str
@@ -478,6 +480,29 @@ class EraseReceipt:
     exposed: tuple[Exposed, ...] = ()
     later_rows: int = 0
     same_rows: int = 0
+    names_forgotten: bool = False
+
+    def is_about(self, stream: str, run: str | None = None) -> bool:
+        """Whether this stream was named, and this run or no run: also where the receipt has only their digests.
+
+        Raises:
+            InvalidName: what no stream or run can be called.
+        """
+        asked = [(self.what.stream, check_label("stream", stream))]
+        if run is not None and self.what.run is not None:
+            asked.append((self.what.run, check_label("run", run)))
+        return all(kept is not None and self._is_name(kept, name) for kept, name in asked)
+
+    def _is_name(self, kept: str, name: str) -> bool:
+        if not self.names_forgotten:
+            return kept == name
+        return hmac.compare_digest(kept, name_digest(name, bytes.fromhex(kept.split(":")[1])))
+
+
+def name_digest(name: str, salt: bytes) -> str:
+    """What stands for a name that is to be forgotten: who asks for that name finds it again, at some cost a guess."""
+    digest = hashlib.scrypt(name.encode(), salt=salt, n=2**14, r=8, p=1, dklen=32)
+    return f"scrypt:{salt.hex()}:{digest.hex()}"
 
 
 @dataclass(frozen=True)

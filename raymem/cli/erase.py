@@ -71,17 +71,31 @@ def erase(
 
 @bank.app.command("receipts")
 def receipts(
-    name: bank.Name, store: StoreOption = DEFAULT_STORE, cold: ColdOption = None, json_: JsonOption = False
+    name: bank.Name,
+    stream: Annotated[str | None, typer.Option("--stream", help="Only those that name this stream.")] = None,
+    forget_names: Annotated[
+        bool,
+        typer.Option("--forget-names", help="For good: salted digests for streams and runs, where it is finished."),
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    cold: ColdOption = None,
+    json_: JsonOption = False,
 ) -> None:
     """List what was erased in a bank; receipts stay when the bank is removed.
+
+    A name that was forgotten is found again by who asks for it with --stream, and shown to no one.
 
     For example:
 
         raymem bank receipts research/alice --json
+
+        raymem bank receipts research/alice --forget-names
+
+        raymem bank receipts research/alice --stream alice
     """
     with opened(store, cold) as memory:
-        found = memory.bank(name).receipts()
-    output.show(found, _table)
+        found = memory.bank(name).receipts(forget_names=forget_names)
+    output.show([receipt for receipt in found if stream is None or receipt.is_about(stream)], _table)
 
 
 @bank.app.command("ttl")

@@ -23,13 +23,15 @@ LISTED = 64
 # a condition with more names than this is slower than looking at all rows
 _NAMED = 256
 _NEVER = 2**63 - 1
+KEPT_NAMES = "the names of stream and run, which this receipt keeps: `raymem bank receipts BANK --forget-names`"
+FORGOTTEN = "salted digests of stream and run, which this receipt keeps: a guess at the name can be tried on them"
 OUT_OF_REACH = (
     "files that were exported before",
     "copies and backups of the storage that the cold store lies on",
     "banks that rows were merged into under other names, and what readers have kept",
     "weights that were trained, and calibrations and gates that were made, on this text",
     "passes of this text that a machine's cache keeps: there, `raymem cache clear --passes`",
-    "the names of stream and run, which this receipt keeps: `raymem bank receipts BANK --forget-names`",
+    KEPT_NAMES,
     "what a request that still runs, with the erased text in its context, writes to these runs from now on",
 )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import secrets
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -11,9 +14,10 @@ from pydantic import TypeAdapter
 from raymem.cold.catalog import part_prefix
 from raymem.cold.evidence import Evidence
 from raymem.cold.failures import reading, writing
+from raymem.cold.reach import FORGOTTEN, KEPT_NAMES
 from raymem.cold.tables import Tables, quote
-from raymem.errors import Corrupt
-from raymem.types import EraseReceipt
+from raymem.errors import Conflict, Corrupt
+from raymem.types import EraseReceipt, name_digest
 
 _TABLE = "receipts"
 _SCHEMA = pa.schema(
@@ -41,9 +45,12 @@ class Receipts:
 
     def put(self, receipt: EraseReceipt, evidence: Evidence) -> EraseReceipt:
         """Keep a receipt in place of the one of its id; durable when it returns."""
-        row = {name: getattr(receipt, name) for name in ("id", "bank", "bank_id", "status", "started")}
         # what rows would be known by is of use only while a check is still to come
-        known_by = evidence.to_json() if receipt.status == "pending" else ""
+        self._keep(receipt, evidence.to_json() if receipt.status == "pending" else "")
+        return receipt
+
+    def _keep(self, receipt: EraseReceipt, known_by: str) -> None:
+        row = {name: getattr(receipt, name) for name in ("id", "bank", "bank_id", "status", "started")}
         row |= {"receipt": _RECEIPT.dump_json(receipt).decode(), "evidence": known_by}
         with writing(f"keep the receipt of an erasure in {receipt.bank}"):
             table = self._tables.share(_TABLE, _SCHEMA.empty_table())
@@ -53,7 +60,6 @@ class Receipts:
                 table.optimize(cleanup_older_than=_KEEP_VERSIONS)
             if self._sync:
                 self._sync.sync()
-        return receipt
 
     def get(self, id: str) -> EraseReceipt | None:
         """The receipt of an id."""
@@ -68,6 +74,30 @@ class Receipts:
         where = f"bank = {quote(bank)} OR starts_with(bank, {quote(part_prefix(bank))})" if bank else "true"
         rows = self._rows(where)
         return [_receipt(row) for row in sorted(rows, key=lambda row: row["started"])]
+
+    def forget_names(self, bank: str) -> list[EraseReceipt]:
+        """Put salted digests for the names in those of a bank that are finished; return all, as `of` does.
+
+        The table's files keep the names for five minutes and until the next `tidy`.
+        """
+        for receipt in self.of(bank):
+            if receipt.status != "pending" and not receipt.names_forgotten:
+                self._keep(forgotten(receipt), "")
+        self.tidy()
+        return self.of(bank)
+
+    def tidy(self) -> None:
+        """Drop what only older versions of the table have."""
+        try:
+            table = self._tables.open(_TABLE)
+        except Corrupt as error:
+            if not error.details.get("missing"):
+                raise
+            return
+        # another process that writes to it tidies up, or the next sweep does
+        with suppress(Conflict), writing("clear the receipts of what they no longer say"):
+            if len(table.list_versions()) > 1:
+                table.optimize(cleanup_older_than=_KEEP_VERSIONS)
 
     def pending(self) -> list[tuple[EraseReceipt, Evidence]]:
         """The receipts of erasures that are not finished, with what their rows would be known by."""
@@ -88,6 +118,19 @@ class Receipts:
         with reading("read the receipts"):
             rows: list[dict[str, Any]] = table.search().where(where).to_arrow().to_pylist()
         return rows
+
+
+def forgotten(receipt: EraseReceipt) -> EraseReceipt:
+    """A receipt with salted digests for stream and run, and counts alone for the runs that stay."""
+    what, salt = receipt.what, secrets.token_bytes(16)
+    stream, run = (None if name is None else name_digest(name, salt) for name in (what.stream, what.run))
+    return dataclasses.replace(
+        receipt,
+        what=dataclasses.replace(what, stream=stream, run=run, starts=()),
+        exposed=(),
+        out_of_reach=tuple(FORGOTTEN if words == KEPT_NAMES else words for words in receipt.out_of_reach),
+        names_forgotten=True,
+    )
 
 
 def _receipt(row: dict[str, Any]) -> EraseReceipt:

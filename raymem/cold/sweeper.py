@@ -49,6 +49,8 @@ def sweep(cold: ColdStore, age_s: float, *, dry_run: bool = False) -> SweepRepor
             cold.tables.drop(name)
         deleted.append(name)
         size += sum(file.bytes for file in there)
+    if not dry_run:
+        cold.receipts.tidy()
     receipts = () if dry_run else tuple(_go_on(cold, *found, age_s) for found in cold.receipts.pending())
     return SweepReport(tuple(deleted), tuple(young), size, unfinished, receipts)
 

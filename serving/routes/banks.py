@@ -117,6 +117,12 @@ async def receipts(bank: BankDep) -> list[EraseReceipt]:
     return await bank.receipts()
 
 
+@serve(router, routes.FORGET_NAMES, InvalidName, StorageError)
+async def forget_names(bank: BankDep) -> list[EraseReceipt]:
+    """Put salted digests for the names of streams and runs in receipts that are finished; list all receipts."""
+    return await bank.receipts(forget_names=True)
+
+
 @serve(router, routes.TTL, BankNotFound, InvalidName, NotOwner, StorageError)
 async def set_ttl(bank: BankDep, body: Ttl) -> BankInfo:
     """Let rows expire that are older than so many seconds, or none."""

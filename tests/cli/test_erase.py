@@ -22,6 +22,16 @@ def test_what_followed_rows_goes_with_them_where_that_is_asked_for(raymem, alice
     assert raymem(*rows, "-y", "--scope", "all").code == 2
 
 
+def test_names_leave_the_receipts(raymem, alice):
+    raymem("bank", "erase", alice, "--stream", "s", "--run", "r", "--seq-from", 3, "--seq-to", 5, "-y")
+
+    forgot = raymem("bank", "receipts", alice, "--forget-names", "--json").json
+
+    assert forgot[0]["what"]["stream"].startswith("scrypt:")
+    assert raymem("bank", "receipts", alice, "--stream", "s", "--json").json == forgot
+    assert raymem("bank", "receipts", alice, "--stream", "t", "--json").json == []
+
+
 def test_rows_may_expire(raymem, alice):
     assert raymem("bank", "ttl", alice, "86400", "--json").json["ttl_s"] == 86400
     assert "for good" in raymem("bank", "ttl", alice, "none").out

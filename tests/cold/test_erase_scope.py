@@ -4,6 +4,7 @@ import dataclasses
 import random
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,75 @@ def test_nothing_by_which_rows_would_be_known_outlives_the_check(store, tiny, co
     bank.erase(**SPAN, scope="run")
 
     assert cold.tables.open("receipts").to_arrow()["evidence"].to_pylist() == [""]
+
+
+def texts(cold: ColdStore, table: str) -> str:
+    """All that the files of a table hold, decoded and as it lies there."""
+    files = Files(cold.tables)
+    found = []
+    for file in files.of(table):
+        found.append(Path("/", file.path).read_bytes().decode("latin-1"))
+        if file.holds_rows:
+            found += [str(batch.to_pydict()) for batch in files.rows(file)]
+    return "\n".join(found)
+
+
+def test_names_are_forgotten_and_found_again_by_who_knows_them(store, tiny, cold, monkeypatch):
+    bank = store.create("lab/a", tiny.spec())
+    fill(bank, tiny, (0, 33))
+    bank.erase(**SPAN)
+    bank.erase(stream="bob")
+    bank.erase(before=2.0)
+    assert "alice" in texts(cold, "receipts")
+    # the versions before would stay for five minutes
+    monkeypatch.setattr("raymem.cold.receipts._KEEP_VERSIONS", timedelta(milliseconds=1))
+
+    one, other, third = bank.receipts(forget_names=True)
+
+    assert bank.receipts() == [one, other, third]
+    assert all(receipt.names_forgotten and receipt.exposed == () for receipt in (one, other, third))
+    assert (one.exposed_rows, one.what.seq_from, third.what.stream) == (24, 5, None)
+    assert one.what.stream != other.what.stream
+    about = [
+        [receipt.is_about(*name) for receipt in (one, other, third)] for name in (("alice",), ("bob",), ("carol",))
+    ]
+    assert about == [[True, False, False], [False, True, False], [False, False, False]]
+    assert [one.is_about("alice", run) for run in ("r1", "r2")] == [True, False]
+    assert other.is_about("bob", "r1")
+    for receipt in (one, other, third):
+        assert not any("the names of stream and run" in words for words in receipt.out_of_reach)
+    assert not any(name in texts(cold, "receipts") for name in ("alice", "bob", "'r1'"))
+    # once is enough: the salt stays
+    assert bank.receipts(forget_names=True) == [one, other, third]
+
+
+def test_a_sweep_clears_the_receipts_of_what_they_no_longer_say(store, tiny, cold, monkeypatch):
+    bank = store.create("lab/a", tiny.spec())
+    fill(bank, tiny, (0, 33))
+    bank.erase(stream="alice")
+    bank.receipts(forget_names=True)
+    assert "alice" in texts(cold, "receipts")
+    monkeypatch.setattr("raymem.cold.receipts._KEEP_VERSIONS", timedelta(milliseconds=1))
+
+    store.sweep(dry_run=True)
+    assert "alice" in texts(cold, "receipts")
+    store.sweep()
+
+    assert "alice" not in texts(cold, "receipts")
+    assert bank.receipts()[0].is_about("alice")
+
+
+def test_an_open_receipt_keeps_the_names_that_it_needs(store, tiny, monkeypatch):
+    bank = store.create("lab/a", tiny.spec())
+    fill(bank, tiny, (0, 33))
+    with monkeypatch.context() as patched:
+        patched.setattr(erasure, "finish", _fails)
+        with pytest.raises(StorageError):
+            bank.erase(stream="alice")
+
+    assert [receipt.names_forgotten for receipt in bank.receipts(forget_names=True)] == [False]
+    assert [receipt.status for receipt in store.sweep().receipts] == ["complete"]
+    assert [receipt.names_forgotten for receipt in bank.receipts(forget_names=True)] == [True]
 
 
 @pytest.mark.parametrize("scope", ["row", "", None, 1, ["run"], "x" * 300])

@@ -269,6 +269,9 @@ step("Bank.read", "after an erasure")(lambda on: on.bank.read(on.tiny.trace(7).h
 step("Bank.digest", "after an erasure")(lambda on: on.bank.digest())
 step("Bank.write", "after an erasure")(lambda on: on.bank.write(on.tiny.trace(4, run="one")))
 step("Bank.receipts", "of a bank")(lambda on: on.bank.receipts())
+step("Bank.receipts", "that forgot names")(
+    lambda on: [each.is_about("s") for each in on.bank.receipts(forget_names=True) if each.names_forgotten]
+)
 step("Bank.receipts", "of no bank")(lambda on: on.other("none").receipts())
 step("Bank.set_ttl", "sets it")(lambda on: on.bank.set_ttl(1e9))
 step("Bank.set_ttl", "takes it away")(lambda on: on.bank.set_ttl(None))
