@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from raymem.errors import ConfigError
 
@@ -69,15 +69,50 @@ class HostSettings(_Section):
 class GatewaySettings(_Section):
     """Memory over HTTP. Loopback unless told otherwise; an empty `api_keys` leaves the door to loopback callers.
 
+    A body has `max_body_bytes` at most, one in JSON `max_json_bytes`; all bodies that are held in memory at one time
+    have `max_held_bytes`, those of one caller half of it or one body. A connection is dropped that keeps the gateway
+    waiting for `wait_s` seconds: for the end of a request's head, or for bytes, sent or taken, at `min_rate` a second.
+    When there are `max_connections`, the one that has kept the gateway waiting for longest makes room for the next.
+
     A client waits `retry_s` at most for a gateway that says that it has too much to do.
     """
+
+    # what pydantic says of a bad value must not show a key
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     host: str = "127.0.0.1"
     port: int = Field(default=8765, ge=0, le=65535)
     max_body_bytes: int = Field(default=512 * 2**20, ge=1024)
+    max_json_bytes: int = Field(default=8 * 2**20, ge=1024)
+    max_held_bytes: int = Field(default=2**30, ge=1024)
+    max_connections: int = Field(default=1024, ge=8)
+    wait_s: float = Field(default=10.0, gt=0)
+    min_rate: int = Field(default=4096, ge=1)
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     retry_s: float = Field(default=30.0, ge=0)
     model: str = "smollm2-135m"
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_are_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        for number, key in enumerate(keys, 1):
+            check_key(key, f"key {number} of {len(keys)}")
+        return keys
+
+
+def check_key(key: str, what: str) -> str:
+    """Return an API key if it can be one; the error never shows it.
+
+    Raises:
+        ConfigError: it is empty, begins or ends with a blank, or has characters that can't be printed.
+    """
+    if not key:
+        raise ConfigError(f"{what} is empty: remove the comma too much, or give the key a value")
+    if key != key.strip():
+        raise ConfigError(f"{what} begins or ends with a blank: remove it")
+    if not key.isprintable():
+        raise ConfigError(f"{what} has a character that can't be printed: use letters, digits and signs")
+    return key
 
 
 class ActorSettings(_Section):
@@ -135,7 +170,12 @@ def _put(data: dict[str, Any], name: str, value: str) -> None:
     if not key:
         raise ConfigError(f"{name} is no setting; write {PREFIX}SECTION__KEY, for example {PREFIX}GATEWAY__PORT")
     target = data.setdefault(section, {})
-    target[key] = value.split(",") if key == "api_keys" else value
+    target[key] = _keys(value) if key == "api_keys" else value
+
+
+def _keys(value: str) -> list[str]:
+    # a variable that is set to nothing is how one takes the keys away
+    return [key.strip() for key in value.split(",")] if value.strip() else []
 
 
 def _explain(error: ValidationError, cls: type[BaseModel]) -> str:

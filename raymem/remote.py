@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from raymem import routes, wire
-from raymem.config import GatewaySettings, Settings
+from raymem.config import GatewaySettings, Settings, check_key
 from raymem.encode.calibration import Calibration
 from raymem.errors import BackendUnavailable, InvalidInput, Overloaded, RaymemError, StorageError
 from raymem.memory.learned import Learned
@@ -74,8 +74,9 @@ class HttpBackend:
 
         Raises:
             BackendUnavailable: nothing answers there, or no raymem gateway.
+            ConfigError: the key can't be one.
         """
-        headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
+        headers = {b"Authorization": f"Bearer {check_key(api_key, 'the API key')}".encode()} if api_key else {}
         client = httpx.AsyncClient(base_url=address, headers=headers, timeout=_TIMEOUT)
         backend = cls(client, settings.gateway)
         try:

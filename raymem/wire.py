@@ -23,9 +23,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from raymem.cold.rows import JournalRows
+from raymem.cold.rows import JournalRows, is_journal
 from raymem.errors import Corrupt, InvalidInput, RaymemError, TooLarge
 from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
+from raymem.wire_limits import MOST_DEEP, check_arrow, check_msgpack
 
 MAX_BYTES = 2**30
 
@@ -45,7 +46,7 @@ _DTYPES = {
     if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
 }
 _PLAIN = (type(None), bool, int, float, str, bytes)
-_DEEPEST = 32
+_DEEPEST = MOST_DEEP
 _MOST_ELEMENTS = 2**48
 
 assert sys.byteorder == "little", "tensors travel in the byte order of the machine"
@@ -72,14 +73,18 @@ def pack(obj: Any, max_bytes: int = MAX_BYTES) -> bytes:
     return data
 
 
-def unpack(data: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES) -> Any:
+def unpack(data: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES, max_items: int | None = None) -> Any:
     """Read what `pack` wrote; tensors are new, writable and on the CPU.
 
+    `max_items` is for messages of strangers: so many items are read at most, a map's keys counted.
+
     Raises:
-        TooLarge: more bytes than allowed, naming both numbers.
+        TooLarge: more bytes or items than allowed, naming the numbers.
         Corrupt: not msgpack, an unknown extension or noun, a tensor or field that does not hold what it says.
     """
     _within(data, max_bytes)
+    if max_items is not None:
+        check_msgpack(memoryview(data), max_items)
     try:
         return msgpack.unpackb(
             data,
@@ -123,18 +128,23 @@ def traces_from_arrow(data: bytes | bytearray | memoryview, max_bytes: int = MAX
     A trace ends where the run or the time changes or seq jumps; neighbours that follow each other come as one.
 
     Raises:
-        TooLarge: more bytes than allowed, naming both numbers.
-        Corrupt: not such a stream, or a row that does not match its checksum.
+        TooLarge: more bytes, batches or rows than allowed, naming the limit.
+        Corrupt: not such a stream, a compressed one, or a row that does not match its checksum.
     """
     _within(data, max_bytes)
     try:
+        check_arrow(data)
         with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
+            if not is_journal(reader.schema):
+                raise Corrupt(f"not an Arrow stream of rows: its columns are {str(reader.schema)[:200]!r}")
             table = reader.read_all()
         table.validate(full=True)
         said = (table.schema.metadata or {}).get(_MADE_BY)
         made = None if said is None else Fingerprint.model_validate_json(said)
         found = [trace for piece in JournalRows.from_arrow(table) for trace in traces_of(piece.verify())]
         return [replace(trace, fingerprint=made) for trace in found]
+    except TooLarge:
+        raise
     except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise Corrupt(f"not an Arrow stream of rows: {type(error).__name__}: {str(error)[:200]}") from error
 

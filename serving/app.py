@@ -8,13 +8,15 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPBearer
 from pydantic.json_schema import models_json_schema
 
 import raymem
 from raymem.config import Settings
-from raymem.serving import errors
-from raymem.serving.door import Door
+from raymem.serving import docs, errors
+from raymem.serving.door import DOCS, Door
+from raymem.serving.intake import Budget
 from raymem.serving.metrics import Counted, Metrics
 from raymem.serving.recall import Reader
 from raymem.serving.routes import banks, history, rows, store
@@ -39,10 +41,16 @@ def create_app(store_or_opener: AsyncStore | Opener, settings: Settings | None =
         version=raymem.__version__,
         description='Memory banks of hidden states. Errors are `{"error": {code, message, details}}` everywhere.',
         lifespan=_lifespan(store_or_opener),
+        # FastAPI's own pages load scripts from elsewhere, which could then do here what they like
+        docs_url=None,
+        redoc_url=None,
+        # a slash too much is an error, not a second request with its body
+        redirect_slashes=False,
     )
     app.state.settings = settings.gateway
     app.state.reader = Reader(settings.gateway.model)
     app.state.metrics = Metrics()
+    app.state.budget = Budget(settings.gateway)
     # the door checks the key itself, before any body is read; this only tells OpenAPI
     keyed = [Depends(HTTPBearer(auto_error=False, description="One of gateway.api_keys."))]
     for router in (banks.router, history.router, rows.router, store.router):
@@ -52,6 +60,7 @@ def create_app(store_or_opener: AsyncStore | Opener, settings: Settings | None =
     app.add_middleware(Door, settings=settings.gateway)
     app.add_middleware(Counted, metrics=app.state.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.add_route(DOCS, lambda _request: HTMLResponse(docs.page(app.openapi())))
     return app
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import NamedTuple, TypeVar
 
 from fastapi import Request, Response
@@ -11,12 +10,15 @@ from torch import Tensor
 
 from raymem import routes, wire
 from raymem.errors import InvalidInput
-from raymem.serving.errors import invalid
+from raymem.serving.errors import explain
+from raymem.serving.intake import ROWS, check_json, read_aside
 from raymem.serving.schemas import ReadAnswer, ReadBody, WriteBody
 from raymem.store import AsyncBank
 from raymem.types import Readout, Trace
 
 _MOMENTS = (str, int, float, type(None))
+# a trace has three dozen, and as many more as its fingerprint has layers
+_MOST_ITEMS = 1024
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -41,14 +43,14 @@ async def read_traces(request: Request, bank: AsyncBank, max_bytes: int) -> list
     kind = _content_type(request, routes.JSON, routes.MSGPACK, routes.ARROW)
     data = await request.body()
     if kind == routes.ARROW:
-        return await asyncio.to_thread(wire.traces_from_arrow, data, max_bytes)
+        return await read_aside(len(data), wire.traces_from_arrow, data, max_bytes)
     if kind == routes.MSGPACK:
-        trace = await asyncio.to_thread(wire.unpack, data, max_bytes)
+        trace = await read_aside(len(data), wire.unpack, data, max_bytes, _MOST_ITEMS)
         if not isinstance(trace, Trace):
             raise InvalidInput(f"the message holds a {type(trace).__name__}; a write takes a Trace")
         return [trace]
-    body = await asyncio.to_thread(_parse, WriteBody, data)
-    return [body.trace((await bank.info()).spec.fingerprint)]
+    body = await read_aside(len(data), _parse, WriteBody, data)
+    return [await read_aside(len(data), body.trace, (await bank.info()).spec.fingerprint)]
 
 
 async def read_query(request: Request, bank: AsyncBank, max_bytes: int) -> ReadQuery:
@@ -60,9 +62,9 @@ async def read_query(request: Request, bank: AsyncBank, max_bytes: int) -> ReadQ
     kind = _content_type(request, routes.JSON, routes.MSGPACK)
     data = await request.body()
     if kind == routes.MSGPACK:
-        return _query(await asyncio.to_thread(wire.unpack, data, max_bytes))
-    body = await asyncio.to_thread(_parse, ReadBody, data)
-    queries = body.queries((await bank.info()).spec.fingerprint)
+        return _query(await read_aside(len(data), wire.unpack, data, max_bytes, _MOST_ITEMS))
+    body = await read_aside(len(data), _parse, ReadBody, data)
+    queries = await read_aside(len(data), body.queries, (await bank.info()).spec.fingerprint)
     return ReadQuery(queries, body.k, body.start, body.as_of, body.allow_partial)
 
 
@@ -81,10 +83,11 @@ def _content_type(request: Request, *known: str) -> str:
 
 
 def _parse(model: type[M], data: bytes) -> M:
+    check_json(data, ROWS)
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        raise invalid(list(error.errors())) from error
+        raise explain(error) from error
 
 
 def _query(message: object) -> ReadQuery:

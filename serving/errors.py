@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import pydantic_core
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
+from raymem import routes
 from raymem.errors import (
     InvalidInput,
     NotFound,
@@ -26,32 +30,68 @@ from raymem.serving.schemas import ErrorBody
 
 log = get_logger("raymem.gateway")
 # any route can answer with these
-_ALWAYS: tuple[type[RaymemError], ...] = (Unauthorized, InvalidInput, TooLarge, Overloaded, RaymemError, Unavailable)
+_ALWAYS: tuple[type[RaymemError], ...] = (
+    *(Unauthorized, InvalidInput, TooLarge, Overloaded, RaymemError, Unavailable, StorageError),
+)
+# and with these of the server itself, before a route is asked
+NOT_HTTP, TOO_SLOW, HEAD_TOO_LARGE = 400, 408, 431
+_SERVER = {
+    NOT_HTTP: "`invalid_input`: What came is no HTTP, or its body ended early.",
+    TOO_SLOW: "`invalid_input`: The request did not arrive in time.",
+    HEAD_TOO_LARGE: "`too_large`: The address and headers are over the limit.",
+}
+# a name in an address may hold an encoded slash, and then leads elsewhere
+_ELSEWHERE = {405: "`invalid_input`: The method is not one of this address."}
+_LONGEST = 200
 
 
-def respond(error: RaymemError) -> Response:
-    """An error as a response: `{"error": {code, message, details}}` with the status of its class."""
+class Carried(HTTPException):
+    """A RaymemError on its way through code that only lets HTTP errors pass."""
+
+    def __init__(self, error: RaymemError, status: int | None = None) -> None:
+        super().__init__(status or error.http_status, error.message)
+        self.error = error
+
+
+def respond(error: RaymemError, status: int | None = None) -> Response:
+    """An error as a response: `{"error": {code, message, details}}` with the status of its class, or another."""
     headers = {}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    body = json.dumps({"error": error.to_wire()}, default=str)
-    return Response(body, error.http_status, headers, media_type="application/json")
+    return Response(encode({"error": error.to_wire()}), status or error.http_status, headers, media_type=routes.JSON)
 
 
-def documented(*errors: type[RaymemError]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` for a route: its own errors and those that every route has."""
+def encode(answer: dict[str, Any]) -> bytes:
+    """JSON that every parser takes: null for what is no number, text for what JSON doesn't know."""
+    return pydantic_core.to_json(_clean(answer), inf_nan_mode="null", fallback=str)
+
+
+def _clean(data: Any) -> Any:
+    if isinstance(data, str):
+        # half of a surrogate pair is no text in any encoding
+        return data.encode("utf-8", "replace").decode()
+    if isinstance(data, bytes):
+        return repr(data)
+    if isinstance(data, dict):
+        return {_clean(str(key)): _clean(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_clean(value) for value in data]
+    return data
+
+
+def documented(*errors: type[RaymemError], elsewhere: bool = False) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` for a route: its own errors and those that every route has; `elsewhere` adds 405."""
     by_status: dict[int, list[type[RaymemError]]] = {}
-    for error in (*errors, *(cls for cls in _ALWAYS if cls not in errors)):
+    for error in dict.fromkeys((*errors, *_ALWAYS)):
         by_status.setdefault(error.http_status, []).append(error)
-    return {
-        status: {
-            "model": ErrorBody,
-            "description": " ".join(f"`{cls.code}`: {(cls.__doc__ or '').splitlines()[0]}" for cls in classes),
-        }
-        for status, classes in sorted(by_status.items())
+    told = {
+        status: " ".join(f"`{cls.code}`: {(cls.__doc__ or '').splitlines()[0]}" for cls in classes)
+        for status, classes in by_status.items()
     }
+    told |= _SERVER | (_ELSEWHERE if elsewhere else {})
+    return {status: {"model": ErrorBody, "description": text} for status, text in sorted(told.items())}
 
 
 def install(app: FastAPI) -> None:
@@ -59,6 +99,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RaymemError, _on_raymem)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
 
 
@@ -71,27 +112,42 @@ async def _on_raymem(_request: Request, error: Exception) -> Response:
 
 async def _on_validation(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return respond(invalid(list(error.errors())))
+    return respond(invalid(error.errors()))
 
 
-def invalid(problems: list[Any]) -> InvalidInput:
+def explain(error: ValidationError) -> InvalidInput:
+    """A body that pydantic refused, as `invalid` tells it."""
+    return invalid(error.errors(include_url=False, include_context=False, include_input=False))
+
+
+def invalid(problems: Sequence[Any]) -> InvalidInput:
     """What pydantic found, as one sentence about the first problem; the others are in the details."""
-    told = [{"where": ".".join(str(part) for part in it["loc"]), "problem": it["msg"]} for it in problems]
-    more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
-    return InvalidInput(f"{told[0]['where']}: {told[0]['problem']}{more}", problems=told[:20])
+    told = [
+        {"where": ".".join(str(part)[:_LONGEST] for part in it["loc"]), "problem": str(it["msg"])[:_LONGEST]}
+        for it in problems[:20]
+    ]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return InvalidInput(f"{told[0]['where']}: {told[0]['problem']}{more}", problems=told)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    carried = getattr(error, "error", None)
-    if isinstance(carried, RaymemError):
-        return respond(carried)
+    if isinstance(error, Carried):
+        return respond(error.error, error.status_code)
+    path = request.url.path[:_LONGEST]
     if error.status_code == NotFound.http_status:
-        return respond(NotFound(f"there is nothing at {request.url.path}; /docs lists what there is"))
-    wire = InvalidInput(f"{request.method} {request.url.path}: {error.detail}").to_wire()
-    return JSONResponse({"error": wire}, error.status_code, headers=error.headers)
+        return respond(NotFound(f"there is nothing at {path}; /docs lists what there is"))
+    answer = respond(InvalidInput(f"{request.method} {path}: {error.detail}"), error.status_code)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    # the caller is gone: nothing went wrong here, and the answer has no reader
+    return respond(InvalidInput("the body ended before its end"), NOT_HTTP)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    log.error("unexpected error", path=request.url.path, error=repr(error))
-    return respond(RaymemError(f"the gateway failed on {request.method} {request.url.path}; its log says why"))
+    path = request.url.path[:_LONGEST]
+    log.error("unexpected error", path=path, error=repr(error)[:2000])
+    return respond(RaymemError(f"the gateway failed on {request.method} {path}; its log says why"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from http import HTTPMethod
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -12,6 +13,8 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+# a caller must not make labels
+_METHODS = frozenset(HTTPMethod)
 
 
 class Metrics:
@@ -28,8 +31,9 @@ class Metrics:
     def count(self, scope: Scope, status: int, seconds: float) -> None:
         """Count one request under its route's template, so that bank names make no labels."""
         route = getattr(scope.get("route"), "path", "none")
-        self._requests.labels(scope["method"], route, str(status)).inc()
-        self._seconds.labels(scope["method"], route).observe(seconds)
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._requests.labels(method, route, str(status)).inc()
+        self._seconds.labels(method, route).observe(seconds)
 
     def render(self, stats: dict[str, Any]) -> bytes:
         """The text page, with the numbers in a store's `stats` as gauges."""

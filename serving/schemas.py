@@ -64,8 +64,11 @@ class PackedTensor(_Request):
         return torch.frombuffer(data, dtype=dtype).reshape(self.shape) if data else torch.zeros(self.shape, dtype=dtype)
 
 
-Floats3 = PackedTensor | list[list[list[float]]]
-Floats2 = PackedTensor | list[list[float]]
+# one wrong number is told; a body full of them is not read on
+_Row = Annotated[list[float], Field(fail_fast=True)]
+_Rows = Annotated[list[_Row], Field(fail_fast=True)]
+Floats3 = PackedTensor | Annotated[list[_Rows], Field(fail_fast=True)]
+Floats2 = PackedTensor | _Rows
 
 
 class Create(_Request):
@@ -82,7 +85,7 @@ class WriteBody(_Request):
     stream: str
     run: str
     seq: int = 0
-    tokens: list[Token]
+    tokens: Annotated[list[Token], Field(fail_fast=True)]
     hidden: Floats3
     values: Floats2 | None = None
     time: float | None = None

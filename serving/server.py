@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 import uvicorn
+from fastapi import FastAPI
 
 from raymem.config import Settings
 from raymem.errors import ConfigError
 from raymem.serving.app import create_app
+from raymem.serving.connections import BoundedConfig, Limits, watch
 from raymem.serving.door import check_bind
+from raymem.serving.quiet import keep_quiet
 from raymem.store import AsyncStore
 
 Listening = Callable[[str, str], None]
+# requests that are being worked on may end; a caller that doesn't take its answer is not waited for
+_GRACE_S = 30
+_LAST_WAIT_S = 2.0
+_DESCRIPTORS = 2**16
+_QUEUE = 2048
 
 
 def run(uri: str, cold: str | None, settings: Settings, on_listen: Listening | None = None) -> None:
@@ -43,19 +53,59 @@ async def _serve(
     async def opener() -> AsyncStore:
         return store
 
-    config = uvicorn.Config(create_app(opener, settings), log_level="warning", timeout_graceful_shutdown=30)
-    server = _Server(config, lambda: on_listen(address(listener), uri) if on_listen else None)
-    await server.serve(sockets=[listener])
+    await make_server(create_app(opener, settings), settings, lambda: _listens(listener, uri, on_listen)).serve(
+        [listener]
+    )
+
+
+def _listens(listener: socket.socket, uri: str, on_listen: Listening | None) -> None:
+    if on_listen:
+        on_listen(address(listener), uri)
+
+
+def make_server(app: FastAPI, settings: Settings, on_start: Callable[[], None] = lambda: None) -> uvicorn.Server:
+    """A server for an app of `create_app` that callers can't keep waiting; `on_start` is called once it answers."""
+    keep_quiet()
+    descriptors = _raise_descriptors()
+    limits = Limits.of(settings.gateway, descriptors)
+    # so many connections are taken before the first of them is looked at
+    backlog = max(16, min(128, descriptors // 16))
+    config = BoundedConfig(app, limits, timeout_graceful_shutdown=_GRACE_S, backlog=backlog)
+    return _Server(config, limits, on_start)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_listen: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, limits: Limits, on_start: Callable[[], None]) -> None:
         super().__init__(config)
-        self._on_listen = on_listen
+        self._limits = limits
+        self._on_start = on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._watch = asyncio.create_task(watch(self.server_state.connections))
         await super().startup(sockets)
-        self._on_listen()
+        for listener in sockets or []:
+            # asyncio takes `backlog` at once; more may queue, or a caller who finds the queue full waits for a second
+            listener.listen(_QUEUE)
+        self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._limits.wait_s = min(self._limits.wait_s, _LAST_WAIT_S)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
+
+
+def _raise_descriptors() -> int:
+    """Allow this process as many open files as it may have, within reason; return how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -70,7 +120,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError, ValueError) as error:
         listener.close()
         raise ConfigError(f"can't listen on {host}:{port}: {error}; choose another with --host and --port") from error
     return listener

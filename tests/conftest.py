@@ -142,17 +142,15 @@ def raymem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 @contextmanager
 def _gateway(folder: Path, settings: Any, wrap: Callable[[Any], Any] = lambda app: app) -> Iterator[str]:
-    import uvicorn
-
     from raymem import AsyncStore
     from raymem.serving.app import create_app
-    from raymem.serving.server import address, bind
+    from raymem.serving.server import address, bind, make_server
 
     async def opener() -> AsyncStore:
         return await AsyncStore.connect(folder, settings=settings)
 
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(wrap(create_app(opener, settings)), log_level="warning"))
+    server = make_server(wrap(create_app(opener, settings)), settings)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     try:

@@ -13,7 +13,9 @@ from raymem.cli.options import DEFAULT_STORE, ColdOption, JsonOption, StoreOptio
 
 def serve(
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on; 127.0.0.1 unless set.")] = None,
-    port: Annotated[int | None, typer.Option("--port", help="Port; 8765 unless set, 0 for any.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="Port; 8765 unless set, 0 for any.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     cold: ColdOption = None,
     json_: JsonOption = False,

@@ -224,6 +224,19 @@ def journal_schema(dtype: torch.dtype, layers: int, width: int) -> pa.Schema:
     )
 
 
+def is_journal(schema: pa.Schema) -> bool:
+    """Whether a schema is that of a journal of some dtype, layers and width; which columns may be null is not asked.
+
+    Raises:
+        LookupError, AttributeError, ValueError: it has no `hidden` of fixed lists, or no number of layers.
+    """
+    hidden, layers = schema.field("hidden").type, int(schema.metadata[_LAYERS])
+    if layers < 1 or hidden.list_size < layers or hidden.list_size % layers:
+        return False
+    wanted = journal_schema(_HIDDEN_DTYPES[hidden.value_type], layers, hidden.list_size // layers)
+    return bool(schema.names == wanted.names and schema.types == wanted.types)
+
+
 def bank_schema(spec: BankSpec, holes: Holes | None = None) -> pa.Schema:
     """The Arrow schema of a bank's journal; where rows were erased, its metadata says which positions have none."""
     fingerprint = spec.fingerprint

@@ -25,11 +25,12 @@ from raymem.errors import (
     StorageError,
     Unsupported,
 )
+from raymem.serving.intake import Intake
 from raymem.serving.routes.common import BankDep, NameDep, StoreDep, serve
 from raymem.serving.schemas import Attach, Create, Digest, Erase, Grow, Migrate, Pin, Tag, Tags, Ttl
 from raymem.types import BankInfo, EraseReceipt, MigrationReport, RebalanceReport
 
-router = APIRouter(tags=["banks"])
+router = APIRouter(tags=["banks"], route_class=Intake)
 _BODY = {"content": {routes.BYTES: {"schema": {"type": "string", "format": "binary"}}}}
 
 

@@ -8,18 +8,24 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, Path, Request
 
 from raymem.config import GatewaySettings
-from raymem.errors import RaymemError
+from raymem.errors import BankNotFound, Conflict, RaymemError, Unsupported
 from raymem.routes import Route
 from raymem.serving.errors import documented
 from raymem.serving.recall import Reader
 from raymem.store import AsyncBank, AsyncStore
+
+# a verb on a bank may find it gone, changed under its hands, or of a kind that refuses
+_OF_A_BANK = (BankNotFound, Conflict, Unsupported)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def serve(router: APIRouter, route: Route, *errors: type[RaymemError], **options: Any) -> Callable[[F], F]:
     """Put a handler where the table says, with its errors documented."""
-    return router.api_route(route.path, methods=[route.method], responses=documented(*errors), **options)
+    named = "{bank}" in route.path
+    every = (*errors, *(_OF_A_BANK if named else ()))
+    told = documented(*every, elsewhere=named)
+    return router.api_route(route.path, methods=[route.method], responses=told, **options)
 
 
 def get_store(request: Request) -> AsyncStore:

@@ -16,11 +16,12 @@ from raymem.errors import (
     TagNotFound,
     Unsupported,
 )
+from raymem.serving.intake import Intake
 from raymem.serving.routes.common import BankDep, NameDep, StoreDep, serve
 from raymem.serving.schemas import Fork, Merge, Restore, Tag, Tags
 from raymem.types import BankInfo, MergeReport, RestoreReport
 
-router = APIRouter(tags=["history"])
+router = APIRouter(tags=["history"], route_class=Intake)
 
 
 @serve(router, routes.UNTAG, BankNotFound, InvalidName, TagNotFound, StorageError)

@@ -21,12 +21,15 @@ from raymem.errors import (
     TagNotFound,
 )
 from raymem.serving.codec import answer_readout, read_query, read_traces
+from raymem.serving.intake import Intake
 from raymem.serving.recall import recall
 from raymem.serving.routes.common import BankDep, ReaderDep, SettingsDep, serve
 from raymem.serving.schemas import ReadAnswer, ReadBody, RecallAnswer, RecallBody, Tokens, WriteBody
 from raymem.types import Ack
 
-router = APIRouter(tags=["rows"])
+router = APIRouter(tags=["rows"], route_class=Intake)
+# a row's number in its run, as the journal keeps it
+Seq = Annotated[int, Query(ge=0, lt=2**63)]
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -89,8 +92,8 @@ async def tokens(
     bank: BankDep,
     stream: str,
     run: str,
-    seq_from: Annotated[int, Query(ge=0)],
-    seq_to: Annotated[int, Query(ge=0)],
+    seq_from: Seq,
+    seq_to: Seq,
 ) -> Tokens:
     """List the token ids of a run's rows from `seq_from` to `seq_to` (exclusive), in order."""
     return Tokens(tokens=(await bank.tokens(stream, run, seq_from, seq_to)).tolist())

@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import Field
 
 import raymem
 from raymem import routes
 from raymem.encode.calibration import Calibration
 from raymem.errors import CalibrationNotFound, Conflict, Corrupt, InvalidInput, NotFound, StorageError
 from raymem.memory.learned import Learned, name_of
+from raymem.serving.intake import Intake
 from raymem.serving.metrics import CONTENT_TYPE, Metrics
 from raymem.serving.routes.common import StoreDep, serve
 from raymem.serving.schemas import CalibrationHash, Drain, Health, Nodes, ParamsName
 from raymem.types import DrainReport, ShardInfo, SweepReport
 
-router = APIRouter(tags=["store"])
-probes = APIRouter(tags=["probes"])
+router = APIRouter(tags=["store"], route_class=Intake)
+probes = APIRouter(tags=["probes"], route_class=Intake)
+# as many as a model has, and more
+Layers = Annotated[list[Annotated[int, Field(ge=0, lt=2**16)]], Query(min_length=1, max_length=256)]
 _BODY = {"content": {routes.BYTES: {"schema": {"type": "string", "format": "binary"}}}}
 
 
@@ -34,7 +38,7 @@ async def put_calibration(store: StoreDep, request: Request) -> CalibrationHash:
 
 
 @serve(router, routes.CALIBRATION, CalibrationNotFound, response_class=Response)
-async def calibration(store: StoreDep, content: str, layers: Annotated[list[int], Query()]) -> Response:
+async def calibration(store: StoreDep, content: str, layers: Layers) -> Response:
     """Get the calibration of a model's content hash and layers, a safetensors file."""
     found = await store.calibration(content, tuple(layers))
     return Response(found.to_bytes(), media_type=routes.BYTES)

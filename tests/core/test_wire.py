@@ -1,8 +1,10 @@
 import math
+from collections.abc import Callable
 from dataclasses import fields
 
 import msgpack
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from raymem.encode.keys import to_bits
 from raymem.errors import BankNotFound, Corrupt, InvalidInput, Overloaded, TooLarge
 from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
 from raymem.wire import _DTYPES, pack, traces_from_arrow, traces_to_arrow, unpack
+from raymem.wire_limits import check_msgpack
 
 FINGERPRINT = Fingerprint(model="tiny", content="c" * 64, layers=(3, 7), width=5, tokenizer="t" * 64)
 SPEC = BankSpec(kind="spalm", fingerprint=FINGERPRINT, key=KeySpec(function="window"), options={"k": 8, "tau": [0.1]})
@@ -255,3 +258,88 @@ def test_a_changed_row_in_an_arrow_stream_is_corrupt() -> None:
     data[place] ^= 1
     with pytest.raises(Corrupt, match="checksum"):
         traces_from_arrow(data)
+
+
+def compressed(codec: str) -> bytes:
+    table = pa.ipc.open_stream(traces_to_arrow([trace(1000)])).read_all()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def recast(change: Callable[[pa.Table], pa.Table]) -> bytes:
+    table = change(pa.ipc.open_stream(traces_to_arrow([trace()])).read_all())
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def words_as_dictionary(table: pa.Table) -> pa.Table:
+    return table.set_column(2, "stream", table["stream"].combine_chunks().dictionary_encode())
+
+
+UNFOLDING = [
+    (compressed("zstd"), Corrupt, "without compression"),
+    (compressed("lz4"), Corrupt, "without compression"),
+    (recast(words_as_dictionary), Corrupt, "dictionary"),
+    (recast(lambda table: table.append_column("more", pa.nulls(len(table)))), Corrupt, "columns"),
+    (recast(lambda table: table.drop(["crc32c"])), Corrupt, "columns"),
+    (recast(lambda table: table.replace_schema_metadata({"raymem.layers": "0"})), Corrupt, "columns"),
+    (recast(lambda table: table.replace_schema_metadata({"raymem.layers": "9" * 5000})), Corrupt, "not an Arrow"),
+]
+
+
+@pytest.mark.parametrize(("data", "error", "said"), UNFOLDING)
+def test_a_stream_that_would_unfold_is_refused_before_it_does(data, error, said) -> None:
+    before = pa.total_allocated_bytes()
+    with pytest.raises(error, match=said):
+        traces_from_arrow(data)
+    assert pa.total_allocated_bytes() == before
+
+
+def test_a_stream_has_so_many_rows_and_batches_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = traces_to_arrow([trace(5, run=str(run)) for run in range(4)])
+    assert len(traces_from_arrow(data)) == 4
+    for name in ("MOST_ROWS", "MOST_BATCHES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"raymem.wire_limits.{name}", 4)
+            with pytest.raises(TooLarge, match="send several"):
+                traces_from_arrow(data)
+
+
+FULL = [
+    b"\xdd\x00\xff\xff\xff" + b"\x90" * 2**20,
+    b"\xdd\xff\xff\xff\xff",
+    b"\xdf\xff\xff\xff\xff",
+    b"\xdc\x00\xc8" + (b"\xdc\x00\xc8" + b"\x90" * 200) * 200,
+]
+
+
+@pytest.mark.parametrize("data", FULL)
+def test_a_message_of_many_items_is_refused_before_they_are_made(data: bytes) -> None:
+    with pytest.raises(TooLarge, match="256 items"):
+        unpack(data, 2**30, 256)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc6\xff\xff\xff\xff", b"\x91" * 40, b"\x01\x02", b"\xc1", b"\xda\x00"])
+def test_a_message_that_does_not_hold_together_is_refused_by_its_outline(data: bytes) -> None:
+    with pytest.raises(Corrupt):
+        unpack(data, 2**30, 256)
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=20) | st.dictionaries(st.text(), inner, max_size=20),
+    max_leaves=50,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(PLAIN, st.sampled_from([0, 1, 2, 3, 4, 8, 16, 17, 255, 256, 65536]))
+def test_the_outline_of_every_message_is_read_as_msgpack_reads_it(data: object, size: int) -> None:
+    packed = msgpack.packb([data, msgpack.ExtType(7, b"x" * size), b"x" * size, "x" * size])
+    check_msgpack(memoryview(packed), 10_000)
+    with pytest.raises(Corrupt):
+        check_msgpack(memoryview(packed[:-1]), 10_000)

@@ -1,4 +1,8 @@
+import http.client
+import http.server
+import json
 import time
+from contextlib import closing
 
 import httpx
 import pytest
@@ -19,6 +23,17 @@ def locked(tmp_path_factory, run_gateway):
     gateway = GatewaySettings(api_keys=("other", KEY), max_body_bytes=LIMIT)
     with run_gateway(tmp_path_factory.mktemp("locked") / "memory", Settings(gateway=gateway)) as url:
         yield url
+
+
+def status_of(url: str, headers: list[tuple[str, str]]) -> int:
+    """The answer to headers as they are, which httpx would mend or refuse."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    with closing(connection):
+        connection.putrequest("GET", "/v1/nodes", skip_host=True)
+        for name, value in headers:
+            connection.putheader(name, value)
+        connection.endheaders()
+        return connection.getresponse().status
 
 
 def bearer(key: str) -> dict[str, bytes]:
@@ -130,6 +145,104 @@ def test_without_keys_a_web_page_gets_nothing(gateway, headers):
     assert answer.status_code in (400, 401)
 
 
+OTHERS = [
+    *({"Origin": page} for page in ("http://localhost:3000", "http://127.0.0.1:3000", "http://localhost", "file://")),
+    *({"Referer": page} for page in ("http://localhost:3000/", "https://evil.example/a", "http://[", "x")),
+    *({"Sec-Fetch-Site": site} for site in ("cross-site", "same-site", "odd")),
+    *(
+        {"Host": name}
+        for name in ("localhost.", "localhost.evil.example", "127.0.0.1.nip.io", "127.1", "a@localhost.b")
+    ),
+]
+
+
+@pytest.mark.parametrize("headers", OTHERS, ids=str)
+@pytest.mark.parametrize("path", ["/v1/banks/lab/a/export", "/v1/nodes", "/metrics"])
+def test_without_keys_a_page_of_another_port_or_site_triggers_nothing(gateway, headers, path):
+    answer = httpx.get(f"{gateway}{path}", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
+
+
+def test_without_keys_two_hosts_are_none(gateway):
+    assert status_of(gateway, [("Host", "127.0.0.1"), ("Host", "evil.example")]) == 401
+    assert status_of(gateway, []) == 401
+    assert status_of(gateway, [("Host", "127.0.0.1")]) == 200
+
+
+@pytest.mark.parametrize("site", ["same-origin", "none"])
+def test_without_keys_the_gateways_own_page_is_served(gateway, site):
+    headers = {"Origin": gateway, "Referer": f"{gateway}/docs", "Sec-Fetch-Site": site}
+    assert httpx.get(f"{gateway}/v1/nodes", headers=headers).status_code == 200
+    upper = {"Host": gateway.removeprefix("http://").replace("127.0.0.1", "LOCALHOST")}
+    assert httpx.get(f"{gateway}/v1/nodes", headers=upper).status_code == 200
+
+
+def test_the_pages_for_people_load_nothing_from_elsewhere(locked, gateway):
+    for url in (locked, gateway):
+        page = httpx.get(f"{url}/docs")
+        assert page.status_code == 200
+        assert "/v1/banks/{namespace}/{bank}/write" in page.text
+        assert "<script" not in page.text
+        assert "://" not in page.text
+        assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+        assert page.headers["X-Content-Type-Options"] == "nosniff"
+        assert httpx.get(f"{url}/redoc", headers=bearer(KEY)).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/nodes", "/openapi.json", "/nothing"])
+def test_every_answer_says_that_it_is_no_page(locked, path):
+    headers = httpx.get(f"{locked}{path}", headers=bearer(KEY)).headers
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert "access-control-allow-origin" not in headers
+
+
+@pytest.mark.parametrize("said", ["Bearer", "Bearer ", "Bearer  ", "bearer", "", ",", "Bearer ,"])
+def test_an_empty_key_is_no_key(locked, said):
+    assert status_of(locked, [("Authorization", said)]) == 401
+
+
+def test_two_keys_are_none_and_bearer_has_no_case(locked):
+    twice = [("Authorization", "Bearer other"), ("Authorization", "Bearer wrong")]
+    assert httpx.get(f"{locked}/v1/banks", headers=twice).status_code == 401
+    assert httpx.get(f"{locked}/v1/banks", headers={"Authorization": "bEARER  other"}).status_code == 200
+
+
+@pytest.mark.parametrize("empty", ["", " ", "  \t"])
+def test_a_variable_set_to_nothing_means_no_keys(empty):
+    settings = Settings.load(environ={"RAYMEM_GATEWAY__API_KEYS": empty, "RAYMEM_GATEWAY__HOST": "0.0.0.0"})
+    assert settings.gateway.api_keys == ()
+    with pytest.raises(ConfigError, match="RAYMEM_GATEWAY__API_KEYS"):
+        check_bind(settings.gateway)
+
+
+@pytest.mark.parametrize("keys", [",", "s3cret,", ",s3cret", "s3cret,,b", " , ", "s3cret\n", "s3c\nret", "s3c\0ret"])
+def test_what_can_be_no_key_is_refused_without_showing_it(keys, tmp_path):
+    environ = {"RAYMEM_GATEWAY__API_KEYS": keys}
+    if keys != "s3cret\n":
+        with pytest.raises(ConfigError, match="api_keys") as refused:
+            Settings.load(environ=environ)
+        assert "s3c" not in str(refused.value)
+    file = tmp_path / "raymem.toml"
+    file.write_text(f"[gateway]\napi_keys = {json.dumps(keys.split(','))}\n")
+    with pytest.raises(ConfigError, match="api_keys") as refused:
+        Settings.load(file, environ={})
+    assert "s3c" not in str(refused.value)
+    with pytest.raises(ValueError, match="api_keys") as refused:
+        GatewaySettings(api_keys=tuple(keys.split(",")))
+    assert "s3c" not in str(refused.value)
+
+
+def test_blanks_around_a_key_of_a_variable_are_no_part_of_it():
+    assert Settings.load(environ={"RAYMEM_GATEWAY__API_KEYS": " a , b\n"}).gateway.api_keys == ("a", "b")
+
+
+@pytest.mark.parametrize("key", ["a\r\nX-Evil: 1", " a", "a\n"])
+def test_the_client_refuses_a_key_that_can_be_none(locked, key):
+    with pytest.raises(ConfigError, match="API key"):
+        connect(locked, api_key=key)
+
+
 @pytest.mark.parametrize(
     "headers", [{"Host": "localhost:80"}, {"Origin": "http://127.0.0.1:8765"}, {"Host": "[::1]:80"}]
 )
@@ -164,7 +277,6 @@ def test_nobody_there_is_said_with_the_fix():
 
 
 def test_a_server_of_another_kind_is_recognised():
-    import http.server
     import threading
 
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:

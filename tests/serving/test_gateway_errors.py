@@ -1,13 +1,17 @@
+import json
+
 import httpx
 import pytest
 from fastapi import FastAPI
 from jsonschema import validate
 
 from raymem import Settings, routes
-from raymem.errors import Overloaded, RaymemError
+from raymem.config import GatewaySettings
+from raymem.errors import Overloaded, RaymemError, TooLarge
 from raymem.routes import Route
 from raymem.serving import errors
 from raymem.serving.app import create_app
+from raymem.serving.intake import COMMAND, Budget, check_json
 
 TABLE = [route for route in vars(routes).values() if isinstance(route, Route)]
 
@@ -160,6 +164,76 @@ def test_a_body_that_is_not_what_it_says_is_refused(bank_url, kind, content, say
     answer = httpx.post(f"{bank_url}/write", content=content, headers={"Content-Type": kind})
     assert answer.status_code == 422
     assert says in answer.json()["error"]["message"]
+
+
+ODD = [
+    (b"[" * 100_000, 413),
+    (b"[" * 1000, 422),
+    (b'{"target": ' + b"9" * 5000 + b', "sources": []}', 422),
+    (b'{"target": NaN, "sources": []}', 422),
+    (b'{"target": "\xff", "sources": []}', 422),
+    (b'{"target": "\\ud800", "sources": []}', 422),
+    (b"{" + b",".join(b'"%d": 0' % number for number in range(100_000)) + b"}", 413),
+    (b'{"' + b"k" * 100_000 + b'": 1}', 422),
+    (b"[" + b",".join([b"[]"] * 100_000) + b"]", 413),
+    (b'"' * 100_000, 413),
+    (b"null", 422),
+    (b"", 422),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/merge", "/v1/banks/lab/nobody/read", "/v1/banks/lab/nobody/write"])
+@pytest.mark.parametrize(("content", "status"), ODD, ids=lambda value: str(value)[:30])
+def test_odd_json_is_refused_without_ado(gateway, openapi, path, content, status):
+    answer = httpx.post(f"{gateway}{path}", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code in {status, 422}
+    assert len(answer.content) < 10_000
+    validate(answer.json(), {"$ref": "#/components/schemas/ErrorBody", "components": openapi["components"]})
+
+
+@pytest.mark.parametrize("path", ["/v1/merge", "/v1/banks/lab/nobody/write"])
+def test_json_has_a_limit_of_its_own(gateway, path):
+    body = b'{"stream": "' + b"x" * 2**23 + b'"}'
+    answer = httpx.post(f"{gateway}{path}", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+    assert "max_json_bytes" in answer.json()["error"]["message"]
+
+
+def test_text_with_brackets_and_commas_is_no_structure():
+    text = json.dumps({"text": '[,{":\\"' * 10_000}).encode()
+    check_json(text, COMMAND)
+    with pytest.raises(TooLarge):
+        check_json(b"[" * 10_000, COMMAND)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", b"\xff", {1: 2}, object()])
+def test_every_answer_is_json_that_any_parser_takes(value):
+    encoded = errors.encode({"error": {"details": {"value": value, "list": [value]}}})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    assert "error" in json.loads(encoded.decode(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("seq", [2**63, -1, 2**70, "1.5", ""])
+@pytest.mark.parametrize("which", ["seq_from", "seq_to"])
+def test_a_row_number_that_no_journal_has_is_refused(gateway, which, seq):
+    asked = {"stream": "s", "run": "r", "seq_from": 0, "seq_to": 1, which: seq}
+    assert httpx.get(f"{gateway}/v1/banks/lab/nobody/tokens", params=asked).status_code == 422
+
+
+def test_bodies_that_are_held_are_bounded_in_all_and_for_each():
+    budget = Budget(GatewaySettings(max_body_bytes=1024, max_held_bytes=4096))
+    with budget.share("a") as take, budget.share("b") as take_b:
+        take(2048)
+        with pytest.raises(Overloaded, match="2048 of them yours"):
+            take(1)
+        take_b(2000)
+        with budget.share("c") as take_c, pytest.raises(Overloaded):
+            take_c(49)
+    with budget.share("a") as take:
+        take(2048)
 
 
 async def test_a_bug_says_nothing_of_itself():

@@ -1,0 +1,251 @@
+"""Connections that may come from anybody: what each may send, how long it may take, and how many there may be."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import httptools
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from raymem.config import GatewaySettings
+from raymem.errors import InvalidInput, Overloaded, RaymemError, TooLarge
+from raymem.serving.errors import HEAD_TOO_LARGE, NOT_HTTP, TOO_SLOW, encode
+
+_HEAD_BYTES = 2**16
+_HEADERS = 128
+# requests sent before their predecessor's answer; more are an attempt to fill memory
+_PIPELINED = 4
+# chunks of a byte have six of their own
+_FRAMING = 16
+# this much of a refused body is still read and thrown away, so that the caller hears the answer
+_DROP_BYTES = 64 * 2**20
+
+
+@dataclass
+class Limits:
+    """What connections may do; see `GatewaySettings`."""
+
+    connections: int
+    wait_s: float
+    min_rate: int
+
+    @classmethod
+    def of(cls, settings: GatewaySettings, descriptors: int) -> Limits:
+        """The settings' limits, in a process of so many file descriptors; half of them are the store's."""
+        return cls(min(settings.max_connections, max(8, descriptors // 2)), settings.wait_s, settings.min_rate)
+
+
+class BoundedConfig(uvicorn.Config):
+    """uvicorn's configuration for `BoundedProtocol`."""
+
+    def __init__(self, app: Any, limits: Limits, **options: Any) -> None:
+        # nothing here speaks WebSocket, and an upgrade would be a way around the protocol's limits
+        super().__init__(app, http=BoundedProtocol, ws="none", log_level="warning", access_log=False, **options)
+        self.limits = limits
+
+
+class _Phase(enum.Enum):
+    """What a connection is about."""
+
+    HEAD = "waits for a request's head"
+    BODY = "waits for its body"
+    WORK = "has the whole request"
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """HTTP from callers that may be slow, many or hostile; `look` is to be called every now and then."""
+
+    def __init__(
+        self,
+        config: BoundedConfig,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._limits = config.limits
+        self._phase = _Phase.HEAD
+        # since when there is no news, and for how many seconds the gateway has waited in this phase
+        self._news = self.loop.time()
+        self._waited = 0.0
+        # bytes of the request: all, and those of its body
+        self._fed = 0
+        self._got = 0
+        # the answer's side: bytes that the caller didn't take yet, that it took, and how long it took for them
+        self._unsent = 0
+        self._taken = 0
+        self._stalled = 0.0
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when the gateway has been waiting for the caller; None while it is at work itself."""
+        return None if self._phase is _Phase.WORK and self._is_busy() else self._news
+
+    @property
+    def address(self) -> str:
+        """The caller's machine."""
+        return self.client[0] if self.client else ""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, and let go of others when there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.connections:
+            _make_room([it for it in self.connections if isinstance(it, BoundedProtocol)], self._limits.connections)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, within limits."""
+        self._unset_keepalive_if_required()
+        self._news = self.loop.time()
+        self._fed += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # answered as if it had not been asked for
+            self.cycle.keep_alive = False
+            return
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            told = cause if isinstance(cause, TooLarge) else InvalidInput("what came is no HTTP request")
+            self.refuse(told, HEAD_TOO_LARGE if isinstance(cause, TooLarge) else NOT_HTTP)
+            return
+        overhead = self._fed - _FRAMING * self._got
+        if self._phase is not _Phase.WORK and overhead > _HEAD_BYTES + (len(data) if self._got else 0):
+            self.refuse(_large_head(), HEAD_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._enter(_Phase.HEAD)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, or a trailer."""
+        if len(self.headers) >= _HEADERS:
+            raise _large_head()
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Start work on a request whose head is there."""
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _HEAD_BYTES:
+            raise _large_head()
+        if len(self.pipeline) >= _PIPELINED:
+            raise InvalidInput(f"more than {_PIPELINED} requests wait for an answer here")
+        super().on_headers_complete()
+        self._enter(_Phase.BODY)
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of the body, or throw it away when the request has been answered."""
+        self._got += len(body)
+        if self.cycle.response_complete and self._got > _DROP_BYTES:
+            self.transport.abort()
+            return
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is there."""
+        super().on_message_complete()
+        self._enter(_Phase.WORK)
+
+    def on_response_complete(self) -> None:
+        """The answer is on its way; the next request may begin."""
+        self._news = self.loop.time()
+        super().on_response_complete()
+
+    def resume_writing(self) -> None:
+        """The caller took most of what there was."""
+        self._stalled, self._taken = 0.0, 0
+        super().resume_writing()
+
+    def look(self, seconds: float) -> None:
+        """Refuse or drop a caller that keeps the gateway waiting, `seconds` after the last look."""
+        if self._phase is not _Phase.WORK and not self.flow.read_paused:
+            self._waited += seconds
+            if self._waited > self._limits.wait_s + self._got / self._limits.min_rate:
+                text = (
+                    f"the request did not arrive within {self._limits.wait_s:g} s, nor at {self._limits.min_rate} B/s"
+                )
+                self.refuse(InvalidInput(f"{text}: send it faster"), TOO_SLOW)
+        unsent = self.transport.get_write_buffer_size()
+        self._stalled = self._stalled + seconds if unsent else 0.0
+        self._taken += max(0, self._unsent - unsent)
+        self._unsent = unsent
+        if self._stalled > self._limits.wait_s + self._taken / self._limits.min_rate:
+            self.drop()
+
+    def shutdown(self) -> None:
+        """Finish what is being worked on; a request that isn't there yet is dropped."""
+        if self._phase is _Phase.BODY and not self.flow.read_paused:
+            self.drop()
+        else:
+            super().shutdown()
+
+    def refuse(self, error: RaymemError, status: int) -> None:
+        """Answer in place of the app if nobody has begun to, and close."""
+        started = self.cycle is not None and self._phase is not _Phase.HEAD and self.cycle.response_started
+        if started or (self._phase is _Phase.HEAD and (self._is_busy() or not self._fed)):
+            self.drop()
+            return
+        body = encode({"error": error.to_wire()})
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[status] + head.encode() + body)
+        self._forget()
+        self.transport.close()
+
+    def drop(self) -> None:
+        """Close at once; what was still to be sent is lost."""
+        self._forget()
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def _forget(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            # the app hears that the caller is gone
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
+    def _is_busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _enter(self, phase: _Phase) -> None:
+        if phase is _Phase.HEAD:
+            self._fed, self._got = 0, 0
+        self._phase, self._waited = phase, 0.0
+
+
+def _make_room(there: list[BoundedProtocol], most: int) -> None:
+    """Drop those that have kept the gateway waiting for longest, first of the machine with the most connections.
+
+    A sixteenth at once, so that not every new connection has to look at all others.
+    """
+    crowds = Counter(it.address for it in there)
+    waiting = [(-crowds[it.address], since, it) for it in there if (since := it.idle_since) is not None]
+    waiting.sort(key=lambda found: found[:2])
+    for _, _, it in waiting[: len(there) - most + most // 16]:
+        it.drop()
+    left = [it for it in there if it in it.connections]
+    for it in left[most:]:
+        it.refuse(Overloaded("the gateway has too many connections; come back later", retry_after_s=1.0), 503)
+
+
+def _large_head() -> TooLarge:
+    return TooLarge(f"the address and headers have more than {_HEAD_BYTES} bytes or {_HEADERS} lines; send less")
+
+
+async def watch(connections: Iterable[Any], every_s: float = 0.5) -> None:
+    """Look at all connections again and again, until cancelled."""
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    while True:
+        await asyncio.sleep(every_s)
+        now = loop.time()
+        # where the loop itself stood still, callers are not to blame
+        elapsed, before = min(now - before, 2 * every_s), now
+        for connection in list(connections):
+            if isinstance(connection, BoundedProtocol):
+                connection.look(elapsed)

@@ -1,0 +1,193 @@
+"""How bodies come in: counted while they arrive, and looked over before anything is made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import pydantic_core
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+
+from raymem import routes
+from raymem.config import GatewaySettings
+from raymem.errors import InvalidInput, Overloaded, TooLarge
+from raymem.limits import caller
+from raymem.serving.errors import NOT_HTTP, Carried
+
+T = TypeVar("T")
+# smaller bodies are read where they are: going to a thread and back takes longer
+_SMALL_BYTES = 2**16
+
+
+class Complexity(NamedTuple):
+    """How much JSON may hold: objects, lists and keys; and values between commas."""
+
+    structure: int
+    values: int
+
+
+# an object costs a hundred times what a number does: one body holds the interpreter for 0.1 s at most
+COMMAND = Complexity(structure=2**13, values=2**14)
+ROWS = Complexity(structure=2**15, values=2**19)
+
+
+class Budget:
+    """The bytes of all bodies that are held in memory at one time, and those of each caller among them."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._all = max(settings.max_held_bytes, settings.max_body_bytes)
+        self._each = max(settings.max_held_bytes // 2, settings.max_body_bytes)
+        self._held: dict[str, int] = {}
+
+    @contextmanager
+    def share(self, who: str) -> Iterator[Callable[[int], None]]:
+        """A function that takes bytes for a caller; all are given back when the block ends."""
+        taken = 0
+
+        def take(nbytes: int) -> None:
+            nonlocal taken
+            self._take(who, nbytes)
+            taken += nbytes
+
+        try:
+            yield take
+        finally:
+            self._give_back(who, taken)
+
+    def _take(self, who: str, nbytes: int) -> None:
+        mine, held = self._held.get(who, 0), sum(self._held.values())
+        if mine + nbytes > self._each or held + nbytes > self._all:
+            raise Overloaded(
+                f"the gateway holds {held} bytes of bodies, {mine} of them yours; the limits are {self._all} and "
+                f"{self._each}: wait for some to finish",
+                retry_after_s=1.0,
+            )
+        self._held[who] = mine + nbytes
+
+    def _give_back(self, who: str, nbytes: int) -> None:
+        left = self._held.pop(who, 0) - nbytes
+        if left > 0:
+            self._held[who] = left
+
+
+class BoundedRequest(Request):
+    """A request whose body is counted while it arrives, and whose JSON is looked over before it is read."""
+
+    def __init__(self, request: Request, take: Callable[[int], None]) -> None:
+        super().__init__(request.scope, request.receive)
+        self._take = take
+
+    async def body(self) -> bytes:
+        """The whole body.
+
+        Raises:
+            Carried: TooLarge, Overloaded, or InvalidInput when the caller left.
+        """
+        if not hasattr(self, "_body"):
+            self._body = await self._read()
+        return self._body
+
+    async def json(self) -> Any:
+        """A command's body: JSON of little depth and few values.
+
+        Raises:
+            Carried: InvalidInput or TooLarge.
+        """
+        data = await self.body()
+        try:
+            return parse(data, COMMAND)
+        except InvalidInput as error:
+            raise Carried(error) from error
+
+    async def _read(self) -> bytes:
+        limit = _json_limit(self)
+        chunks, size = [], 0
+        try:
+            async for chunk in self.stream():
+                size += len(chunk)
+                if limit is not None and size > limit:
+                    raise TooLarge(
+                        f"a body of JSON has {limit} bytes at most; send tensors as base64 or as {routes.MSGPACK}, "
+                        "or raise gateway.max_json_bytes"
+                    )
+                self._take(len(chunk))
+                chunks.append(chunk)
+        except (TooLarge, Overloaded) as error:
+            raise Carried(error) from error
+        except ClientDisconnect as error:
+            raise Carried(InvalidInput("the body ended before its end; send it again"), NOT_HTTP) from error
+        return b"".join(chunks)
+
+
+class Intake(APIRoute):
+    """A route whose handler gets a `BoundedRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's way to exchange the request's class."""
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            budget: Budget = request.app.state.budget
+            with budget.share(caller.get()) as take:
+                return await handle(BoundedRequest(request, take))
+
+        return handler
+
+
+def _json_limit(request: Request) -> int | None:
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if "json" not in kind:
+        return None
+    settings: GatewaySettings = request.app.state.settings
+    return settings.max_json_bytes
+
+
+def parse(data: bytes, most: Complexity) -> Any:
+    """JSON as plain data.
+
+    Raises:
+        InvalidInput: not JSON, not UTF-8, or with NaN or Infinity in it.
+        TooLarge: see `check_json`.
+    """
+    check_json(data, most)
+    try:
+        return pydantic_core.from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidInput(f"body: not JSON: {str(error)[:200]}") from error
+
+
+def check_json(data: bytes, most: Complexity) -> None:
+    """Count what JSON holds without making any of it.
+
+    Raises:
+        TooLarge: more objects, lists and keys, or more values, than `most` says.
+    """
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    # each string is a key or a value: more quotes mean more of those
+    quotes = bare.count(b'"')
+    if quotes <= 2 * (most.structure + most.values + 1):
+        bare = b"".join(bare.split(b'"')[::2])
+        structure, values = sum(map(bare.count, (b"[", b"{", b":"))), bare.count(b",")
+        if structure <= most.structure and values <= most.values:
+            return
+    raise TooLarge(
+        f"JSON of more than {most.structure} lists, objects and keys or {most.values} values is not read here; "
+        f"send tensors as base64 or as {routes.MSGPACK}, and rows in several requests"
+    )
+
+
+# the interpreter reads one body at a time whatever the threads: more of them would only take turns from the others
+_readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="raymem-body")
+
+
+async def read_aside(nbytes: int, read: Callable[..., T], *args: Any) -> T:
+    """Run what reads a body of so many bytes, beside the event loop if it is large."""
+    if nbytes <= _SMALL_BYTES:
+        return read(*args)
+    return await asyncio.get_running_loop().run_in_executor(_readers, functools.partial(read, *args))
