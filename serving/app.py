@@ -16,7 +16,7 @@ import raymem
 from raymem.config import Settings
 from raymem.serving import docs, errors
 from raymem.serving.door import DOCS, Door
-from raymem.serving.intake import Budget
+from raymem.serving.intake import Budget, Transfers
 from raymem.serving.metrics import Counted, Metrics
 from raymem.serving.recall import Reader
 from raymem.serving.routes import banks, history, rows, store
@@ -51,6 +51,7 @@ def create_app(store_or_opener: AsyncStore | Opener, settings: Settings | None =
     app.state.reader = Reader(settings.gateway.model)
     app.state.metrics = Metrics()
     app.state.budget = Budget(settings.gateway)
+    app.state.transfers = Transfers()
     # the door checks the key itself, before any body is read; this only tells OpenAPI
     keyed = [Depends(HTTPBearer(auto_error=False, description="One of gateway.api_keys."))]
     for router in (banks.router, history.router, rows.router, store.router):

@@ -75,7 +75,8 @@ class BoundedProtocol(HttpToolsProtocol):
         # since when there is no news, and for how many seconds the gateway has waited in this phase
         self._news = self.loop.time()
         self._waited = 0.0
-        # bytes of the request: all, and those of its body
+        # bytes of the request: the last piece, all, and those of its body
+        self._piece = 0
         self._fed = 0
         self._got = 0
         # the answer's side: bytes that the caller didn't take yet, that it took, and how long it took for them
@@ -103,7 +104,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse what came, within limits."""
         self._unset_keepalive_if_required()
         self._news = self.loop.time()
-        self._fed += len(data)
+        self._piece = len(data)
+        self._fed += self._piece
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -116,7 +118,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.refuse(told, HEAD_TOO_LARGE if isinstance(cause, TooLarge) else NOT_HTTP)
             return
         overhead = self._fed - _FRAMING * self._got
-        if self._phase is not _Phase.WORK and overhead > _HEAD_BYTES + (len(data) if self._got else 0):
+        if self._phase is not _Phase.WORK and overhead > _HEAD_BYTES + self._piece * bool(self._got):
             self.refuse(_large_head(), HEAD_TOO_LARGE)
 
     def on_message_begin(self) -> None:
@@ -214,7 +216,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _enter(self, phase: _Phase) -> None:
         if phase is _Phase.HEAD:
-            self._fed, self._got = 0, 0
+            # it begins somewhere in the piece that is being parsed
+            self._fed, self._got = self._piece, 0
         self._phase, self._waited = phase, 0.0
 
 

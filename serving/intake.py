@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -74,6 +75,36 @@ class Budget:
         left = self._held.pop(who, 0) - nbytes
         if left > 0:
             self._held[who] = left
+
+
+class Transfers:
+    """The uploads and downloads that go through a file of the gateway's, in all and for each caller."""
+
+    def __init__(self, in_all: int = 32, each: int = 8) -> None:
+        self._in_all = in_all
+        self._each = each
+        self._running: Counter[str] = Counter()
+
+    @contextmanager
+    def one(self, who: str) -> Iterator[None]:
+        """Hold a place while the block runs.
+
+        Raises:
+            Overloaded: there are too many.
+        """
+        if self._running.total() >= self._in_all or self._running[who] >= self._each:
+            raise Overloaded(
+                f"{self._running.total()} imports and exports are under way, {self._running[who]} of them yours; the "
+                f"limits are {self._in_all} and {self._each}: wait for some to finish",
+                retry_after_s=1.0,
+            )
+        self._running[who] += 1
+        try:
+            yield
+        finally:
+            self._running[who] -= 1
+            # callers that are gone are forgotten
+            self._running += Counter()
 
 
 class BoundedRequest(Request):

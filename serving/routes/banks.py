@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
@@ -25,8 +26,9 @@ from raymem.errors import (
     StorageError,
     Unsupported,
 )
+from raymem.limits import caller
 from raymem.serving.intake import Intake
-from raymem.serving.routes.common import BankDep, NameDep, StoreDep, serve
+from raymem.serving.routes.common import BankDep, NameDep, StoreDep, TransfersDep, serve
 from raymem.serving.schemas import Attach, Create, Digest, Erase, Grow, Migrate, Pin, Tag, Tags, Ttl
 from raymem.types import BankInfo, EraseReceipt, MigrationReport, RebalanceReport
 
@@ -137,16 +139,16 @@ async def digest(bank: BankDep) -> Digest:
 
 
 @serve(router, routes.EXPORT, BankNotFound, InvalidName, StorageError, response_class=FileResponse)
-async def export(bank: BankDep) -> FileResponse:
+async def export(bank: BankDep, transfers: TransfersDep) -> FileResponse:
     """Download a bank as one file."""
-    folder = tempfile.TemporaryDirectory(prefix="raymem-export-")
-    file = Path(folder.name) / f"{bank.name.replace('/', '.')}.raymem"
-    try:
+    with ExitStack() as held:
+        held.enter_context(transfers.one(caller.get()))
+        folder = held.enter_context(tempfile.TemporaryDirectory(prefix="raymem-export-"))
+        file = Path(folder) / f"{bank.name.replace('/', '.')}.raymem"
         await bank.export(file)
-    except BaseException:
-        folder.cleanup()
-        raise
-    return FileResponse(file, media_type=routes.BYTES, filename=file.name, background=BackgroundTask(folder.cleanup))
+        # the file goes, and its place, when the answer has been sent
+        done = BackgroundTask(held.pop_all().close)
+        return FileResponse(file, media_type=routes.BYTES, filename=file.name, background=done)
 
 
 @serve(
@@ -156,9 +158,9 @@ async def export(bank: BankDep) -> FileResponse:
     status_code=201,
     openapi_extra={"requestBody": {"required": True, **_BODY}},
 )
-async def import_(store: StoreDep, name: NameDep, request: Request) -> BankInfo:
+async def import_(store: StoreDep, name: NameDep, request: Request, transfers: TransfersDep) -> BankInfo:
     """Create a bank from an exported file, checked whole before anything becomes visible; it starts detached."""
-    with tempfile.TemporaryDirectory(prefix="raymem-import-") as folder:
+    with transfers.one(caller.get()), tempfile.TemporaryDirectory(prefix="raymem-import-") as folder:
         file = Path(folder) / "bank.raymem"
         await _receive(request.stream(), file)
         return await (await store.import_(file, name)).info()

@@ -11,6 +11,7 @@ from raymem.config import GatewaySettings
 from raymem.errors import BankNotFound, Conflict, RaymemError, Unsupported
 from raymem.routes import Route
 from raymem.serving.errors import documented
+from raymem.serving.intake import Transfers
 from raymem.serving.recall import Reader
 from raymem.store import AsyncBank, AsyncStore
 
@@ -40,6 +41,12 @@ def get_settings(request: Request) -> GatewaySettings:
     return settings
 
 
+def get_transfers(request: Request) -> Transfers:
+    """The places for uploads and downloads."""
+    transfers: Transfers = request.app.state.transfers
+    return transfers
+
+
 def get_reader(request: Request) -> Reader:
     """The gateway's one model."""
     reader: Reader = request.app.state.reader
@@ -55,6 +62,7 @@ def bank_name(
 
 StoreDep = Annotated[AsyncStore, Depends(get_store)]
 SettingsDep = Annotated[GatewaySettings, Depends(get_settings)]
+TransfersDep = Annotated[Transfers, Depends(get_transfers)]
 ReaderDep = Annotated[Reader, Depends(get_reader)]
 NameDep = Annotated[str, Depends(bank_name)]
 
