@@ -66,12 +66,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RAYMEM_CACHE") or Path.home() / ".cache" / "raymem")
 
 
-def identity(folder: Path, changes: Mapping[str, Any] | None = None) -> Identity:
+class Changes(NamedTuple):
+    """What an engine makes of a folder's model: fields that it sets in the config, and what else it does to states."""
+
+    config: Mapping[str, Any] = {}
+    more: Mapping[str, Any] = {}
+
+
+def identity(folder: Path, changes: Changes = Changes()) -> Identity:
     """Say what model a folder holds; a minute for 100 GB of weights, nothing once it is known.
 
     Args:
         folder: with config, weights and tokenizer.
-        changes: what an engine changes in the config, or does to the states beside it.
+        changes: none where the model is used as it is.
 
     Raises:
         ModelNotFound: a part is missing, or transformers can't read it. UnsupportedModel: naming the family.
@@ -79,19 +86,28 @@ def identity(folder: Path, changes: Mapping[str, Any] | None = None) -> Identity
     """
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     versions = [_version(name) for name in ("transformers", "tokenizers")]
-    said = ["identity", SCHEME, *versions, changes or {}, [_stamp(file) for file in files]]
+    said = ["identity", SCHEME, *versions, changes._asdict(), [_stamp(file) for file in files]]
     kept = _kept(json.dumps(said, sort_keys=True, default=str))
     if kept.exists():
         found = json.loads(kept.read_text())
         return Identity(**found | {"legacy": tuple(found["legacy"])})
-    made = _identity(folder, changes or {})
+    made = _identity(folder, changes)
     if said[-1] == [_stamp(file) for file in files if file.exists()]:
         write_atomically(kept, json.dumps(made._asdict()).encode())
     return made
 
 
-def load_config(folder: Path) -> Any:
-    """The config as transformers reads it.
+def tokenizer_identity(folder: Path) -> tuple[str, str]:
+    """The hash of a tokenizer, in a folder that need not hold a model, and that of raymem 0.3 and earlier.
+
+    Raises:
+        ModelNotFound: there is none that transformers can read.
+    """
+    return SCHEME + _hash(tokenizer_facts(load_tokenizer(folder))), _digest(_legacy_tokenizer(folder))
+
+
+def load_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Any:
+    """The config as transformers reads it, with some fields changed.
 
     Raises:
         ModelNotFound: there is none that it can read. UnsupportedModel: of a family that raymem doesn't know.
@@ -100,8 +116,10 @@ def load_config(folder: Path) -> Any:
 
     try:
         raw = json.loads((folder / "config.json").read_text())
-        check_family(raw if isinstance(raw, dict) else {}, folder)
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        said = _merged(raw, changes or {}) if isinstance(raw, dict) else {}
+        check_family(said, folder)
+        family = said.pop("model_type")
+        return type(AutoConfig.for_model(family)).from_dict(said)
     except UnsupportedModel:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -109,7 +127,15 @@ def load_config(folder: Path) -> Any:
             f"transformers can't load {folder}/config.json ({type(error).__name__}: {str(error)[:200]}): "
             "give a folder that transformers' save_pretrained wrote"
         ) from error
-    return config
+
+
+def _merged(said: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    inside = {
+        name: _merged(said[name], value)
+        for name, value in changes.items()
+        if isinstance(value, Mapping) and isinstance(said.get(name), dict)
+    }
+    return said | dict(changes) | inside
 
 
 def config_facts(config: Any) -> dict[str, Any]:
@@ -186,24 +212,24 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _identity(folder: Path, changes: Mapping[str, Any]) -> Identity:
+def _identity(folder: Path, changes: Changes) -> Identity:
     try:
-        config = load_config(folder)
+        config = load_config(folder, changes.config)
         names = loaded_names(_empty_model(config))
-        tokenizer = load_tokenizer(folder)
+        tokenizer, legacy_tokenizer = tokenizer_identity(folder)
     except ModuleNotFoundError as error:
         raise MissingExtra(
             f"models are read with transformers, and {error.name!r} is not installed: `pip install 'raymem[lm]'`"
         ) from error
-    facts = config_facts(config) | {f"changed: {name}": value for name, value in changes.items()}
+    facts = config_facts(config) | {f"changed: {name}": value for name, value in changes.more.items()}
     tensors = canonical([found for file in weight_files(folder) for found in _tensors(file)], names, folder)
     text = config.get_text_config()
     return Identity(
         content=SCHEME + _hash({"config": facts, "tensors": tensors}),
-        tokenizer=SCHEME + _hash(tokenizer_facts(tokenizer)),
+        tokenizer=tokenizer,
         width=int(text.hidden_size),
         depth=int(text.num_hidden_layers),
-        legacy=(_digest(_legacy_weights(folder)), _digest(_legacy_tokenizer(folder))),
+        legacy=(_digest(_legacy_weights(folder)), legacy_tokenizer),
     )
 
 

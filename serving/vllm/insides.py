@@ -89,19 +89,33 @@ def writes_rows() -> bool:
 
 
 def model_folder(vllm_config: Any) -> Path:
-    """Return the folder with the model's weights and tokenizer.
+    """Return the folder with the model's weights.
 
     Raises:
         ModelNotFound: the model is neither a local folder nor in the hub's cache.
     """
-    name = str(vllm_config.model_config.model)
+    config = vllm_config.model_config
+    return _folder(str(config.model), config.revision)
+
+
+def tokenizer_folder(vllm_config: Any) -> Path:
+    """Return the folder with the tokenizer.
+
+    Raises:
+        ModelNotFound: it is neither a local folder nor in the hub's cache.
+    """
+    config = vllm_config.model_config
+    return _folder(str(config.tokenizer), config.tokenizer_revision)
+
+
+def _folder(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=vllm_config.model_config.revision, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise ModelNotFound(
             f"no local copy of model {name!r}: raymem hashes its weights for the fingerprint"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from raymem.errors import Corrupt, ModelNotFound, UnsupportedModel
 from raymem.lm.families import FAMILIES
 from raymem.lm.fingerprint import fingerprint_of
-from raymem.lm.identity import identity
+from raymem.lm.identity import Changes, identity
 from raymem.lm.models import LanguageModel
 
 TEXT = "What is <|start|> a memory?"
@@ -260,9 +260,15 @@ def test_another_vocabulary_counts(plain, copied):
 
 def test_an_engines_changes_count(plain):
     plain_id = identity(plain)
-    changed = identity(plain, {"quantization": "fp8"})
+    changed = identity(plain, Changes(more={"quantization": "fp8"}))
     assert changed.content != plain_id.content
     assert changed.tokenizer == plain_id.tokenizer
+
+
+def test_a_field_that_an_engine_sets_is_the_model_with_that_field(plain, copied):
+    edit(copied, "config.json", rms_norm_eps=1e-2)
+    assert identity(plain, Changes({"rms_norm_eps": 1e-2})).content == identity(copied).content
+    assert identity(plain, Changes({"use_cache": False})) == identity(plain)
 
 
 @pytest.mark.parametrize(

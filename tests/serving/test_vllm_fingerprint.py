@@ -1,0 +1,67 @@
+"""An engine's fingerprint is its model's, and what its arguments change in the model changes it."""
+
+import shutil
+
+import pytest
+from modelzoo import save_tiny
+
+from raymem.errors import ConfigError, FingerprintMismatch
+from raymem.lm.fingerprint import fingerprint_of
+
+LAYERS = (1, 3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("engine") / "tiny", head_dim=32)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path / "cache"))
+
+
+def engine(folder, **changes):
+    from vllm.engine.arg_utils import EngineArgs
+
+    from raymem.serving.vllm.fingerprint import engine_fingerprint
+
+    args = EngineArgs(model=str(folder), dtype="bfloat16", max_model_len=64, enforce_eager=True, **changes)
+    return engine_fingerprint(args.create_engine_config(), LAYERS)
+
+
+def test_an_engine_and_the_models_folder_have_one_fingerprint(folder):
+    bank = fingerprint_of(str(folder), LAYERS, "calibration")
+    bank.accept(engine(folder))
+    bank.accept(engine(folder, hf_overrides={"architectures": ["LlamaForCausalLM"], "use_cache": False}))
+    with pytest.raises(FingerprintMismatch, match="layers"):
+        fingerprint_of(str(folder), (3, 1)).accept(engine(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hf_overrides": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}},
+        {"hf_overrides": {"rms_norm_eps": 0.01}},
+        {"kv_cache_dtype": "fp8_e5m2"},
+        {"load_format": "dummy"},
+    ],
+    ids=str,
+)
+def test_what_an_engine_changes_in_its_model_is_another_model(folder, changes):
+    with pytest.raises(FingerprintMismatch, match="content"):
+        fingerprint_of(str(folder), LAYERS).accept(engine(folder, **changes))
+
+
+def test_a_change_without_a_name_is_refused(folder):
+    with pytest.raises(ConfigError, match="hf_overrides"):
+        engine(folder, hf_overrides=lambda config: config)
+
+
+def test_another_tokenizer_is_another_fingerprint(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    fingerprint_of(str(folder), LAYERS).accept(engine(folder, tokenizer=str(other)))
+    said = (other / "tokenizer.json").read_text().replace('"normalizer": null', '"normalizer": {"type": "Lowercase"}')
+    (other / "tokenizer.json").write_text(said)
+    with pytest.raises(FingerprintMismatch, match="tokenizer"):
+        fingerprint_of(str(folder), LAYERS).accept(engine(folder, tokenizer=str(other)))
