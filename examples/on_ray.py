@@ -25,11 +25,11 @@ def owner(store: raymem.Store, bank: raymem.Bank) -> int:
 
 def tour(store: raymem.Store) -> None:
     model = LanguageModel.load("smollm2-135m")
-    tokens = model.encode(TEXT)
-    hidden, _ = model.forward(tokens, LAYERS)
+    # hidden states, tokens, and what made them: a bank of another model would refuse them
+    trace = model.trace(TEXT, LAYERS, stream="book", run="first-reading")
     store.put_calibration(calibrate(model, LAYERS))
     bank = store.create("lab/keeper", raymem.BankSpec(kind="spalm", fingerprint=fingerprint(model, LAYERS)))
-    bank.write(raymem.Trace(hidden, tokens, stream="book", run="first-reading"))
+    bank.write(trace)
     digest = bank.digest()
     print(f"{bank.info().rows} hidden states are on {bank.info().node}; there is {' and '.join(store.nodes())}")
 
@@ -41,7 +41,7 @@ def tour(store: raymem.Store) -> None:
 
     os.kill(owner(store, bank), signal.SIGKILL)
     # the row's identity is (stream, run, seq): writing again what may or may not have arrived does no harm
-    ack = bank.write(raymem.Trace(hidden, tokens, stream="book", run="first-reading"))
+    ack = bank.write(trace)
     print(f"killed and back: {ack.duplicates} rows were there already, same bytes: {bank.digest() == digest}")
 
 

@@ -33,8 +33,8 @@ def gateway(folder: str) -> Iterator[str]:
 
 def write(url: str) -> None:
     model = LanguageModel.load("smollm2-135m")
-    tokens = model.encode(TEXT)
-    hidden, _ = model.forward(tokens, LAYERS)
+    # hidden states, tokens, and what made them: a bank of another model would refuse them
+    trace = model.trace(TEXT, LAYERS, stream="book", run="first-reading")
     with raymem.connect(url) as store:
         store.put_calibration(calibrate(model, LAYERS))
         spec = raymem.BankSpec(
@@ -43,7 +43,7 @@ def write(url: str) -> None:
             # early layers and a window of words find facts from other contexts
             key=raymem.KeySpec(function="window", window=8),
         )
-        ack = store.create("lab/keeper", spec).write(raymem.Trace(hidden, tokens, stream="book", run="first-reading"))
+        ack = store.create("lab/keeper", spec).write(trace)
     print(f"{ack.rows} hidden states are behind {url}")
 
 

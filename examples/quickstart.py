@@ -16,12 +16,12 @@ TEXT = "The lighthouse on Skerry Rock was built in 1844. Its keeper, Ada Moir, w
 
 def main() -> None:
     model = LanguageModel.load("smollm2-135m")
-    tokens = model.encode(TEXT)
-    hidden, _ = model.forward(tokens, LAYERS)
+    # hidden states, tokens, and what made them: a bank of another model would refuse them
+    trace = model.trace(TEXT, LAYERS, stream="book", run="first-reading")
     with tempfile.TemporaryDirectory() as folder, raymem.connect(folder) as store:
         store.put_calibration(calibrate(model, LAYERS))
         bank = store.create("lab/keeper", raymem.BankSpec(kind="spalm", fingerprint=fingerprint(model, LAYERS)))
-        ack = bank.write(raymem.Trace(hidden, tokens, stream="book", run="first-reading"))
+        ack = bank.write(trace)
         print(f"{ack.rows} hidden states are in {bank.name}, durable: {ack.durable}")
 
         asked = model.encode(TEXT[: TEXT.index(" Moir")])

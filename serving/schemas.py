@@ -119,9 +119,18 @@ class ReadBody(_Request):
     start: int = 1
     as_of: str | float | None = None
     allow_partial: bool = Field(default=False, description="Go without partitions that don't answer in time.")
+    fingerprint: Fingerprint | None = Field(
+        default=None, description="What made the states: a bank of another model or other layers then refuses them."
+    )
 
     def queries(self, fingerprint: Fingerprint) -> Tensor:
-        """The states as the bank wants them."""
+        """The states as the bank wants them.
+
+        Raises:
+            FingerprintMismatch: another model made them, or they are of other layers.
+        """
+        if self.fingerprint is not None:
+            fingerprint.accept(self.fingerprint)
         return _hidden(self.hidden, fingerprint)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from raymem import Bank, BankSpec, Readout, Store, Trace
+from raymem import Bank, BankSpec, Fingerprint, Readout, Store, Trace
 from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import Encoder
 from raymem.errors import InvalidSpec
@@ -47,7 +47,7 @@ class Contender:
     def write(self, store: Store, place: int | str, reading: Reading) -> tuple[Bank, ...]:
         """Fresh banks that hold what was read of the document in this place."""
         banks = [store.create(f"eval/{self.name}-{spec.kind}-{place}", spec) for spec in self.specs]
-        for trace in _traces(reading):
+        for trace in _traces(reading, self.specs[0].fingerprint):
             for bank in banks:
                 bank.write(trace)
         return tuple(banks)
@@ -98,9 +98,16 @@ def ask(banks: Sequence[Bank], hidden_QLd: Tensor, neighbours: int) -> list[Read
     return [bank.read(hidden_QLd, neighbours, start=0) for bank in banks]
 
 
-def _traces(reading: Reading) -> Iterator[Trace]:
+def _traces(reading: Reading, made_by: Fingerprint) -> Iterator[Trace]:
     states_TLd = reading.written_TLd
     for start in range(0, len(states_TLd), _ROWS_A_WRITE):
         rows = slice(start, min(start + _ROWS_A_WRITE, len(states_TLd)))
         # a name may hold anything; streams are labels of limited length
-        yield Trace(states_TLd[rows], reading.split.tokens_T[rows], stream=reading.name[:128], run="read", seq=start)
+        yield Trace(
+            states_TLd[rows],
+            reading.split.tokens_T[rows],
+            stream=reading.name[:128],
+            run="read",
+            seq=start,
+            fingerprint=made_by,
+        )

@@ -73,7 +73,10 @@ class Changes(NamedTuple):
     more: Mapping[str, Any] = {}
 
 
-def identity(folder: Path, changes: Changes = Changes()) -> Identity:
+_AS_IT_IS = Changes()
+
+
+def identity(folder: Path, changes: Changes = _AS_IT_IS) -> Identity:
     """Say what model a folder holds; a minute for 100 GB of weights, nothing once it is known.
 
     Args:

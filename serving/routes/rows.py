@@ -42,7 +42,7 @@ def _body(model: type[Any], *others: str) -> dict[str, Any]:
 @serve(
     router,
     routes.WRITE,
-    *(BankNotFound, BankDetached, SequenceConflict, InvalidTrace, NonFinite, StorageError),
+    *(BankNotFound, BankDetached, FingerprintMismatch, SequenceConflict, InvalidTrace, NonFinite, StorageError),
     openapi_extra=_body(WriteBody, routes.MSGPACK, routes.ARROW),
 )
 async def write(bank: BankDep, settings: SettingsDep, request: Request, durable: bool = True) -> Ack:
@@ -65,7 +65,7 @@ async def write(bank: BankDep, settings: SettingsDep, request: Request, durable:
 @serve(
     router,
     routes.READ,
-    *(BankNotFound, BankDetached, InvalidTrace, NonFinite, TagNotFound),
+    *(BankNotFound, BankDetached, FingerprintMismatch, InvalidTrace, NonFinite, TagNotFound),
     response_model=ReadAnswer,
     openapi_extra=_body(ReadBody, routes.MSGPACK),
 )

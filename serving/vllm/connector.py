@@ -25,7 +25,7 @@ from raymem.logs import get_logger
 from raymem.serving.vllm import insides
 from raymem.serving.vllm.copier import RowCopier
 from raymem.serving.vllm.counters import Counters, growth
-from raymem.serving.vllm.fingerprint import engine_fingerprint, require_same
+from raymem.serving.vllm.fingerprint import engine_fingerprint
 from raymem.serving.vllm.metrics import RaymemPromMetrics, RaymemStats
 from raymem.serving.vllm.params import ConnectorConfig, write_target
 from raymem.serving.vllm.sender import Chunk, Sender, Sink
@@ -80,7 +80,18 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         # the scheduler and vLLM's front end load this module too, and need no store
         from raymem.serving.vllm.sink import StoreSink
 
-        return StoreSink(self.config, self.require)
+        return StoreSink(self.config, self.require, self.made_by)
+
+    def made_by(self) -> Fingerprint:
+        """Say what makes this engine's rows; hashed once.
+
+        Raises:
+            ModelNotFound, UnsupportedModel, ConfigError: it can't be said.
+        """
+        with self._hashing:
+            if self._fingerprint is None:
+                self._fingerprint = engine_fingerprint(self._vllm_config, self.layers)
+            return self._fingerprint
 
     def require(self, bank: Fingerprint) -> None:
         """Refuse a bank of another model, other layers or another dtype.
@@ -88,10 +99,7 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         Raises:
             FingerprintMismatch: naming every field that differs.
         """
-        with self._hashing:
-            if self._fingerprint is None:
-                self._fingerprint = engine_fingerprint(self._vllm_config, self.layers)
-        require_same(bank, self._fingerprint)
+        bank.accept(self.made_by())
 
     def cold_uri(self) -> str:
         """Return the cold store behind the store that is written to.
@@ -129,6 +137,11 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
                 return
             if request.prompt_token_ids is None:
                 raise InvalidInput("a prompt of embeddings has no token ids to store: send the prompt as text or ids")
+            if request.lora_request is not None:
+                raise InvalidInput(
+                    f"the adapter {request.lora_request.lora_name!r} changes the model's hidden states, and the bank "
+                    "holds the model's own: send the request without it, or serve the merged model"
+                )
             self.config.check_write(target.bank)
         except (InvalidInput, Unauthorized) as error:
             self._refused.append((request.request_id, error))

@@ -1,4 +1,4 @@
-"""What an engine's rows are made of, compared with what a bank holds."""
+"""What an engine's rows are made of."""
 
 from __future__ import annotations
 
@@ -38,15 +38,6 @@ def engine_fingerprint(vllm_config: Any, layers: tuple[int, ...]) -> Fingerprint
         tokenizer=tokenizer,
         legacy=legacy,
     )
-
-
-def require_same(bank: Fingerprint, engine: Fingerprint) -> None:
-    """Refuse a bank that holds other states than the engine computes.
-
-    Raises:
-        FingerprintMismatch: naming every field that differs.
-    """
-    bank.accept(engine)
 
 
 def _changes(vllm_config: Any, dtype: str) -> Changes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from raymem.serving.vllm.params import ConnectorConfig
 from raymem.store import AsyncBank, AsyncStore
@@ -19,11 +20,15 @@ class StoreSink:
     Args:
         config: names the store.
         require: gets a bank's fingerprint before the first write to it; raises to refuse it.
+        made_by: says what makes the engine's rows, once `require` has been called; each write carries it.
     """
 
-    def __init__(self, config: ConnectorConfig, require: Callable[[Fingerprint], None]) -> None:
+    def __init__(
+        self, config: ConnectorConfig, require: Callable[[Fingerprint], None], made_by: Callable[[], Fingerprint]
+    ) -> None:
         self._config = config
         self._require = require
+        self._made_by = made_by
         self._connecting = asyncio.Lock()
         self._store: AsyncStore | None = None
         self._banks: dict[str, asyncio.Task[AsyncBank]] = {}
@@ -36,7 +41,7 @@ class StoreSink:
             BankNotFound, BankDetached, Unavailable, InvalidTrace: as the store says.
         """
         handle = await self._bank(bank)
-        await handle.write(trace)
+        await handle.write(replace(trace, fingerprint=self._made_by()))
 
     async def close(self) -> None:
         """Close the store."""

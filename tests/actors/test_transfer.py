@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_read_only_bytes_become_a_tensor_that_can_be_written():
 
 
 def test_traces_and_readouts_arrive_whole(tiny):
-    trace = tiny.trace(5, stream="other", seq=3)
+    trace = replace(tiny.trace(5, stream="other", seq=3), fingerprint=tiny.fingerprint)
     readout = Readout(torch.zeros(5, 0), torch.ones(5), torch.ones(5, 2, dtype=torch.int64), sources=(("s", "r"),))
 
     got_trace = unpack_fields(Trace, pack_fields(trace))
@@ -46,6 +47,7 @@ def test_traces_and_readouts_arrive_whole(tiny):
     assert torch.equal(got_trace.hidden, trace.hidden)
     assert torch.equal(got_trace.tokens, trace.tokens)
     assert (got_trace.stream, got_trace.run, got_trace.seq, got_trace.time) == ("other", "r", 3, 1.0)
+    assert got_trace.fingerprint == tiny.fingerprint
     assert got_trace.values is None
     assert got_readout.values_QV.shape == (5, 0)
     assert got_readout.scores_Qk is None

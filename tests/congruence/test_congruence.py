@@ -69,6 +69,10 @@ def _trained(on: On) -> Bank:
     return on.store.create(f"{on.kind}/trained", spec)
 
 
+def _made_by(on: On, run: str = "r", **other: Any) -> Trace:
+    return dataclasses.replace(on.tiny.trace(3, run=run), fingerprint=on.tiny.fingerprint.model_copy(update=other))
+
+
 def _weights() -> Learned:
     return Learned("lemn", {"memory.policy.weigh.bias": torch.arange(3.0)}, {"policy": "s"}, {"rows": 7})
 
@@ -111,6 +115,9 @@ step("Bank.write", "one layer short")(
 step("Bank.write", "another dtype")(
     lambda on: on.bank.write(Trace(on.tiny.trace(2).hidden.float(), on.tiny.trace(2).tokens, "s", "r"))
 )
+step("Bank.write", "rows that say what made them")(lambda on: on.bank.write(_made_by(on, model="renamed", run="made")))
+step("Bank.write", "rows of other layers")(lambda on: on.bank.write(_made_by(on, layers=(1, 5))))
+step("Bank.write", "rows of another model")(lambda on: on.bank.write(_made_by(on, content="another")))
 step("Bank.write", "a stream without a name")(lambda on: on.bank.write(on.tiny.trace(2, stream="")))
 step("Bank.write", "to no bank")(lambda on: on.other("none").write(on.tiny.trace(2)))
 step("Bank.write", "without waiting")(lambda on: on.bank.write(on.tiny.trace(9, run="soon"), durable=False))

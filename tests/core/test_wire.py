@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import msgpack
 import numpy as np
@@ -36,6 +36,9 @@ def assert_same(one: object, other: object) -> None:
         assert one == other
 
 
+MADE_BY = FINGERPRINT.model_copy(update={"content": "2:" + "d" * 64, "legacy": ("c" * 64, "t" * 64)})
+
+
 def trace(rows: int = 7, seq: int = 0, *, values: bool = True, run: str = "r", dtype: str = "bfloat16") -> Trace:
     return Trace(
         hidden=torch.randn(rows, 2, 5).to(getattr(torch, dtype)),
@@ -51,6 +54,7 @@ def trace(rows: int = 7, seq: int = 0, *, values: bool = True, run: str = "r", d
 NOUNS = [
     trace(),
     trace(0, values=False),
+    replace(trace(), fingerprint=MADE_BY),
     Ack(rows=5, duplicates=2, end=9, gaps=0, durable=True),
     Readout(torch.zeros(3, 0), torch.rand(3)),
     Readout(*(torch.rand(2, 3) for _ in range(7)), sources=(("a", "b"), ("c", "d"))),
@@ -236,6 +240,13 @@ def test_traces_come_back_from_arrow_bit_by_bit(dtype: str) -> None:
     ]
     for mine, arrived in zip(sent, traces_from_arrow(traces_to_arrow(sent)), strict=True):
         assert_same(mine, arrived)
+
+
+def test_what_made_the_rows_travels_with_them() -> None:
+    sent = [replace(trace(), fingerprint=MADE_BY), replace(trace(4, run="other"), fingerprint=MADE_BY)]
+    assert [arrived.fingerprint for arrived in traces_from_arrow(traces_to_arrow(sent))] == [MADE_BY, MADE_BY]
+    with pytest.raises(InvalidInput, match="different models"):
+        traces_to_arrow([sent[0], trace(4, run="other")])
 
 
 def test_traces_that_follow_each_other_arrive_as_one() -> None:

@@ -1,4 +1,5 @@
 import base64
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -133,6 +134,38 @@ def test_lists_and_tensors_write_the_same_bank(gateway, store, gateway_spec, ban
     }
     httpx.post(f"{gateway}/v1/banks/{other.name}/write", json=body).raise_for_status()
     assert one.digest() == other.digest()
+
+
+@pytest.mark.parametrize("way", ["json", "msgpack", "arrow"])
+def test_rows_of_another_layer_are_refused_however_they_come(gateway, rows_bank, make_rows, tiny, way):
+    made = tiny.fingerprint.model_copy(update={"layers": (1, 5)})
+    trace = replace(make_rows(4), fingerprint=made)
+    body = {"stream": "s", "run": "r", "tokens": trace.tokens.tolist(), "hidden": trace.hidden.float().tolist()}
+    sent = {
+        "json": lambda: httpx.post(f"{url}/write", json=body | {"fingerprint": made.model_dump(mode="json")}),
+        "msgpack": lambda: httpx.post(f"{url}/write", content=wire.pack(trace), headers=_of("msgpack")),
+        "arrow": lambda: httpx.post(
+            f"{url}/write", content=wire.traces_to_arrow([trace]), headers=_of("vnd.apache.arrow.stream")
+        ),
+    }
+    url = f"{gateway}/v1/banks/{rows_bank.name}"
+    answer = sent[way]()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "fingerprint_mismatch")
+    assert "layers: bank has (3, 5), got (1, 5)" in answer.json()["error"]["message"]
+    assert rows_bank.info().rows == 0
+    rows_bank.write(replace(trace, fingerprint=tiny.fingerprint))
+    assert rows_bank.info().rows == 4
+
+
+def test_states_of_another_model_are_refused_where_they_say_so(gateway, rows_bank, make_rows, tiny):
+    url, body = f"{gateway}/v1/banks/{rows_bank.name}/read", {"hidden": make_rows(2).hidden.float().tolist()}
+    for other, status in (({}, 200), ({"content": "another"}, 409), ({"layers": [5, 3]}, 409)):
+        made = tiny.fingerprint.model_dump(mode="json") | other
+        assert httpx.post(url, json=body | {"fingerprint": made}).status_code == status
+
+
+def _of(kind: str) -> dict[str, str]:
+    return {"Content-Type": f"application/{kind}"}
 
 
 def test_an_undurable_write_arrives(rows_bank, make_rows):

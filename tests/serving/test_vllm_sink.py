@@ -21,7 +21,7 @@ async def opened(tmp_path, tiny):
         await store.create(name, tiny.spec())
     await store.close()
     asked = []
-    sink = StoreSink(ConnectorConfig(store=uri), asked.append)
+    sink = StoreSink(ConnectorConfig(store=uri), asked.append, lambda: tiny.fingerprint)
     yield sink, asked
     await sink.close()
 
@@ -73,3 +73,12 @@ async def test_no_more_banks_are_kept_open_than_a_bound_and_the_latest_used_stay
     assert list(sink._banks) == ["lab/a", "lab/b"]
     # b was let go and opened again
     assert len(asked) == 4
+
+
+async def test_each_write_says_what_made_it(opened, tiny, monkeypatch):
+    sink, _ = opened
+    await sink.write("lab/a", tiny.trace(2))
+    # the bank was deleted and made again for another layer: the handle that is kept doesn't know
+    monkeypatch.setattr(sink, "_made_by", lambda: tiny.fingerprint.model_copy(update={"layers": (1, 5)}))
+    with pytest.raises(FingerprintMismatch, match=r"layers: bank has \(3, 5\), got \(1, 5\)"):
+        await sink.write("lab/a", tiny.trace(2, run="other"))
