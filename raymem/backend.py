@@ -20,7 +20,7 @@ from raymem.cold.store import ColdStore, Entry
 from raymem.cold.sweeper import sweep
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
-from raymem.errors import BankDetached, CalibrationNotFound, InvalidInput, RaymemError
+from raymem.errors import BankDetached, CalibrationNotFound, RaymemError
 from raymem.logs import get_logger
 from raymem.memory.learned import Learned
 from raymem.types import (
@@ -38,8 +38,6 @@ from raymem.types import (
     ShardInfo,
     SweepReport,
     Trace,
-    check_bank_name,
-    check_label,
 )
 
 T = TypeVar("T")
@@ -414,35 +412,6 @@ def shard_info(
 def detached(name: str) -> BankDetached:
     """The error for a read or write of a cold bank."""
     return BankDetached(f"bank {name!r} is detached; attach it first: bank.attach() or `raymem bank attach {name}`")
-
-
-def check_read(k: int, start: int) -> None:
-    """Refuse a k or a start position that can't be meant.
-
-    Raises:
-        InvalidInput: naming the value.
-    """
-    if not 1 <= k <= 4096:
-        raise InvalidInput(f"k is {k}; ask for 1 to 4096 neighbours")
-    if start < 0:
-        raise InvalidInput(f"start is {start}; positions count from 0")
-
-
-def check_ttl(ttl_s: float | None) -> None:
-    """Refuse a time to live that can't be meant.
-
-    Raises:
-        InvalidInput: naming the value.
-    """
-    if ttl_s is not None and not 0 < ttl_s < float("inf"):
-        raise InvalidInput(f"ttl_s is {ttl_s}; rows may live for a number of seconds over 0, or for good: None")
-
-
-def check_names(name: str, tag: str | None = None) -> None:
-    """Check a bank's name, and a tag's."""
-    check_bank_name(name)
-    if tag is not None:
-        check_label("tag", tag)
 
 
 def _no_calibration(model: str, layers: tuple[int, ...]) -> CalibrationNotFound:

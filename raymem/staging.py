@@ -45,6 +45,9 @@ class Staging:
             return self._stage(trace)
         except RaymemError as error:
             return error
+        except Exception as error:  # noqa: BLE001 - handed to the writer; those of the same group must not hear of it
+            log.error("trace refused", bank=self._entry.name, error=repr(error))
+            return RaymemError(f"a trace for bank {self._entry.name} could not be taken: {error!r}")
 
     def rows(self) -> JournalRows | None:
         """The group's new rows in order, or None if there are none."""

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
+import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
-from raymem.backend import Backend, check_names, check_read, check_ttl
+from raymem.addresses import check_address, open_backend
+from raymem.backend import Backend
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
-from raymem.errors import ConfigError
+from raymem.errors import InvalidTrace
+from raymem.inputs import (
+    AnyAsOf,
+    AnyMoment,
+    BankName,
+    BankNames,
+    Count,
+    FilePath,
+    Flag,
+    Label,
+    Layers,
+    Lifetime,
+    Neighbours,
+    Partitions,
+    Place,
+    Prefix,
+    checked,
+    instance,
+    shown,
+)
 from raymem.loop import Loop
 from raymem.memory.learned import Learned
+from raymem.tensors import states
 from raymem.types import (
+    DTYPES,
     Ack,
     BankInfo,
     BankSpec,
@@ -32,7 +55,12 @@ from raymem.types import (
     ShardInfo,
     SweepReport,
     Trace,
+    check_spec,
 )
+
+_Spec = Annotated[BankSpec, BeforeValidator(check_spec)]
+_Calibration = Annotated[Calibration, BeforeValidator(instance(Calibration))]
+_Learned = Annotated[Learned, BeforeValidator(instance(Learned))]
 
 
 def connect(
@@ -59,6 +87,7 @@ def connect(
     return Store(store, loop)
 
 
+@checked
 class AsyncStore:
     """Named memory banks, wherever they live; see `connect` for the addresses."""
 
@@ -70,15 +99,10 @@ class AsyncStore:
         cls, uri: str | Path, *, cold: str | None = None, api_key: str | None = None, settings: Settings | None = None
     ) -> AsyncStore:
         """As `raymem.connect`, on the running event loop."""
-        settings = settings or Settings.load()
-        address = str(uri)
-        if api_key is not None and not address.startswith(("http://", "https://")):
-            raise ConfigError(f"api_key goes with an http:// address, not with {address!r}")
-        if cold is not None and not _is_ray(address):
-            raise ConfigError(f"cold={cold!r} goes with 'ray'; {address!r} is its own cold store")
-        return cls(await _backend(address, cold, api_key, settings))
+        address = check_address(uri, cold, api_key, settings)
+        return cls(await open_backend(address, cold, api_key, settings or Settings.load()))
 
-    async def create(self, name: str, spec: BankSpec, *, partitions: int = 1) -> AsyncBank:
+    async def create(self, name: BankName, spec: _Spec, *, partitions: Partitions = 1) -> AsyncBank:
         """Create a bank and attach it.
 
         Args:
@@ -90,29 +114,26 @@ class AsyncStore:
             InvalidName, InvalidSpec, BankExists, CalibrationNotFound: nothing was created.
             Unsupported: partitions of a kind that keeps no rows.
         """
-        check_names(name)
         await self.backend.create(name, spec, partitions)
         return AsyncBank(self.backend, name)
 
-    def bank(self, name: str) -> AsyncBank:
+    def bank(self, name: BankName) -> AsyncBank:
         """A handle on a bank; it is looked up on first use."""
-        check_names(name)
         return AsyncBank(self.backend, name)
 
-    async def banks(self, prefix: str = "") -> list[BankInfo]:
+    async def banks(self, prefix: Prefix = "") -> list[BankInfo]:
         """The catalog, by name; `prefix` may be a namespace with its slash."""
         return await self.backend.banks(prefix)
 
-    async def delete(self, name: str, *, materialise: bool = False) -> None:
+    async def delete(self, name: BankName, *, materialise: Flag = False) -> None:
         """Remove a bank with all its rows, snapshots and tags; its forks keep what they have with `materialise`.
 
         Raises:
             Conflict: it has forks, which read its rows, and `materialise` is False.
         """
-        check_names(name)
         await self.backend.delete(name, materialise)
 
-    async def fork(self, source: str, target: str, at: str | int | None = None) -> AsyncBank:
+    async def fork(self, source: BankName, target: BankName, at: Place | None = None) -> AsyncBank:
         """Create a bank that begins with another's rows, up to a tag or position; no row is copied.
 
         It is attached if the source is, and goes its own way from there.
@@ -125,13 +146,11 @@ class AsyncStore:
         Raises:
             BankExists, BankNotFound, TagNotFound, InvalidInput: nothing was created.
         """
-        check_names(source)
-        check_names(target)
         await self.backend.fork(source, target, at)
         return AsyncBank(self.backend, target)
 
     async def merge(
-        self, target: str, sources: Sequence[str], *, rebuild: bool = False, rename: bool = True
+        self, target: BankName, sources: BankNames, *, rebuild: Flag = False, rename: Flag = True
     ) -> MergeReport:
         """Create a bank from the rows that several have now, in the order of their times.
 
@@ -146,32 +165,29 @@ class AsyncStore:
             Unsupported: banks of this kind don't merge without `rebuild`, and why.
             FingerprintMismatch, InvalidSpec: naming what differs. BankExists, BankNotFound: nothing was created.
         """
-        for name in (target, *sources):
-            check_names(name)
         return await self.backend.merge(target, list(sources), rebuild, rename)
 
-    async def import_(self, path: str | Path, name: str) -> AsyncBank:
+    async def import_(self, path: FilePath, name: BankName) -> AsyncBank:
         """Create a bank from an exported file; it starts detached.
 
         Raises:
             Corrupt: the file is damaged or cut short; nothing was created.
         """
-        check_names(name)
         await self.backend.import_(Path(path), name)
         return AsyncBank(self.backend, name)
 
-    async def sweep(self, *, dry_run: bool = False) -> SweepReport:
+    async def sweep(self, *, dry_run: Flag = False) -> SweepReport:
         """Delete tables that the catalog doesn't name, once they are old enough, and finish erasures cut short.
 
         Owners do so by themselves now and then.
         """
         return await self.backend.sweep(dry_run)
 
-    async def put_calibration(self, calibration: Calibration) -> str:
+    async def put_calibration(self, calibration: _Calibration) -> str:
         """Keep a calibration in the store; return its hash."""
         return await self.backend.put_calibration(calibration)
 
-    async def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration:
+    async def calibration(self, content: Label, layers: Layers) -> Calibration:
         """The store's calibration for a model's content hash and layers.
 
         Raises:
@@ -179,11 +195,11 @@ class AsyncStore:
         """
         return await self.backend.calibration(content, tuple(layers))
 
-    async def put_params(self, learned: Learned) -> str:
+    async def put_params(self, learned: _Learned) -> str:
         """Keep weights that were trained elsewhere; return their name, `sha256:…`, for `BankSpec.params`."""
         return await self.backend.put_params(learned)
 
-    async def params(self, params: str) -> Learned:
+    async def params(self, params: Label) -> Learned:
         """The weights of that name.
 
         Raises:
@@ -199,7 +215,7 @@ class AsyncStore:
         """The processes that banks are hot in, and the room each has."""
         return await self.backend.shards()
 
-    async def drain(self, node: str, *, undo: bool = False) -> DrainReport:
+    async def drain(self, node: Label, *, undo: Flag = False) -> DrainReport:
         """Move every bank away from a node, live; it takes no new ones until this is called with `undo`.
 
         Raises:
@@ -216,6 +232,7 @@ class AsyncStore:
         await self.backend.close()
 
 
+@checked
 class AsyncBank:
     """A handle on one bank."""
 
@@ -227,22 +244,25 @@ class AsyncBank:
         """The bank's line in the catalog, with its size if it is hot."""
         return await self._backend.info(self.name)
 
-    async def write(self, trace: Trace, *, durable: bool = True) -> Ack:
+    async def write(self, trace: Trace, *, durable: Flag = True) -> Ack:
         """Write a trace; it is durable when this returns, unless `durable=False`.
 
         Raises:
             InvalidTrace, NonFinite, SequenceConflict, BankDetached, Overloaded, StorageError: nothing was written.
         """
-        return await self._backend.write(self.name, trace, durable)
+        if not isinstance(trace, Trace):
+            raise InvalidTrace(f"trace is {shown(trace)}; give a raymem.Trace")
+        given = trace.checked(await self._dtype(trace.hidden))
+        return await self._backend.write(self.name, given, durable)
 
     async def read(
         self,
         queries: Tensor,
-        k: int = 32,
+        k: Neighbours = 32,
         *,
-        start: int = 1,
-        as_of: str | float | datetime | None = None,
-        allow_partial: bool = False,
+        start: Count = 1,
+        as_of: AnyAsOf = None,
+        allow_partial: Flag = False,
     ) -> Readout:
         """Read with Q consecutive hidden states [Q, L, D] of one context.
 
@@ -254,11 +274,10 @@ class AsyncBank:
                 had all rows before the first that was stamped later.
             allow_partial: take an answer without those partitions that don't give theirs in time, `Readout.missing`.
         """
-        check_read(k, start)
-        moment = as_of.timestamp() if isinstance(as_of, datetime) else as_of
-        return await self._backend.read(self.name, queries, k, start, moment, allow_partial)
+        asked = states("queries", queries, await self._dtype(queries))
+        return await self._backend.read(self.name, asked, k, start, cast(str | float | None, as_of), allow_partial)
 
-    async def attach(self, node: str | None = None) -> BankInfo:
+    async def attach(self, node: Label | None = None) -> BankInfo:
         """Load the bank from the cold store, on `node` if named."""
         return await self._backend.attach(self.name, node)
 
@@ -266,11 +285,11 @@ class AsyncBank:
         """Settle the bank, write its state down, free its memory."""
         return await self._backend.detach(self.name)
 
-    async def migrate(self, to: str, *, partition: int | None = None) -> MigrationReport:
+    async def migrate(self, to: Label, *, partition: Count | None = None) -> MigrationReport:
         """Move the bank to another node while it is read, or one of its partitions."""
         return await self._backend.migrate(self.name, to, partition)
 
-    async def grow(self, partitions: int) -> BankInfo:
+    async def grow(self, partitions: Partitions) -> BankInfo:
         """Add empty partitions, until there are so many; no stream moves, and new ones go where there are fewest."""
         return await self._backend.grow(self.name, partitions)
 
@@ -292,25 +311,23 @@ class AsyncBank:
         """Let the bank leave memory when its shard needs room; it comes back at its next use."""
         return await self._backend.pin(self.name, False)
 
-    async def tag(self, tag: str) -> dict[str, int]:
+    async def tag(self, tag: Label) -> dict[str, int]:
         """Name the present position; return all tags."""
-        check_names(self.name, tag)
         return await self._backend.tag(self.name, tag)
 
     async def tags(self) -> dict[str, int]:
         """All tags and their positions."""
         return (await self.info()).tags
 
-    async def untag(self, tag: str) -> dict[str, int]:
+    async def untag(self, tag: Label) -> dict[str, int]:
         """Forget a tag; return those that are left.
 
         Raises:
             TagNotFound: naming the tags there are.
         """
-        check_names(self.name, tag)
         return await self._backend.untag(self.name, tag)
 
-    async def restore(self, at: str | int) -> RestoreReport:
+    async def restore(self, at: Place) -> RestoreReport:
         """Go back to a tag or a position.
 
         Nothing is lost: what came after stays in a bank of its own, which the report names, and this one becomes its
@@ -329,27 +346,27 @@ class AsyncBank:
         """sha256 of the bank's whole state; equal digests mean byte-identical states."""
         return await self._backend.digest(self.name)
 
-    async def tokens(self, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
+    async def tokens(self, stream: Label, run: Label, seq_from: Count, seq_to: Count) -> Tensor:
         """Token ids [T] int64 of a run's rows in [seq_from, seq_to), in order; absent ones are left out.
 
         Works on a detached bank too.
         """
         return await self._backend.tokens(self.name, stream, run, seq_from, seq_to)
 
-    async def export(self, path: str | Path) -> int:
+    async def export(self, path: FilePath) -> int:
         """Write the bank to one file; return its bytes."""
         return await self._backend.export(self.name, Path(path))
 
     async def erase(
         self,
         *,
-        stream: str | None = None,
-        run: str | None = None,
-        seq_from: int | None = None,
-        seq_to: int | None = None,
-        before: float | None = None,
+        stream: Label | None = None,
+        run: Label | None = None,
+        seq_from: Count | None = None,
+        seq_to: Count | None = None,
+        before: AnyMoment | None = None,
         scope: Literal["rows", "run"] = "rows",
-        rebuild: bool = False,
+        rebuild: Flag = False,
     ) -> EraseReceipt:
         """Erase the rows for which all that is given holds, for good: a stream, a run, a few rows, what is old.
 
@@ -365,17 +382,20 @@ class AsyncBank:
         Raises:
             Unsupported: such a kind, without `rebuild`; nothing was changed. InvalidInput: nothing selected.
         """
-        what = Selection(stream, run, seq_from, seq_to, before, scope)
+        what = Selection(stream, run, seq_from, seq_to, cast(float | None, before), scope)
         return await self._backend.erase(self.name, what.check(), rebuild)
 
     async def receipts(self, *, forget_names: bool = False) -> list[EraseReceipt]:
         """The receipts of erasures here, oldest first; `forget_names` leaves digests of names in finished ones."""
         return await self._backend.receipts(self.name, forget_names)
 
-    async def set_ttl(self, ttl_s: float | None) -> BankInfo:
+    async def set_ttl(self, ttl_s: Lifetime) -> BankInfo:
         """Let rows expire that are older than `ttl_s` seconds, or none; the owner erases them in batches."""
-        check_ttl(ttl_s)
         return await self._backend.set_ttl(self.name, ttl_s)
+
+    async def _dtype(self, given: object) -> torch.dtype:
+        # a tensor has one of its own, and is taken with it or not at all
+        return torch.float32 if isinstance(given, Tensor) else DTYPES[(await self.info()).spec.fingerprint.dtype]
 
 
 class Store:
@@ -577,24 +597,3 @@ class Bank:
     def set_ttl(self, ttl_s: float | None) -> BankInfo:
         """As `AsyncBank.set_ttl`."""
         return self._loop.run(self._bank.set_ttl(ttl_s))
-
-
-def _is_ray(address: str) -> bool:
-    return address == "ray" or address.startswith("ray://")
-
-
-async def _backend(address: str, cold: str | None, api_key: str | None, settings: Settings) -> Backend:
-    # the one place that names rooms above its own: each is imported only when it is asked for
-    if address.startswith(("http://", "https://")):
-        from raymem.remote import HttpBackend
-
-        return await HttpBackend.connect(address, api_key, settings)
-    from raymem.partitioned import partitioned
-
-    if _is_ray(address):
-        from raymem.actors.backend import RayBackend
-
-        return partitioned(await RayBackend.connect(address, cold, settings))
-    from raymem.local import LocalBackend
-
-    return partitioned(await asyncio.to_thread(LocalBackend, address, settings))

@@ -9,26 +9,38 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-import re
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from raymem.errors import FingerprintMismatch, InvalidInput, InvalidName, InvalidTrace, NonFinite
+from raymem.errors import FingerprintMismatch, InvalidInput, InvalidSpec, InvalidTrace, NonFinite
+from raymem.inputs import COUNT_END, Check, Label, bank_name, count, json_value, label, moment, named, shown, text, whole
+from raymem.inputs import shorten as shorten
+from raymem.tensors import dense, states, token_ids
 
+_MOST_OPTIONS = 100
+_Sized = Annotated[int, BeforeValidator(lambda value: whole(value, 0, COUNT_END, InvalidSpec))]
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
-_LABEL_MAX = 256
 # banks keep token ids in four bytes
 _TOKENS = 2**31
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # `model_copy` checks nothing: what it made is checked where it is used
+    model_config = ConfigDict(frozen=True, extra="forbid", revalidate_instances="always")
+
+    def __init__(self, /, **fields: Any) -> None:
+        try:
+            for value in fields.values():
+                if isinstance(value, str):
+                    text(value)
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise _invalid_spec(type(self).__name__, error) from error
 
 
 class Fingerprint(_Frozen):
@@ -105,8 +117,8 @@ class KeySpec(_Frozen):
     """
 
     function: Literal["single", "window", "span"] = "single"
-    layers: tuple[int, ...] = ()
-    window: int = Field(default=8, ge=1, le=4096)
+    layers: tuple[_Sized, ...] = ()
+    window: _Sized = Field(default=8, ge=1, le=4096)
 
 
 class BankSpec(_Frozen):
@@ -115,17 +127,19 @@ class BankSpec(_Frozen):
     `params` names the weights that its mechanism uses, `sha256:…` as `raymem train` printed it; "" is untrained.
     """
 
-    kind: str
+    kind: Label
     fingerprint: Fingerprint
     key: KeySpec = KeySpec()
     options: dict[str, Any] = Field(default_factory=dict)
-    budget_bytes: int = Field(default=256 * 2**20, ge=1024)
+    budget_bytes: _Sized = Field(default=256 * 2**20, ge=1024)
     params: str = Field(default="", pattern=r"^(sha256:[0-9a-f]{64})?$")
 
-    @field_validator("options")
+    @field_validator("options", mode="before")
     @classmethod
-    def _string_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return dict(sorted(value.items()))
+    def _plain(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or len(value) > _MOST_OPTIONS:
+            raise InvalidSpec(f"options are {shown(value)}; give a map of at most {_MOST_OPTIONS} options")
+        return dict(sorted(json_value(value).items()))
 
 
 class RowRef(NamedTuple):
@@ -174,20 +188,63 @@ class Trace:
         values = None if self.values is None else self.values.detach().clone()
         return replace(self, hidden=self.hidden.detach().clone(), tokens=self.tokens.detach().clone(), values=values)
 
+    def checked(self, dtype: torch.dtype) -> Trace:
+        """The same as banks take it: names in NFC, times as seconds, tensors dense, detached and on the CPU.
+
+        Arrays and lists become tensors, floats of them in `dtype`, tokens int64; vectors become float32. Whether they
+        fit a bank is for `validate`.
+
+        Raises:
+            InvalidTrace, InvalidName, TooLarge: with the field and the offending value.
+        """
+        hidden = states("hidden states", self.hidden, dtype)
+        if hidden.dim() != 3:
+            raise InvalidTrace(f"hidden states are {list(hidden.shape)}; give [rows, layers, width]")
+        if not isinstance(self.fingerprint, Fingerprint | None):
+            raise InvalidTrace(f"fingerprint is {shown(self.fingerprint)}; give a raymem.Fingerprint, or leave it out")
+        values = None if self.values is None else states("values", self.values, torch.float32)
+        return replace(
+            self,
+            hidden=hidden,
+            tokens=token_ids(self.tokens),
+            stream=named("stream", label, self.stream),
+            run=named("run", label, self.run),
+            seq=named("seq", _seq_before(len(hidden)), self.seq),
+            values=values.to(torch.float32) if values is not None and values.is_floating_point() else values,
+            time=named("time", _trace_time, self.time),
+        )
+
+    def require(self) -> None:
+        """Check what takes no look at the rows: names, numbers, kinds of tensors.
+
+        Raises:
+            InvalidTrace, InvalidName: with the field and the offending value.
+        """
+        for what, given in (("stream", self.stream), ("run", self.run)):
+            named(what, label, given)
+        for what, tensor in (("hidden", self.hidden), ("tokens", self.tokens), ("values", self.values)):
+            if not isinstance(tensor, Tensor) and not (what == "values" and tensor is None):
+                raise InvalidTrace(f"{what} is {shown(tensor)}; give a tensor")
+            if tensor is not None:
+                dense(what, tensor)
+        if self.hidden.dim() != 3:
+            raise InvalidTrace(f"hidden states are {list(self.hidden.shape)}; give [rows, layers, width]")
+        if not isinstance(self.fingerprint, Fingerprint | None):
+            raise InvalidTrace(f"fingerprint is {shown(self.fingerprint)}; give a raymem.Fingerprint, or leave it out")
+        named("seq", _seq_before(len(self)), self.seq)
+        named("time", _trace_time, self.time)
+
     def validate(self, fingerprint: Fingerprint) -> None:
-        """Check what made the rows, shapes, dtype, names and finiteness against a bank's fingerprint.
+        """Check everything against a bank's fingerprint: what made the rows, shapes, dtype, names, numbers, finiteness.
 
         Raises:
             InvalidTrace, NonFinite, InvalidName: with the offending value; nothing has been changed.
             FingerprintMismatch: another model made the rows, or they are of other layers.
         """
-        check_label("stream", self.stream)
-        check_label("run", self.run)
+        self.require()
         if self.fingerprint is not None:
             fingerprint.accept(self.fingerprint)
         check_hidden(self.hidden, fingerprint)
-        if self.seq < 0:
-            raise InvalidTrace(f"seq is {self.seq}; a run's rows count from 0")
         if self.tokens.shape != (len(self),) or self.tokens.dtype != torch.int64:
             found = f"{self.tokens.dtype} {list(self.tokens.shape)}"
             raise InvalidTrace(f"tokens are {found}; expected torch.int64 [{len(self)}], one id a row")
@@ -391,28 +448,28 @@ class Selection:
     starts: tuple[RowRef, ...] = ()
 
     def check(self) -> Selection:
-        """Return this selection if it can be meant.
+        """Return this selection, its names in NFC, if it can be meant.
 
         Raises:
-            InvalidInput: it would take the whole bank, or names rows without the run that they are of.
+            InvalidInput: it would take the whole bank, or names rows without the run that they are of, or by a name, a
+                number or a time that no row can have.
         """
         if self.stream is None and self.before is None:
             raise InvalidInput("erase what? name a stream, or a time before which; store.delete removes a whole bank")
         if self.run is not None and self.stream is None:
-            raise InvalidInput(f"run {shorten(self.run)!r} of which stream? run ids may repeat: name the stream too")
+            raise InvalidInput(f"run {shown(self.run)} of which stream? run ids may repeat: name the stream too")
         if (self.seq_from, self.seq_to) != (None, None) and self.run is None:
             raise InvalidInput("seq_from and seq_to count the rows of a run: name the stream and the run too")
-        for what, label in (("stream", self.stream), ("run", self.run)):
-            if label is not None:
-                check_label(what, label)
-        if self.before is not None and not math.isfinite(self.before):
-            raise InvalidInput(f"before is {self.before}; it is a time in seconds since the epoch")
         if self.scope not in ("rows", "run"):
             raise InvalidInput(
-                f"scope is {shorten(repr(self.scope))}; it is 'rows', those that are named, or 'run', also what "
-                "followed them in their runs"
+                f"scope is {shown(self.scope)}; it is 'rows', those that are named, or 'run', also what followed them "
+                "in their runs"
             )
-        return self
+        checks: dict[str, Check] = {"stream": label, "run": label, "seq_from": count, "seq_to": count, "before": moment}
+        given = {name: getattr(self, name) for name in checks}
+        return replace(
+            self, **{name: value if value is None else named(name, checks[name], value) for name, value in given.items()}
+        )
 
     @property
     def whole(self) -> bool:
@@ -525,24 +582,27 @@ def check_bank_name(name: str) -> str:
     Raises:
         InvalidName: naming the value (shortened) and the rule.
     """
-    parts = name.split("/")
-    if len(parts) != 2 or not all(_PART.fullmatch(part) for part in parts):
-        raise InvalidName(
-            f"bank name {shorten(name)!r} must be namespace/name, each part 1 to 63 letters, digits, - or _, "
-            "starting with a letter or digit; for example research/alice"
-        )
-    return name
+    return bank_name(name)
 
 
 def check_label(what: str, value: str) -> str:
-    """Return a stream, run or tag name if it is printable, not empty and at most 256 characters.
+    """Return a stream, run or tag name in NFC; see `raymem.inputs.label`.
 
     Raises:
         InvalidName: naming the value (shortened) and the rule.
     """
-    if not 0 < len(value) <= _LABEL_MAX or not value.isprintable():
-        raise InvalidName(f"{what} {shorten(value)!r} must be 1 to {_LABEL_MAX} printable characters")
-    return value
+    return str(named(what, label, value))
+
+
+def check_spec(spec: object) -> BankSpec:
+    """A spec whose every field was checked: `model_copy` checks none.
+
+    Raises:
+        InvalidSpec: naming the field and the value.
+    """
+    if not isinstance(spec, BankSpec):
+        raise InvalidSpec(f"{shown(spec)}; give a raymem.BankSpec")
+    return BankSpec(**dict(spec))
 
 
 def check_hidden(hidden: Tensor, fingerprint: Fingerprint) -> None:
@@ -571,6 +631,20 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
 
 
-def shorten(text: str, limit: int = 80) -> str:
-    """`text`, cut in the middle of nothing: its head and its length when it is longer than `limit`."""
-    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
+def _seq_before(rows: int) -> Check:
+    return lambda value: whole(value, 0, COUNT_END - rows, InvalidTrace)
+
+
+def _trace_time(value: object) -> float:
+    try:
+        return moment(value)
+    except InvalidInput as error:
+        raise InvalidTrace(error.message) from None
+
+
+def _invalid_spec(name: str, error: ValidationError) -> InvalidSpec:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    where = ".".join(str(part) for part in first["loc"])
+    said = cause.message if isinstance(cause, InvalidInput) else f"{shown(first['input'])}: {first['msg']}"
+    return InvalidSpec(f"{name}: {where}: {said}" if where else f"{name}: {said}")

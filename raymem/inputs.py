@@ -1,0 +1,393 @@
+"""What a caller may send: the domain of every argument, stated once.
+
+Each domain is a function that returns the value as raymem goes on with it or raises InvalidInput, and a type for
+signatures and for the gateway's JSON which carries that function. `checked` applies those of a verb to its arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import operator
+import os
+import re
+import types
+import typing
+import unicodedata
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from numbers import Real
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, Field
+
+from raymem.errors import InvalidInput, InvalidName, InvalidSpec
+
+# what JSON carries everywhere without losing a digit; far inside the 64 bits of a journal's columns
+COUNT_END = 2**53
+# the year 10000
+TIME_END = 253_402_300_800
+LABEL_MAX = 256
+MOST_PARTITIONS = 256
+MOST_NEIGHBOURS = 4096
+MOST_SOURCES = 1000
+
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+# a composed character has at most four
+_DECOMPOSED = 4
+# controls, halves of a pair, line and paragraph separators
+_NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}
+# what turns the order of the text around it: a name must not look like another
+_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_LONGEST = 80
+
+C = TypeVar("C")
+Check = Callable[[Any], Any]
+
+
+def shorten(text: str, limit: int = _LONGEST) -> str:
+    """`text`, cut in the middle of nothing: its head and its length when it is longer than `limit`."""
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
+
+
+def shown(value: object) -> str:
+    """A value of any kind as an error names it: short, printable, with its type where that may be what is wrong."""
+    if value is None or type(value) is bool:
+        return str(value)
+    if isinstance(value, str):
+        return repr(shorten(value))
+    kind = f"a {type(value).__name__}" if type(value).__module__ == "builtins" else f"a {_kind(value)}"
+    if isinstance(value, float | datetime):
+        return f"{value} ({kind})"
+    if isinstance(value, int):
+        return str(value) if abs(value) < 2**128 else "a number of more than 38 digits"
+    return kind
+
+
+def label(value: object) -> str:
+    """A stream, run or tag name in NFC: 1 to 256 characters of any script, without controls.
+
+    Joiners and spaces of every kind are allowed; line separators, halves of a surrogate pair and what overrides the
+    direction of text are not.
+
+    Raises:
+        InvalidName: naming the value (shortened) and the rule.
+    """
+    text = _text(value, InvalidName)
+    if len(text) <= LABEL_MAX * _DECOMPOSED and not _unfit(text):
+        composed = text if text.isascii() else unicodedata.normalize("NFC", text)
+        if 0 < len(composed) <= LABEL_MAX:
+            return composed
+    raise InvalidName(
+        f"{shown(text)}; give 1 to {LABEL_MAX} characters without controls, line breaks and marks that turn the "
+        "direction of text"
+    )
+
+
+def composed(text: str) -> str:
+    """A label as two of the same text are compared; rows written by earlier versions may have another form."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def bank_name(value: object) -> str:
+    """`namespace/name`.
+
+    Raises:
+        InvalidName: naming the value (shortened) and the rule.
+    """
+    text = _text(value, InvalidName)
+    parts = text.split("/")
+    if len(parts) != 2 or not all(map(_PART.fullmatch, parts)):
+        raise InvalidName(
+            f"bank name {shown(text)} must be namespace/name, each part 1 to 63 letters, digits, - or _, "
+            "starting with a letter or digit; for example research/alice"
+        )
+    return text
+
+
+def whole(value: object, first: int, last: int, error: type[InvalidInput] = InvalidInput) -> int:
+    """A whole number from `first` to `last`; numpy's too, no bool, no float, no text.
+
+    Raises:
+        InvalidInput: or `error`, naming the value and the range.
+    """
+    try:
+        if not (isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")):
+            number = int(operator.index(value))  # type: ignore[arg-type]
+            if first <= number <= last:
+                return number
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise error(f"{shown(value)}; give a whole number from {first} to {last}")
+
+
+def count(value: object) -> int:
+    """A number of rows, or one of them: from 0 to 2**53.
+
+    Raises:
+        InvalidInput: naming the value and the range.
+    """
+    return whole(value, 0, COUNT_END)
+
+
+def moment(value: object) -> float:
+    """A time as seconds since the epoch, before the year 10000; a datetime must name its zone.
+
+    Raises:
+        InvalidInput: naming the value and the range.
+    """
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise InvalidInput(f"{shown(value)}, which names no time zone; give datetime.now(UTC) or seconds")
+        value = value.timestamp()
+    seconds = _real(value)
+    if seconds is None or not 0 <= seconds < TIME_END:
+        raise InvalidInput(f"{shown(value)}; give seconds since the epoch, from 0 to before {TIME_END} (year 10000)")
+    return seconds
+
+
+def lifetime(value: object) -> float | None:
+    """How many seconds rows may live; None is for good.
+
+    Raises:
+        InvalidInput: naming the value and the range.
+    """
+    seconds = None if value is None else _real(value)
+    if value is not None and (seconds is None or not 0 < seconds < TIME_END):
+        raise InvalidInput(f"{shown(value)}; rows may live for a number of seconds over 0, or for good: None")
+    return seconds
+
+
+def as_of(value: object) -> str | float | None:
+    """A tag, a time in ISO 8601, seconds since the epoch or a datetime with its zone; None is now.
+
+    Raises:
+        InvalidName, InvalidInput: naming the value.
+    """
+    if value is None:
+        return None
+    return label(value) if isinstance(value, str) else moment(value)
+
+
+def place(value: object) -> str | int:
+    """A tag or a position.
+
+    Raises:
+        InvalidName, InvalidInput: naming the value.
+    """
+    return label(value) if isinstance(value, str) else count(value)
+
+
+def flag(value: object) -> bool:
+    """True or False, and nothing that only counts as such.
+
+    Raises:
+        InvalidInput: naming the value.
+    """
+    if isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")):
+        return bool(value)
+    raise InvalidInput(f"{shown(value)}; give True or False")
+
+
+def prefix(value: object) -> str:
+    """What names of banks begin with, "" for all.
+
+    Raises:
+        InvalidInput: naming the value.
+    """
+    text = _text(value, InvalidInput)
+    if len(text) > LABEL_MAX or _unfit(text):
+        raise InvalidInput(f"{shown(text)}; give the beginning of a bank's name, at most {LABEL_MAX} characters")
+    return text
+
+
+def path(value: object) -> Path:
+    """The path of a file.
+
+    Raises:
+        InvalidInput: naming the value.
+    """
+    try:
+        text = os.fspath(value)  # type: ignore[call-overload]
+        if isinstance(text, str) and text and b"\0" not in os.fsencode(text):
+            return Path(text)
+    except (TypeError, UnicodeEncodeError):
+        pass
+    raise InvalidInput(f"{shown(value)}; give the path of a file, as text or a Path")
+
+
+def bank_names(value: object) -> list[str]:
+    """Names of different banks, at least one.
+
+    Raises:
+        InvalidInput, InvalidName: naming the value.
+    """
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= MOST_SOURCES:
+        many = f" of {len(value)}" if isinstance(value, list | tuple) else ""
+        raise InvalidInput(f"{shown(value)}{many}; give a list of 1 to {MOST_SOURCES} bank names")
+    names = [bank_name(name) for name in value]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidInput(f"a list that has {twice!r} twice; give different banks")
+    return names
+
+
+def layers(value: object) -> tuple[int, ...]:
+    """Numbers of a model's layers, counted from 1.
+
+    Raises:
+        InvalidInput: naming the value.
+    """
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= MOST_SOURCES:
+        raise InvalidInput(f"{shown(value)}; give a list of a model's layers, counted from 1")
+    return tuple(whole(layer, 1, COUNT_END) for layer in value)
+
+
+def json_value(value: object, depth: int = 8) -> Any:
+    """Plain data as JSON has it, numbers finite and integers within 2**53, nested at most `depth` deep.
+
+    Raises:
+        InvalidSpec: naming the value.
+    """
+    if value is None or type(value) is bool:
+        return value
+    if isinstance(value, str):
+        text = _text(value, InvalidSpec)
+        if any(unicodedata.category(each) == "Cs" for each in text):
+            raise InvalidSpec(f"{shown(text)}; give text without lone surrogates")
+        return text
+    if depth and isinstance(value, dict):
+        return {json_value(_text(key, InvalidSpec)): json_value(each, depth - 1) for key, each in value.items()}
+    if depth and isinstance(value, list | tuple):
+        return [json_value(each, depth - 1) for each in value]
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, int):
+        return whole(value, -COUNT_END, COUNT_END, InvalidSpec)
+    raise InvalidSpec(f"{shown(value)}; give what JSON has: text, finite numbers, true, false, lists, maps of text")
+
+
+def instance(kind: type[Any], error: type[InvalidInput] = InvalidInput) -> Check:
+    """The check that a value is of one of raymem's own classes."""
+
+    def check(value: object) -> Any:
+        if not isinstance(value, kind):
+            raise error(f"{shown(value)}; give a raymem.{kind.__name__}")
+        return value
+
+    return check
+
+
+def _within(first: int, last: int) -> Check:
+    return lambda value: whole(value, first, last)
+
+
+def _text(value: object, error: type[InvalidInput]) -> str:
+    if not isinstance(value, str):
+        raise error(f"{shown(value)}; give text")
+    # of a subclass, an enumeration's member for one, what it is made of
+    return str.__str__(value)
+
+
+def _real(value: object) -> float | None:
+    if type(value) is bool or not isinstance(value, Real):
+        return None
+    try:
+        found = float(value)
+    except (OverflowError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _unfit(text: str) -> bool:
+    if text.isascii():
+        return not text.isprintable()
+    return any(each in _TURNS or unicodedata.category(each) in _NO_TEXT for each in text)
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}"
+
+
+# for signatures, and where JSON has the same: the gateway's schemas
+Label = Annotated[str, BeforeValidator(label), Field(min_length=1, max_length=LABEL_MAX)]
+BankName = Annotated[str, BeforeValidator(bank_name), Field(max_length=127)]
+BankNames = Annotated[Sequence[str], BeforeValidator(bank_names), Field(min_length=1, max_length=MOST_SOURCES)]
+Count = Annotated[int, BeforeValidator(count), Field(ge=0, le=COUNT_END)]
+Neighbours = Annotated[int, BeforeValidator(_within(1, MOST_NEIGHBOURS)), Field(ge=1, le=MOST_NEIGHBOURS)]
+Partitions = Annotated[int, BeforeValidator(_within(1, MOST_PARTITIONS)), Field(ge=1, le=MOST_PARTITIONS)]
+Flag = Annotated[bool, BeforeValidator(flag)]
+Moment = Annotated[float, BeforeValidator(moment), Field(ge=0, lt=TIME_END)]
+Lifetime = Annotated[float | None, BeforeValidator(lifetime)]
+AsOf = Annotated[str | float | None, BeforeValidator(as_of)]
+Place = Annotated[str | int, BeforeValidator(place)]
+# for signatures alone
+Prefix = Annotated[str, BeforeValidator(prefix)]
+Layers = Annotated[tuple[int, ...], BeforeValidator(layers)]
+FilePath = Annotated[str | Path, BeforeValidator(path)]
+AnyMoment = Annotated[float | datetime, BeforeValidator(moment)]
+AnyAsOf = Annotated[str | float | datetime | None, BeforeValidator(as_of)]
+
+
+def checked(cls: type[C]) -> type[C]:
+    """A class whose public verbs check their arguments against the domains that their signatures name, before all else.
+
+    Each raises InvalidInput, or the class that the domain says, naming the argument, the value and the fix.
+    """
+    for name, verb in list(vars(cls).items()):
+        if inspect.isfunction(verb) and not name.startswith("_"):
+            setattr(cls, name, _checked(verb))
+    return cls
+
+
+def domains(verb: Callable[..., Any]) -> dict[str, Check | None]:
+    """A verb's arguments and the check of each, None where its signature names no domain."""
+    hints = typing.get_type_hints(verb, include_extras=True)
+    return {name: _check_of(hints[name]) for name in inspect.signature(verb).parameters if name != "self"}
+
+
+def _checked(verb: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(verb)
+    # the classes that a signature names may come after it
+    known = functools.cache(lambda: [(name, check) for name, check in domains(verb).items() if check is not None])
+
+    def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        bound = signature.bind(*args, **kwargs)
+        for name, check in known():
+            if name in bound.arguments:
+                bound.arguments[name] = named(name, check, bound.arguments[name])
+        return bound
+
+    @functools.wraps(verb)
+    async def later(*args: Any, **kwargs: Any) -> Any:
+        bound = apply(args, kwargs)
+        return await verb(*bound.args, **bound.kwargs)
+
+    @functools.wraps(verb)
+    def now(*args: Any, **kwargs: Any) -> Any:
+        bound = apply(args, kwargs)
+        return verb(*bound.args, **bound.kwargs)
+
+    return later if inspect.iscoroutinefunction(verb) else now
+
+
+def named(name: str, check: Check, value: object) -> Any:
+    """A value that was checked; an error says which argument it was."""
+    try:
+        return check(value)
+    except InvalidInput as error:
+        said = error.message if error.message.startswith("bank name") else f"{name} is {error.message}"
+        raise type(error)(said, **error.details) from None
+
+
+def _check_of(hint: Any) -> Check | None:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [part for part in typing.get_args(hint) if part is not type(None)]
+        check = _check_of(inner[0])
+        return None if check is None else lambda value: None if value is None else check(value)
+    for part in getattr(hint, "__metadata__", ()):
+        if isinstance(part, BeforeValidator):
+            return typing.cast(Check, part.func)
+    return None
