@@ -178,7 +178,8 @@ class Host:
             self.tenure.confirm(name, lease)
             self._space.watch(name)
             return ack
-        trace.validate(worker.runtime.spec.fingerprint)
+        with self._limiter.admit(caller, trace.nbytes):
+            trace.validate(worker.runtime.spec.fingerprint)
         admitted = self._limiter.admit(caller, trace.nbytes)
         admitted.__enter__()
         worker.write(trace).add_done_callback(lambda done: self._finish_later(name, admitted, done))

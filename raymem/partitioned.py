@@ -221,7 +221,7 @@ class PartitionedBackend:
         if isinstance(as_of, str) and as_of in self._inner.cold.catalog.tags(layout.parts[0]):
             return
         moment = seconds(as_of) if isinstance(as_of, str) else as_of
-        if moment is None or moment != moment:
+        if moment is None:
             raise TagNotFound(f"bank {layout.name} has no tag {shorten(str(as_of))!r}, which is no time either")
         if moment < layout.moved:
             raise InvalidInput(

@@ -32,7 +32,7 @@ from raymem.memory import keeps_rows
 from raymem.memory.base import Found, Rows, State
 from raymem.memory.learned import Learned
 from raymem.prefetch import prefetch
-from raymem.staging import Staging
+from raymem.staging import Runs, Staging
 from raymem.types import Ack, BankSpec, Readout, Trace, check_hidden
 
 # what encoding makes of so many bytes, some five times as much, stays in the processor's cache: thrice as fast
@@ -298,7 +298,7 @@ class Runtime(Replica):
             return False
         heads: dict[tuple[str, str], int] = {}
         for trace in traces:
-            run = (trace.stream, trace.run)
+            run = self.encoder.spelling(trace.stream, trace.run)
             if trace.seq < (heads.get(run) or self._next_seq(*run)):
                 return False
             heads[run] = trace.seq + len(trace)
@@ -309,7 +309,7 @@ class Runtime(Replica):
         try:
             if self.unsure:
                 self.own(self.entry)
-            staging = Staging(self.entry, self._next_seq, self.journal.find, self.end)
+            staging = Staging(self.entry, Runs(self._next_seq, self.journal.find, self.encoder.spelling), self.end)
             outcomes = [staging.add(trace) for trace in traces]
             rows = staging.rows()
             return Staged(outcomes, rows, rows is not None and self.journal.accept(rows))

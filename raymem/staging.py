@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from raymem.cold.rows import JournalRows, concat
 from raymem.cold.store import Entry
 from raymem.errors import RaymemError, SequenceConflict
+from raymem.logs import get_logger
 from raymem.types import Ack, Trace
 
-NextSeq = Callable[[str, str], int]
-Find = Callable[[str, str, int, int], dict[int, int]]
+log = get_logger("raymem.staging")
+
+
+class Runs(NamedTuple):
+    """What is known of (stream, run).
+
+    `next_seq` is the seq after the last one journaled, `find` gives checksums of journaled rows with seq in [from, to),
+    `spelling` the name under which rows of a run are there already: earlier versions took others than NFC.
+    """
+
+    next_seq: Callable[[str, str], int]
+    find: Callable[[str, str, int, int], dict[int, int]]
+    spelling: Callable[[str, str], tuple[str, str]]
 
 
 class Staging:
@@ -24,15 +37,13 @@ class Staging:
 
     Args:
         entry: the bank.
-        next_seq: the seq after the last one journaled of (stream, run).
-        find: checksums of journaled rows of (stream, run) with seq in [from, to).
+        runs: those that the bank knows.
         pos: the journal position the first new row gets.
     """
 
-    def __init__(self, entry: Entry, next_seq: NextSeq, find: Find, pos: int) -> None:
+    def __init__(self, entry: Entry, runs: Runs, pos: int) -> None:
         self._entry = entry
-        self._next_seq = next_seq
-        self._find = find
+        self._runs = runs
         self._pos = pos
         self._staged: list[JournalRows] = []
         self._heads: dict[tuple[str, str], int] = {}
@@ -54,24 +65,28 @@ class Staging:
         return concat(self._staged) if self._staged else None
 
     def _stage(self, trace: Trace) -> Ack:
-        run = (trace.stream, trace.run)
-        head = self._heads.get(run) or self._next_seq(*run)
+        run = self._runs.spelling(trace.stream, trace.run)
+        if run != (trace.stream, trace.run):
+            trace = dataclasses.replace(trace, stream=run[0], run=run[1])
+        head = self._heads.get(run) or self._runs.next_seq(*run)
         rows = JournalRows.of(trace, self._pos, self._entry.epoch)
         known = max(0, min(head - trace.seq, len(trace)))
         if known:
             self._check(rows, known, run)
         new = _from(rows, known, self._pos)
         if len(new):
+            sums = dict(zip(new.seq_T.tolist(), new.crc_T.tolist(), strict=True))
+            # from here on nothing can fail half-way
             self._staged.append(new)
             self._heads[run] = trace.seq + len(trace)
-            self._sums.setdefault(run, {}).update(zip(new.seq_T.tolist(), new.crc_T.tolist(), strict=True))
+            self._sums.setdefault(run, {}).update(sums)
             self._pos += len(new)
         gap = int(trace.seq > head and len(trace) > 0)
         return Ack(rows=len(new), duplicates=known, end=self._pos, gaps=gap, durable=True)
 
     def _check(self, rows: JournalRows, known: int, run: tuple[str, str]) -> None:
         first = int(rows.seq_T[0])
-        there = self._find(*run, first, first + known) | self._sums.get(run, {})
+        there = self._runs.find(*run, first, first + known) | self._sums.get(run, {})
         for seq, crc in zip(rows.seq_T[:known].tolist(), rows.crc_T[:known].tolist(), strict=True):
             if seq not in there:
                 raise SequenceConflict(

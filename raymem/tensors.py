@@ -56,16 +56,6 @@ def dense(what: str, tensor: Tensor) -> Tensor:
     return tensor.detach().as_subclass(Tensor).cpu().resolve_conj().resolve_neg()
 
 
-def empty_like_shape(shape: list[int], dtype: torch.dtype) -> Tensor:
-    """A tensor without elements of a shape that has a zero in it.
-
-    Raises:
-        InvalidTrace: sizes that no tensor has.
-    """
-    require_sizes(shape)
-    return torch.zeros(shape, dtype=dtype)
-
-
 def require_sizes(shape: list[int]) -> None:
     """Raise InvalidTrace for sizes that no tensor has: beside a zero too."""
     elements = 1

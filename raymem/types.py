@@ -466,10 +466,11 @@ class Selection:
                 "in their runs"
             )
         checks: dict[str, Check] = {"stream": label, "run": label, "seq_from": count, "seq_to": count, "before": moment}
-        given = {name: getattr(self, name) for name in checks}
-        return replace(
-            self, **{name: value if value is None else named(name, checks[name], value) for name, value in given.items()}
-        )
+        given: dict[str, Any] = {name: getattr(self, name) for name in checks}
+        fit: dict[str, Any] = {
+            name: value if value is None else named(name, checks[name], value) for name, value in given.items()
+        }
+        return replace(self, **fit)
 
     @property
     def whole(self) -> bool:

@@ -70,4 +70,4 @@ class Upkeep:
         return [(entry.name, what) for entry, what in found if erasure.is_due(self._cold, entry, what)]
 
     def _expired(self, before: float) -> Selection:
-        return Selection(before=before, scope=self._settings.expire_scope)
+        return Selection(before=max(0.0, before), scope=self._settings.expire_scope)

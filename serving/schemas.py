@@ -11,13 +11,28 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict
 from torch import Tensor
 
 from raymem.errors import InvalidTrace
+from raymem.inputs import (
+    AsOf,
+    BankName,
+    BankNames,
+    Count,
+    Flag,
+    Label,
+    Lifetime,
+    Moment,
+    Neighbours,
+    Partitions,
+    Place,
+)
+from raymem.tensors import require_sizes
 from raymem.types import DTYPES, BankSpec, Fingerprint, Readout, Trace
 
-Token = Annotated[int, Field(ge=0, lt=2**63)]
+Token = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+Number = Annotated[float, Strict()]
 
 
 class _Request(BaseModel):
@@ -42,7 +57,7 @@ class PackedTensor(_Request):
     """A tensor as base64 of its little-endian bytes, row by row."""
 
     dtype: Literal["bfloat16", "float16", "float32"]
-    shape: list[Annotated[int, Field(ge=0)]] = Field(max_length=4)
+    shape: list[Annotated[int, Strict(), Field(ge=0, lt=2**48)]] = Field(max_length=4)
     base64: str
 
     def tensor(self) -> Tensor:
@@ -61,11 +76,12 @@ class PackedTensor(_Request):
             raise InvalidTrace(
                 f"{len(data)} bytes can't be {self.dtype} {self.shape}, which has {expected}; send row-major bytes"
             )
+        require_sizes(self.shape)
         return torch.frombuffer(data, dtype=dtype).reshape(self.shape) if data else torch.zeros(self.shape, dtype=dtype)
 
 
 # one wrong number is told; a body full of them is not read on
-_Row = Annotated[list[float], Field(fail_fast=True)]
+_Row = Annotated[list[Number], Field(fail_fast=True)]
 _Rows = Annotated[list[_Row], Field(fail_fast=True)]
 Floats3 = PackedTensor | Annotated[list[_Rows], Field(fail_fast=True)]
 Floats2 = PackedTensor | _Rows
@@ -74,21 +90,21 @@ Floats2 = PackedTensor | _Rows
 class Create(_Request):
     """A new bank."""
 
-    name: str = Field(examples=["research/alice"])
+    name: BankName = Field(examples=["research/alice"])
     spec: BankSpec
-    partitions: int = Field(default=1, description="Over so many shards its rows are spread, a stream in one.")
+    partitions: Partitions = Field(default=1, description="Over so many shards its rows are spread, a stream in one.")
 
 
 class WriteBody(_Request):
     """A trace: hidden states [T, L, D] in the bank's dtype (nested lists are cast to it) and the input tokens [T]."""
 
-    stream: str
-    run: str
-    seq: int = 0
+    stream: Label
+    run: Label
+    seq: Count = 0
     tokens: Annotated[list[Token], Field(fail_fast=True)]
     hidden: Floats3
     values: Floats2 | None = None
-    time: float | None = None
+    time: Moment | None = None
     fingerprint: Fingerprint | None = Field(
         default=None, description="What made the rows: a bank of another model or other layers then refuses them."
     )
@@ -115,10 +131,10 @@ class ReadBody(_Request):
     """
 
     hidden: Floats3
-    k: int = 32
-    start: int = 1
-    as_of: str | float | None = None
-    allow_partial: bool = Field(default=False, description="Go without partitions that don't answer in time.")
+    k: Neighbours = 32
+    start: Count = 1
+    as_of: AsOf = None
+    allow_partial: Flag = Field(default=False, description="Go without partitions that don't answer in time.")
     fingerprint: Fingerprint | None = Field(
         default=None, description="What made the states: a bank of another model or other layers then refuses them."
     )
@@ -174,46 +190,46 @@ class ReadAnswer(BaseModel):
 class Attach(_Request):
     """Where to; wherever there is room when left out."""
 
-    node: str | None = None
+    node: Label | None = None
 
 
 class Migrate(_Request):
     """The node to move to, and the one partition to move, if not all."""
 
-    to: str
-    partition: int | None = None
+    to: Label
+    partition: Count | None = None
 
 
 class Grow(_Request):
     """How many partitions there are to be."""
 
-    partitions: int
+    partitions: Partitions
 
 
 class Erase(_Request):
     """Which rows to erase: those for which all that is given holds; and whether to replay the state without them."""
 
-    stream: str | None = None
-    run: str | None = None
-    seq_from: int | None = None
-    seq_to: int | None = None
-    before: float | None = Field(default=None, description="Seconds since the epoch.")
+    stream: Label | None = None
+    run: Label | None = None
+    seq_from: Count | None = None
+    seq_to: Count | None = None
+    before: Moment | None = Field(default=None, description="Seconds since the epoch.")
     scope: Literal["rows", "run"] = Field(
         default="rows", description="`run`: also what followed in the same runs, computed with these rows in context."
     )
-    rebuild: bool = False
+    rebuild: Flag = False
 
 
 class Ttl(_Request):
     """How many seconds rows may live; null: for good."""
 
-    ttl_s: float | None
+    ttl_s: Lifetime
 
 
 class Tag(_Request):
     """A name for the journal's present position."""
 
-    tag: str
+    tag: Label
 
 
 class Tags(BaseModel):
@@ -225,23 +241,23 @@ class Tags(BaseModel):
 class Restore(_Request):
     """Where to go back to: a tag or a position."""
 
-    at: str | int
+    at: Place
 
 
 class Fork(_Request):
     """The new bank, and the tag or position up to which it has the other's rows; the present one when left out."""
 
-    target: str = Field(examples=["research/bob"])
-    at: str | int | None = None
+    target: BankName = Field(examples=["research/bob"])
+    at: Place | None = None
 
 
 class Merge(_Request):
     """The new bank, the banks it is made of, and how: see `Store.merge`."""
 
-    target: str = Field(examples=["team/all"])
-    sources: list[str] = Field(min_length=1, max_length=1000)
-    rebuild: bool = False
-    rename: bool = True
+    target: BankName = Field(examples=["team/all"])
+    sources: BankNames
+    rebuild: Flag = False
+    rename: Flag = True
 
 
 class Digest(BaseModel):
@@ -285,23 +301,23 @@ class Health(BaseModel):
 class Pin(_Request):
     """Whether a bank stays in memory when room is needed."""
 
-    pinned: bool = True
+    pinned: Flag = True
 
 
 class Drain(_Request):
     """A node to empty, or, with `undo`, one that may take banks again."""
 
-    node: str
-    undo: bool = False
+    node: Label
+    undo: Flag = False
 
 
 class RecallBody(_Request):
     """A question in text, how many spans to answer with, and the tag or time to ask the bank of."""
 
     text: str = Field(min_length=1, max_length=100_000)
-    k: int = Field(default=5, ge=1, le=100)
-    as_of: str | float | None = None
-    allow_partial: bool = Field(default=False, description="Go without partitions that don't answer in time.")
+    k: Annotated[int, Strict(), Field(ge=1, le=100)] = 5
+    as_of: AsOf = None
+    allow_partial: Flag = Field(default=False, description="Go without partitions that don't answer in time.")
 
 
 class Span(BaseModel):

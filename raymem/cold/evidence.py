@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from raymem.cold.files import File, Files
 from raymem.cold.holes import Holes
 from raymem.cold.reach import Reach
+from raymem.cold.spellings import same
 from raymem.errors import Corrupt
+from raymem.inputs import TIME_END, composed
 from raymem.types import FileCheck, Selection
 
 _SAMPLE = 1024
@@ -75,16 +77,16 @@ class Evidence:
 def selects(what: Selection, batch: pa.RecordBatch) -> Mask:
     """Which rows a selection is about: `condition`, without LanceDB."""
     mask = np.ones(len(batch), dtype=np.bool_)
-    if what.stream is not None:
-        mask &= _true(pc.equal(batch["stream"], what.stream))
-    if what.run is not None:
-        mask &= _true(pc.equal(batch["run"], what.run))
+    for column, label in (("stream", what.stream), ("run", what.run)):
+        if label is not None:
+            mask &= _true(pc.equal(pc.utf8_normalize(batch[column], "NFC"), composed(label)))
     if what.seq_from is not None:
         mask &= batch["seq"].to_numpy() >= what.seq_from
     if what.seq_to is not None and (what.scope == "rows" or what.before is not None):
         mask &= batch["seq"].to_numpy() < what.seq_to
     if what.before is not None:
-        mask &= batch["time"].to_numpy() < what.before
+        time_T = batch["time"].to_numpy()
+        mask &= np.where((time_T >= 0) & (time_T < TIME_END), time_T, 0.0) < what.before
     return mask
 
 
@@ -196,7 +198,8 @@ def _in_state(pos: int, manifest: dict[str, Any], tensors: dict[str, bytearray],
     # a run that comes back later may have its name back
     if pos > evidence.gone.end or not what.whole:
         return found
-    named = [run for stream, run in sources if stream == what.stream and what.run in (None, run)]
+    stream, run = what.stream or "", what.run
+    named = [name for name in sources if same(name[0], stream) and (run is None or same(name[1], run))]
     return found + len(named)
 
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 import pyarrow as pa
 
+from raymem import inputs
 from raymem.cold.catalog import Catalog, Entry
 from raymem.cold.journal import Journal
 from raymem.cold.lineage import ancestors, steady
@@ -21,6 +22,7 @@ from raymem.cold.rows import bank_schema
 from raymem.cold.store import ColdStore
 from raymem.cold.tables import journal_table, snapshot_table
 from raymem.errors import BankNotFound, InvalidInput, TagNotFound
+from raymem.inputs import named
 from raymem.types import RestoreReport, shorten
 
 _NAME_MAX = 63
@@ -39,11 +41,12 @@ def position_of(cold: ColdStore, entry: Entry, at: str | float) -> int:
 
     Raises:
         TagNotFound: neither a tag nor a time, naming the tags there are.
+        InvalidInput: a time that no row can have.
     """
     if isinstance(at, str) and at in entry.tags:
         return entry.tags[at]
-    moment = seconds(at) if isinstance(at, str) else float(at)
-    if moment is None or moment != moment:
+    moment = seconds(at) if isinstance(at, str) else at
+    if moment is None:
         raise TagNotFound(
             f"bank {entry.name} has no tag {shorten(str(at))!r}, which is no time either; its tags are "
             f"{sorted(entry.tags) or 'none'}, a time is 2026-01-31T12:00:00Z or seconds since 1970"
@@ -192,13 +195,17 @@ def free_name(catalog: Catalog, name: str) -> str:
 
 
 def seconds(text: str) -> float | None:
-    """The moment that a text means, in seconds since 1970; None if it is no time."""
+    """The moment that a text means, in seconds since 1970; None if it is no time.
+
+    Raises:
+        InvalidInput: a time that no row can have, such as 1e400.
+    """
     try:
-        return float(text)
+        found = float(text)
     except ValueError:
-        pass
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            return None
+        found = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return None if found != found else float(named("as_of", inputs.moment, found))

@@ -129,7 +129,9 @@ def _renamed(rows: JournalRows, prefix: str, pos: int) -> JournalRows:
     pos_T = torch.arange(pos, pos + len(rows), dtype=torch.int64)
     if not prefix:
         return dataclasses.replace(rows, pos_T=pos_T, epoch=0)
-    long = {stream: check_label("stream", prefix + stream) for stream in set(rows.streams)}
-    streams = [long[stream] for stream in rows.streams]
+    for stream in set(rows.streams):
+        check_label("stream", prefix + stream)
+    # however a name is spelled, it stays so: two spellings may be two streams of an earlier version
+    streams = [prefix + stream for stream in rows.streams]
     crc_T = checksums(streams, rows.runs, rows.seq_T, rows.token_T, rows.hidden_TLD, rows.value_TV)
     return dataclasses.replace(rows, pos_T=pos_T, epoch=0, streams=streams, crc_T=crc_T)

@@ -18,8 +18,10 @@ from raymem.cold.log import Log, OldLogs
 from raymem.cold.log_rows import read_log
 from raymem.cold.rows import JournalRows, bank_schema
 from raymem.cold.settled import Settled
+from raymem.cold.spellings import alike, has_others, same
 from raymem.cold.tables import Tables, in_memory, journal_table, quote
 from raymem.errors import Corrupt, Overloaded, StorageError
+from raymem.inputs import TIME_END, composed
 
 T = TypeVar("T")
 _NAMES = ["pos", "stream", "run", "seq"]
@@ -32,18 +34,21 @@ _RETRY_S = 1.0
 
 
 class _Span(NamedTuple):
-    """Rows of one run: seq in [seq_from, seq_to), before position `stop` if there is one."""
+    """Rows of a run, by its exact name or any spelling: seq in [seq_from, seq_to), before `stop` if there is one."""
 
     stream: str
     run: str
     seq_from: int
     seq_to: int
     stop: int | None
+    spelled: bool = False
 
     @property
     def filter(self) -> str:
-        """The rows as an SQL condition."""
+        """The rows as an SQL condition; of any spelling there may be more, for `names` to tell apart."""
         where = f"stream = {quote(self.stream)} AND run = {quote(self.run)}"
+        if self.spelled:
+            where = f"{alike('stream', self.stream)} AND {alike('run', self.run)}"
         where = f"{where} AND seq >= {self.seq_from} AND seq < {self.seq_to}"
         return where if self.stop is None else f"{where} AND pos < {self.stop}"
 
@@ -52,8 +57,14 @@ class _Span(NamedTuple):
         rows = rows.until(self.stop)
         named = zip(rows.streams, rows.runs, rows.seq_T.tolist(), values_T[: len(rows)].tolist(), strict=True)
         for stream, run, seq, value in named:
-            if (stream, run) == (self.stream, self.run) and self.seq_from <= seq < self.seq_to:
+            if self.names(stream, run) and self.seq_from <= seq < self.seq_to:
                 yield seq, value
+
+    def names(self, stream: str, run: str) -> bool:
+        """Whether these are the run's stream and name."""
+        if self.spelled:
+            return same(stream, self.stream) and same(run, self.run)
+        return (stream, run) == (self.stream, self.run)
 
 
 class Journal:
@@ -217,19 +228,23 @@ class Journal:
             reached = int(rows.pos_T[-1]) + 1
         for part in left:
             rows = part.since(reached)
-            picked = [row for row, name in enumerate(rows.streams) if name == stream]
+            picked = [row for row, name in enumerate(rows.streams) if same(name, stream)]
             if picked:
                 yield rows.pick(picked).verify()
 
     def streams(self, stop: int | None = None) -> dict[str, int]:
-        """The streams that have rows here before position `stop`, and how many."""
+        """The streams that have rows here before position `stop`, all spellings of one together, and how many."""
         where = "true" if stop is None else f"pos < {stop}"
 
         def look() -> dict[str, int]:
             settled, left = self._look()
             end = settled.end()
             unsettled = [name for rows in left for name in rows.since(end).until(stop).streams]
-            return dict(Counter(settled.select(where, ["stream"])["stream"]) + Counter(unsettled))
+            counted = Counter(settled.select(where, ["stream"])["stream"]) + Counter(unsettled)
+            together = Counter[str]()
+            for stream, count in counted.items():
+                together[composed(stream)] += count
+            return dict(together)
 
         return _again(look)
 
@@ -238,8 +253,12 @@ class Journal:
         return self._of_run(_Span(stream, run, seq_from, seq_to, stop), "crc32c", lambda rows: rows.crc_T)
 
     def tokens(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> Tensor:
-        """Token ids [T] int64 of a run's rows in [seq_from, seq_to), in order; rows that are not there are left out."""
-        found = self._of_run(_Span(stream, run, seq_from, seq_to, stop), "token", lambda rows: rows.token_T)
+        """Token ids [T] int64 of a run's rows in [seq_from, seq_to), in order; rows that are not there are left out.
+
+        The run may be spelled in any Unicode form; of rows that are there in two, those under the given name count.
+        """
+        spelled = has_others(stream + run)
+        found = self._of_run(_Span(stream, run, seq_from, seq_to, stop, spelled), "token", lambda rows: rows.token_T)
         return torch.tensor([token for _, token in sorted(found.items())], dtype=torch.int64)
 
     def before(self, time: float) -> int | None:
@@ -247,7 +266,7 @@ class Journal:
 
         def look() -> int | None:
             settled, left = self._look()
-            found = settled.select(f"time > {time!r}", ["pos"], limit=1)["pos"]
+            found = settled.select(f"time > {time!r} AND time < {TIME_END}", ["pos"], limit=1)["pos"]
             later = [int(rows.pos_T[rows.time_T > time][0]) for rows in left if bool((rows.time_T > time).any())]
             return min([*found, *later], default=None)
 
@@ -342,8 +361,14 @@ class Journal:
         def look() -> dict[int, int]:
             settled, left = self._look()
             found = {seq: value for rows in left for seq, value in span.of(rows, of(rows))}
-            there = settled.select(span.filter, ["seq", column])
-            return found | dict(zip(there["seq"], there[column], strict=True))
+            if not span.spelled:
+                there = settled.select(span.filter, ["seq", column])
+                return found | dict(zip(there["seq"], there[column], strict=True))
+            there = settled.select(span.filter, ["stream", "run", "seq", column])
+            rows = sorted(
+                zip(*there.values(), strict=True), key=lambda row: (row[0], row[1]) == (span.stream, span.run)
+            )
+            return found | {seq: value for stream, run, seq, value in rows if span.names(stream, run)}
 
         return _again(look)
 

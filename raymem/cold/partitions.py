@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from raymem.cold.catalog import Catalog, Entry, part_name, part_prefix
 from raymem.cold.shared import Change, Find, SharedTable
+from raymem.cold.spellings import spellings
 from raymem.cold.tables import Tables, quote
 from raymem.errors import BankNotFound, Conflict, InvalidInput
 from raymem.types import BankSpec, check_bank_name
@@ -152,8 +153,8 @@ class Partitions:
 
     def find(self, bank: str, stream: str) -> Place | None:
         """Where a stream of the bank of that id lives; None if it has no row yet."""
-        rows = self._table.rows(f"id = {quote(_id(bank, stream))}")
-        return _place(rows[0]) if rows else None
+        row = _first(self._table.rows, bank, stream)
+        return None if row is None else _place(row)
 
     def assign(self, layout: Layout, streams: Collection[str]) -> dict[str, Place]:
         """Give streams that live nowhere the partition with the fewest; return where all live.
@@ -178,7 +179,7 @@ class Partitions:
 
     def _find_all(self, find: Find, layout: Layout, streams: Collection[str]) -> dict[str, Place]:
         rows = {row["id"]: _place(row) for row in find(_any_of(layout.id, streams))}
-        known = {stream: rows.get(_id(layout.id, stream)) for stream in streams}
+        known = {stream: next((rows[id] for id in _ids(layout.id, stream) if id in rows), None) for stream in streams}
         return {stream: place for stream, place in known.items() if place is not None}
 
     def change(self, layout: Layout, stream: str, before: Place, after: Place) -> Place:
@@ -190,21 +191,21 @@ class Partitions:
 
         def decide(find: Find) -> Change:
             row = self._require(find, layout.id)
-            there = find(f"id = {quote(_id(layout.id, stream))}")
-            if not there or _place(there[0]) != before:
+            there = _first(find, layout.id, stream)
+            if there is None or _place(there) != before:
                 raise Conflict(f"stream {stream!r} of bank {layout.name} was moved or held by somebody else meanwhile")
             if after.home != before.home:
                 row |= {"version": row["version"] + 1, "moved": time.time()}
                 row["streams"][before.home] -= 1
                 row["streams"][after.home] += 1
-            return [row, _stream_row(layout.id, stream, after)], []
+            return [row, {"id": there["id"], "bank": layout.id, "swaps": 0} | dataclasses.asdict(after)], []
 
         self._swap(layout.id, decide)
         return after
 
     def cancel(self, layout: Layout, stream: str | None = None) -> None:
         """Stop a stream on its way, or all: it stays at home, and what was copied is to be erased."""
-        which = f"bank = {quote(layout.id)}" if stream is None else f"id = {quote(_id(layout.id, stream))}"
+        which = f"bank = {quote(layout.id)}" if stream is None else _any_of(layout.id, [stream])
 
         def decide(find: Find) -> Change:
             under_way = find(f"{which} AND target IS NOT NULL")
@@ -216,7 +217,7 @@ class Partitions:
     def unfinished(self, layout: Layout, streams: Iterable[str]) -> list[str]:
         """Those of the streams that are on their way, or have left rows behind."""
         ids = {row["id"] for row in self._table.rows(_unfinished(layout))}
-        return [stream for stream in streams if _id(layout.id, stream) in ids]
+        return [stream for stream in streams if not ids.isdisjoint(_ids(layout.id, stream))]
 
     def grow(self, layout: Layout, count: int) -> Layout:
         """Add cold, empty partitions, up to `count`; see `widen`.
@@ -290,7 +291,17 @@ def _id(bank: str, stream: str | None = None) -> str:
 
 
 def _any_of(bank: str, streams: Collection[str]) -> str:
-    return f"id IN ({', '.join(quote(_id(bank, stream)) for stream in streams)})"
+    return f"id IN ({', '.join(quote(id) for stream in streams for id in _ids(bank, stream))})"
+
+
+def _ids(bank: str, stream: str) -> list[str]:
+    """Under which a stream may be known: earlier versions took each spelling for a stream of its own."""
+    return [_id(bank, name) for name in spellings(stream)]
+
+
+def _first(find: Find, bank: str, stream: str) -> dict[str, Any] | None:
+    rows = {row["id"]: row for row in find(_any_of(bank, [stream]))}
+    return next((rows[id] for id in _ids(bank, stream) if id in rows), None)
 
 
 def _new_parts(layout: Layout, there: set[str]) -> list[Entry]:

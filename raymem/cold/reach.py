@@ -6,15 +6,19 @@ A hidden state is made of all that came before it in its run, so rows after an e
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raymem.cold.journal import Journal
+from raymem.cold.spellings import alike, has_others, spellings
 from raymem.cold.tables import quote
+from raymem.inputs import TIME_END, composed
 from raymem.types import EraseReceipt, Exposed, RowRef, Selection
 
 Ints = NDArray[np.int64]
@@ -61,12 +65,14 @@ class _Rows(NamedTuple):
 
 
 def condition(what: Selection) -> str:
-    """A selection as an SQL condition on the journal's columns."""
-    parts = [f"stream = {quote(what.stream)}"] if what.stream is not None else []
-    parts += [f"run = {quote(what.run)}"] if what.run is not None else []
+    """A selection as an SQL condition on the journal's columns; see `alike` for names with several spellings."""
+    parts = [alike("stream", what.stream)] if what.stream is not None else []
+    parts += [alike("run", what.run)] if what.run is not None else []
     parts += [f"seq >= {what.seq_from}"] if what.seq_from is not None else []
     parts += [f"seq < {what.seq_to}"] if what.seq_to is not None else []
-    parts += [f"time < {what.before!r}"] if what.before is not None else []
+    if what.before is not None:
+        # what is no time counts as 0: see `sound_times`
+        parts += [f"(time < {what.before!r} OR NOT (time >= 0 AND time < {TIME_END}))" if what.before > 0 else "false"]
     return " AND ".join(parts)
 
 
@@ -80,8 +86,9 @@ def reach(journal: Journal, what: Selection, *, vectors: bool) -> Reach:
         vectors: whether rows carry vectors. One is made of the token that comes next, so that of the row before an
             erased one tells what was erased: that row goes too.
     """
-    hit = journal.named(condition(what))
-    rows = _rows(journal, {*hit["stream"].to_pylist(), what.stream, *(start.stream for start in what.starts)} - {None})
+    hit = _named(journal, what)
+    streams = {*hit["stream"].to_pylist(), *(start.stream for start in what.starts)}
+    rows = _rows(journal, streams | set(spellings(what.stream) if what.stream is not None else ()))
     named_T = np.isin(rows.pos_T, hit["pos"].to_numpy())
     first_R = np.full(int(rows.run_T.max(initial=-1)) + 1, _NEVER)
     np.minimum.at(first_R, rows.run_T[named_T], rows.seq_T[named_T])
@@ -105,7 +112,7 @@ def reach(journal: Journal, what: Selection, *, vectors: bool) -> Reach:
 
 def is_reached(journal: Journal, what: Selection) -> bool:
     """Whether there is a row that `reach` would take."""
-    if len(journal.matches(condition(what))):
+    if len(_named(journal, what)):
         return True
     # without one, only what followed rows that are gone already is left to take
     return what.scope == "run" and len(reach(journal, what, vectors=False).gone_T) > 0
@@ -140,6 +147,15 @@ def beyond(receipt: EraseReceipt, parent: str = "") -> tuple[str, ...]:
     return tuple(found)
 
 
+def _named(journal: Journal, what: Selection) -> pa.Table:
+    """The rows that a selection names, however their labels are spelled."""
+    found = journal.named(condition(what))
+    for column, label in (("stream", what.stream), ("run", what.run)):
+        if label is not None and has_others(label):
+            found = found.filter(pc.equal(pc.utf8_normalize(found[column], "NFC"), composed(label)))
+    return found
+
+
 def _rows(journal: Journal, streams: set[str]) -> _Rows:
     listed = ", ".join(quote(stream) for stream in sorted(streams))
     where = "true" if len(streams) > _NAMED else f"stream IN ({listed})" if streams else "false"
@@ -162,10 +178,11 @@ def _cut(first_R: Ints, rows: _Rows, what: Selection) -> None:
         return
     _, places = np.unique(rows.run_T, return_index=True)
     named = rows.names.take(pa.array(places)).to_pylist()
-    number_of = {(row["stream"], row["run"]): number for number, row in enumerate(named)}
+    numbers_of = defaultdict[tuple[str, str], list[int]](list)
+    for number, row in enumerate(named):
+        numbers_of[composed(row["stream"]), composed(row["run"])].append(number)
     for stream, run, seq in cuts:
-        number = number_of.get((stream, run))
-        if number is not None:
+        for number in numbers_of.get((composed(stream), composed(run)), ()):
             first_R[number] = min(int(first_R[number]), seq)
 
 

@@ -19,6 +19,7 @@ from torch.utils.dlpack import from_dlpack
 
 from raymem.cold.holes import HOLES, Holes
 from raymem.errors import Corrupt
+from raymem.inputs import TIME_END
 from raymem.types import DTYPES, BankSpec, Trace
 
 _LAYERS = b"raymem.layers"
@@ -36,8 +37,8 @@ class JournalRows:
     """Consecutive accepted rows of one bank, written under one epoch; nobody changes its tensors.
 
     `pos_T` and `seq_T` int64, `streams` and `runs` one name a row, `token_T` int64, `hidden_TLD` in the bank's dtype,
-    `value_TV` float32 or None, `time_T` float64 seconds since the epoch, `crc_T` int64 (a uint32 checksum of the row's
-    identity and content, the same wherever and whenever the row is written).
+    `value_TV` float32 or None, `time_T` float64 seconds since the epoch (see `sound_times`), `crc_T` int64 (a uint32
+    checksum of the row's identity and content, the same wherever and whenever the row is written).
     """
 
     pos_T: Tensor
@@ -175,7 +176,7 @@ class JournalRows:
             token_T=_tensor(table, "token"),
             hidden_TLD=_hidden(table),
             value_TV=None if value.null_count else from_dlpack(value.flatten()).reshape(len(table), -1),
-            time_T=_tensor(table, "time"),
+            time_T=sound_times(_tensor(table, "time")),
             crc_T=_tensor(table, "crc32c").to(torch.int64),
         )
 
@@ -198,6 +199,12 @@ def concat(parts: Sequence[JournalRows]) -> JournalRows:
         time_T=cat([part.time_T for part in parts]),
         crc_T=cat([part.crc_T for part in parts]),
     )
+
+
+def sound_times(time_T: Tensor) -> Tensor:
+    """Times of rows, 0 where earlier versions took one that is none: not a number, before 1970, after the year 9999."""
+    sound_T = (time_T >= 0) & (time_T < TIME_END)
+    return time_T if bool(sound_T.all()) else torch.where(sound_T, time_T, 0.0)
 
 
 def journal_schema(dtype: torch.dtype, layers: int, width: int) -> pa.Schema:

@@ -12,7 +12,8 @@ from raymem.cold.catalog import Entry
 from raymem.cold.failures import reading
 from raymem.cold.holes import HOLES, Holes
 from raymem.cold.rows import JournalRows, bank_schema
-from raymem.cold.tables import Tables, journal_table, quote
+from raymem.cold.spellings import alike, same
+from raymem.cold.tables import Tables, journal_table
 from raymem.errors import Corrupt
 
 
@@ -67,16 +68,18 @@ class Settled:
             return self.open().search().where(where).select(columns).limit(limit).to_arrow().select(columns)
 
     def of_stream(self, stream: str, start: int, batch_rows: int = 4096) -> Iterator[JournalRows]:
-        """A stream's rows of one version from position `start` on, in order, checked."""
+        """A stream's rows of one version, however spelled, from position `start` on, in order, checked."""
         with reading(f"read a stream in the journal of {self.entry.name}"):
-            query = self.open().search().where(f"stream = {quote(stream)} AND pos >= {start}")
+            query = self.open().search().where(f"{alike('stream', stream)} AND pos >= {start}")
             batches = iter(query.to_batches(batch_rows))
         while True:
             with reading(f"read a stream in the journal of {self.entry.name}"):
                 pieces = self._pieces(_take(batches, batch_rows))
             if not pieces:
                 return
-            yield from (rows.verify() for rows in pieces)
+            for rows in pieces:
+                picked = [row for row, name in enumerate(rows.streams) if same(name, stream)]
+                yield from [rows.pick(picked).verify()] if picked else []
 
     def scan(self, start: int, stop: int | None, batch_rows: int) -> Iterator[JournalRows]:
         """Rows of one version from position `start` up to `stop` in order, checked.

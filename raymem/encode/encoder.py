@@ -8,6 +8,7 @@ Shape legend: `T` rows of a call, `N` rows completed, `Q` queries, `L` layers, `
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from raymem.cold.rows import JournalRows
+from raymem.cold.spellings import Known
 from raymem.encode.calibration import Calibration
 from raymem.encode.keys import Floats
 from raymem.encode.maker import KeyMaker
@@ -69,6 +71,7 @@ class Encoder:
             ),
         )
         self._sources: dict[tuple[str, str], int] = {}
+        self._known = Known()
         self._next_seq: list[int] = []
 
     @property
@@ -85,6 +88,10 @@ class Encoder:
         """The seq that continues a run without a gap; 0 for a new run."""
         source = self._sources.get((stream, run))
         return 0 if source is None else self._next_seq[source]
+
+    def spelling(self, stream: str, run: str) -> tuple[str, str]:
+        """The name under which the rows of a run are there already, in whatever Unicode form, or the name itself."""
+        return (stream, run) if (stream, run) in self._sources else self._known.get((stream, run))
 
     def relevance(self, similarity_Q: Tensor) -> Tensor:
         """The calibration's relevance for this bank's key function."""
@@ -137,7 +144,7 @@ class Encoder:
         sources = _sources(meta)
         next_seq = checked(tensors, "next_seq", torch.int64, (len(sources),)).tolist()
         self._tails.load(tensors, len(sources))
-        self._sources, self._next_seq = sources, next_seq
+        self._sources, self._next_seq, self._known = sources, next_seq, Known(sources)
 
     def _values(self, rows: JournalRows) -> Floats:
         given_TV, width = rows.value_TV, self.value_width
@@ -151,7 +158,10 @@ class Encoder:
     def _register(self, rows: JournalRows) -> Ints:
         known = self._sources
         found = [known.setdefault(pair, len(known)) for pair in zip(rows.streams, rows.runs, strict=True)]
-        self._next_seq.extend([0] * (len(known) - len(self._next_seq)))
+        new = len(known) - len(self._next_seq)
+        for pair in itertools.islice(reversed(known), new):
+            self._known.add(pair)
+        self._next_seq.extend([0] * new)
         return np.array(found, dtype=np.int64)
 
     def _completed(self, merged: Merged) -> Rows:

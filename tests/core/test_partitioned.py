@@ -238,7 +238,7 @@ def test_tags_and_times_read_what_it_was(store, tiny):
         was = bank.read(queries, 7, as_of=as_of)
         assert [names(was, q) for q in range(4)] == [names(before, q) for q in range(4)]
     assert names(bank.read(queries, 7), 2) != names(before, 2)
-    for nothing in ("never", float("nan")):
+    for nothing in ("never", "nan"):
         with pytest.raises(TagNotFound, match=f"bank lab/many has no tag '{nothing}'"):
             bank.read(queries, 7, as_of=nothing)
     with pytest.raises(Conflict, match="then"):
