@@ -245,6 +245,18 @@ def layers(value: object) -> tuple[int, ...]:
     return tuple(whole(layer, 1, COUNT_END) for layer in value)
 
 
+def text(value: object) -> str:
+    """Text of any kind that can be sent.
+
+    Raises:
+        InvalidInput: naming the value.
+    """
+    found = _text(value, InvalidInput)
+    if any(unicodedata.category(each) == "Cs" for each in found):
+        raise InvalidInput(f"{shown(found)}; give text without lone surrogates")
+    return found
+
+
 def json_value(value: object, depth: int = 8) -> Any:
     """Plain data as JSON has it, numbers finite and integers within 2**53, nested at most `depth` deep.
 

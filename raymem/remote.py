@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import httpx
+import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from raymem import routes, wire
+from raymem import inputs, routes, wire
 from raymem.config import GatewaySettings, Settings, check_key
 from raymem.encode.calibration import Calibration
 from raymem.errors import BackendUnavailable, InvalidInput, Overloaded, RaymemError, StorageError
+from raymem.inputs import named
 from raymem.memory.learned import Learned
 from raymem.patience import patiently
 from raymem.routes import Route
@@ -110,7 +112,8 @@ class HttpBackend:
 
     async def write_many(self, name: str, traces: list[Trace], durable: bool = True) -> Ack:
         """Write many traces in one request, as an Arrow stream; the Ack is their sum."""
-        body = await asyncio.to_thread(wire.traces_to_arrow, traces)
+        given = [trace.checked(torch.float32) for trace in traces]
+        body = await asyncio.to_thread(wire.traces_to_arrow, given)
         return await self._write(name, body, routes.ARROW, durable)
 
     async def read(
@@ -129,7 +132,8 @@ class HttpBackend:
         self, name: str, text: str, k: int, as_of: str | None = None, allow_partial: bool = False
     ) -> dict[str, Any]:
         """Ask a bank in text; the gateway's model reads it."""
-        body = {"text": text, "k": k, "as_of": as_of, "allow_partial": allow_partial}
+        asked = named("text", inputs.text, text)
+        body = {"text": asked, "k": k, "as_of": named("as_of", inputs.as_of, as_of), "allow_partial": allow_partial}
         return await self._json(routes.RECALL, name, json=body)
 
     async def attach(self, name: str, node: str | None) -> BankInfo:
@@ -190,8 +194,6 @@ class HttpBackend:
 
     async def tokens(self, name: str, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
         """Token ids of a run's rows."""
-        import torch
-
         params = {"stream": stream, "run": run, "seq_from": seq_from, "seq_to": seq_to}
         found = await self._json(routes.TOKENS, name, params=params)
         return torch.tensor(found["tokens"], dtype=torch.int64)

@@ -18,7 +18,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor
 
 from raymem.errors import FingerprintMismatch, InvalidInput, InvalidSpec, InvalidTrace, NonFinite
-from raymem.inputs import COUNT_END, Check, Label, bank_name, count, json_value, label, moment, named, shown, text, whole
+from raymem.inputs import (
+    COUNT_END,
+    Check,
+    Label,
+    bank_name,
+    count,
+    json_value,
+    label,
+    moment,
+    named,
+    shown,
+    text,
+    whole,
+)
 from raymem.inputs import shorten as shorten
 from raymem.tensors import dense, states, token_ids
 

@@ -24,7 +24,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from raymem.cold.rows import JournalRows, is_journal
-from raymem.errors import Corrupt, InvalidInput, RaymemError, TooLarge
+from raymem.errors import Corrupt, InvalidInput, InvalidTrace, RaymemError, TooLarge
+from raymem.inputs import TIME_END
 from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
 from raymem.wire_limits import MOST_DEEP, check_arrow, check_msgpack
 
@@ -130,6 +131,7 @@ def traces_from_arrow(data: bytes | bytearray | memoryview, max_bytes: int = MAX
     Raises:
         TooLarge: more bytes, batches or rows than allowed, naming the limit.
         Corrupt: not such a stream, a compressed one, or a row that does not match its checksum.
+        InvalidTrace: a row of a time that no row can have.
     """
     _within(data, max_bytes)
     try:
@@ -139,11 +141,12 @@ def traces_from_arrow(data: bytes | bytearray | memoryview, max_bytes: int = MAX
                 raise Corrupt(f"not an Arrow stream of rows: its columns are {str(reader.schema)[:200]!r}")
             table = reader.read_all()
         table.validate(full=True)
+        _require_times(table)
         said = (table.schema.metadata or {}).get(_MADE_BY)
         made = None if said is None else Fingerprint.model_validate_json(said)
         found = [trace for piece in JournalRows.from_arrow(table) for trace in traces_of(piece.verify())]
         return [replace(trace, fingerprint=made) for trace in found]
-    except TooLarge:
+    except RaymemError:
         raise
     except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise Corrupt(f"not an Arrow stream of rows: {type(error).__name__}: {str(error)[:200]}") from error
@@ -152,6 +155,13 @@ def traces_from_arrow(data: bytes | bytearray | memoryview, max_bytes: int = MAX
 def traces_of(rows: JournalRows) -> list[Trace]:
     """Rows as the traces that they could have come in; see `traces_from_arrow`."""
     return [_trace(rows, start, stop) for start, stop in _runs(rows)]
+
+
+def _require_times(table: pa.Table) -> None:
+    # what is read from a store's own tables is mended, and what comes in is refused
+    for time in set(table["time"].to_pylist()):
+        if time is None or not 0 <= time < TIME_END:
+            raise InvalidTrace(f"time is {time}; give seconds since the epoch, from 0 to before {TIME_END}")
 
 
 def _within(data: Any, max_bytes: int) -> None:
