@@ -218,6 +218,23 @@ def path(value: object) -> Path:
     raise InvalidInput(f"{shown(value)}; give the path of a file, as text or a Path")
 
 
+def target(value: object) -> Path:
+    """The path of a file to write, in a folder that is there.
+
+    Raises:
+        InvalidInput: naming the value.
+    """
+    file = path(value)
+    try:
+        if file.parent.is_dir() and not file.is_dir():
+            return file
+    except OSError as error:
+        raise InvalidInput(
+            f"{shown(str(file))}: {error.strerror}; give the path of a file in a folder that is there"
+        ) from error
+    raise InvalidInput(f"{shown(str(file))}; give the path of a file in a folder that is there")
+
+
 def bank_names(value: object) -> list[str]:
     """Names of different banks, at least one.
 
@@ -338,6 +355,7 @@ Place = Annotated[str | int, BeforeValidator(place)]
 # for signatures alone
 Prefix = Annotated[str, BeforeValidator(prefix)]
 Layers = Annotated[tuple[int, ...], BeforeValidator(layers)]
+TargetPath = Annotated[str | Path, BeforeValidator(target)]
 FilePath = Annotated[str | Path, BeforeValidator(path)]
 AnyMoment = Annotated[float | datetime, BeforeValidator(moment)]
 AnyAsOf = Annotated[str | float | datetime | None, BeforeValidator(as_of)]

@@ -32,6 +32,7 @@ from raymem.inputs import (
     Partitions,
     Place,
     Prefix,
+    TargetPath,
     checked,
     instance,
     shown,
@@ -353,7 +354,7 @@ class AsyncBank:
         """
         return await self._backend.tokens(self.name, stream, run, seq_from, seq_to)
 
-    async def export(self, path: FilePath) -> int:
+    async def export(self, path: TargetPath) -> int:
         """Write the bank to one file; return its bytes."""
         return await self._backend.export(self.name, Path(path))
 

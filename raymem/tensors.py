@@ -81,4 +81,6 @@ def _from_array(what: str, given: object, kinds: str, dtype: Any = np.float32) -
         raise InvalidTrace(f"{what} hold {array.max()}; give numbers of at most 63 bits")
     with np.errstate(over="ignore"):
         # too large for a float32 is infinite, which a bank refuses
-        return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
+        found = torch.from_numpy(np.array(array, dtype=dtype, order="C"))
+    # numpy's strides of nothing are none that torch takes
+    return found if found.numel() else torch.zeros(found.shape, dtype=found.dtype)

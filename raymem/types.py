@@ -54,6 +54,9 @@ class _Frozen(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             raise _invalid_spec(type(self).__name__, error) from error
+        except TypeError as error:
+            # a map in place of a spec, whose keys are no text
+            raise InvalidSpec(f"{type(self).__name__}: {error}") from error
 
 
 class Fingerprint(_Frozen):
@@ -473,7 +476,7 @@ class Selection:
             raise InvalidInput(f"run {shown(self.run)} of which stream? run ids may repeat: name the stream too")
         if (self.seq_from, self.seq_to) != (None, None) and self.run is None:
             raise InvalidInput("seq_from and seq_to count the rows of a run: name the stream and the run too")
-        if self.scope not in ("rows", "run"):
+        if not isinstance(self.scope, str) or self.scope not in ("rows", "run"):
             raise InvalidInput(
                 f"scope is {shown(self.scope)}; it is 'rows', those that are named, or 'run', also what followed them "
                 "in their runs"
