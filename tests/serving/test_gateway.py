@@ -260,7 +260,7 @@ async def test_an_upload_onto_a_full_disk_says_so():
 
 def test_files_that_cannot_be_opened_are_named(store, rows_bank):
     missing = Path("no") / "such" / "folder.raymem"
-    with pytest.raises(StorageError, match=r"folder\.raymem"):
+    with pytest.raises(InvalidInput, match=r"folder\.raymem"):
         rows_bank.export(missing)
     with pytest.raises(InvalidInput, match=r"folder\.raymem"):
         store.import_(missing, "lab/other")
