@@ -55,6 +55,10 @@ class Reader(Protocol):
         """One causal pass; may come from an earlier one."""
         ...
 
+    def check_length(self, tokens: int, what: str) -> None:
+        """Refuse a text of more tokens than the model has positions for, naming both."""
+        ...
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -85,7 +89,11 @@ def calibrate(
         whiten: also fit a whitening matrix a layer (D² floats each).
         shrink: how far the covariance is moved towards its mean eigenvalue, in (0, 1].
         progress: called with texts read and texts in all.
+
+    Raises:
+        InvalidInput: the model has fewer positions than the texts have tokens.
     """
+    model.check_length(_TOPIC_TOKENS, "each text that a calibration is made from")
     sample = read_sample(model, layers, bundled_texts(), progress)
     return fit(model.content_hash, tuple(layers), sample, shrink=shrink if whiten else None)
 

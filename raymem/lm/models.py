@@ -257,8 +257,8 @@ class LanguageModel:
             raise InvalidInput(f"{what} is empty: there is nothing to read")
         if self.positions is not None and tokens > self.positions:
             raise InvalidInput(
-                f"{what} has {tokens} tokens, and {self.folder.name} has {self.positions} positions: read it in pieces"
-                f" of at most {self.positions}",
+                f"{what} has {tokens} tokens, and {self.folder.name} has {self.positions} positions: give it at most "
+                f"{self.positions} tokens at once",
                 tokens=tokens,
                 limit=self.positions,
             )

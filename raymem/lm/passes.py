@@ -67,9 +67,14 @@ class Reading:
 
 
 def read(model: CachedModel, document: Document, layers: Sequence[int], max_tokens: int, window: int) -> Reading:
-    """Pass a document and its windows through a model."""
+    """Pass a document and its windows through a model.
+
+    Raises:
+        InvalidInput: the document, or a window behind retrieved text, has more tokens than the model has positions for.
+    """
     # no tokenizer makes fewer than one token of 64 characters of plain text: the rest need not be looked at
     parts = split(document.name, model.encode(document.text[: max_tokens * 64]), max_tokens, window)
+    model.model.check_length(len(parts.tokens_T), f"document {document.name!r} (--max-tokens sets how much is read)")
     windows = tuple(_window(model, parts, span, layers) for span in parts.windows)
     return Reading(document.name, parts, model.run(parts.tokens_T, layers), windows)
 

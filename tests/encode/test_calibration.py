@@ -23,6 +23,9 @@ class Model:
     def encode(self, text: str) -> torch.Tensor:
         return torch.tensor(list(text.encode()))
 
+    def check_length(self, tokens: int, what: str) -> None:
+        assert tokens, what
+
     def run_cached(self, tokens_T: torch.Tensor, layers: object) -> SimpleNamespace:
         hidden_TLD = self.letters_VLD[tokens_T].clone()
         hidden_TLD[1:] += hidden_TLD[:-1] / 3
