@@ -25,11 +25,13 @@ MEMBERS = (JOURNAL, STATE, CALIBRATION, PARAMS)
 # the names of a million runs, which the state's part has
 MANIFEST_BYTES = 64 * 2**20
 # numbers that JSON carries everywhere, far inside the 64 bits of a journal's columns
-_COUNT_END = 2**53
+COUNT_END = 2**53
+# times lie within the years that a date can name
+TIME_END = 253_402_300_800
 # of one row, in all its layers
 _ROW_NUMBERS = 2**24
 
-_Count = Annotated[int, Field(ge=0, lt=_COUNT_END)]
+_Count = Annotated[int, Field(ge=0, lt=COUNT_END)]
 
 
 class _Frozen(BaseModel):
@@ -121,8 +123,10 @@ def _fit(manifest: Manifest) -> None:
         raise Corrupt(f"does not list {', '.join(sorted(missing))}")
     if odd := set(manifest.members) - set(MEMBERS):
         raise Corrupt(f"lists {shorten(str(sorted(odd)))}, which no export has")
-    if numbers > _ROW_NUMBERS or len(set(fingerprint.layers)) < len(fingerprint.layers):
+    if manifest.spec.budget_bytes >= COUNT_END:
+        raise Corrupt(f"has budget_bytes {shorten(str(manifest.spec.budget_bytes))}; the limit is {COUNT_END}")
+    if numbers > _ROW_NUMBERS or len(set(fingerprint.layers)) < len(fingerprint.layers) or min(fingerprint.layers) < 1:
         raise Corrupt(
             f"says that a row has {len(fingerprint.layers)} layers of width {fingerprint.width}; layers are different "
-            f"ones, and a row has at most {_ROW_NUMBERS} numbers"
+            f"numbers from 1 on, and a row has at most {_ROW_NUMBERS} numbers"
         )

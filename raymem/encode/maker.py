@@ -35,6 +35,8 @@ class KeyMaker:
         missing = [layer for layer in key.layers if layer not in carried]
         if missing:
             raise InvalidSpec(f"the key wants layers {missing}; the rows carry {list(carried)}: choose among those")
+        if len(set(key.layers)) < len(key.layers):
+            raise InvalidSpec(f"the key names layers {list(key.layers[:20])}, some twice: name each once")
         self.key = key.model_copy(update={"layers": key.layers or carried})
         self.window = 1 if key.function == "single" else key.window
         self.width = len(self.key.layers) * calibration.width
