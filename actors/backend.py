@@ -243,6 +243,10 @@ class RayBackend(ColdBackend):
         """Disconnect; shards and their banks stay."""
         await asyncio.to_thread(cluster.leave)
 
+    def abandon(self) -> None:
+        """As `close`, without an event loop."""
+        cluster.leave()
+
     async def hot_bytes(self) -> dict[str, int]:
         """Bytes of each hot bank, of the shards that answer."""
         topology = await self._router.refresh()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from raymem.errors import StoreClosed
+
 T = TypeVar("T")
 
 
@@ -17,8 +19,16 @@ class Crew:
         self._pool = pool
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Run a function in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+        """Run a function in a thread.
+
+        Raises:
+            StoreClosed: there are no threads any more.
+        """
+        try:
+            done = asyncio.get_running_loop().run_in_executor(self._pool, function)
+        except RuntimeError as error:
+            raise StoreClosed(f"this store is closed, or its process ends ({error}); connect again") from error
+        return await done
 
 
 def settle(done: asyncio.Future[Any], outcome: Any) -> None:

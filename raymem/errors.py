@@ -12,6 +12,7 @@
     │   ├── UnsupportedModel        a language model whose states or logits raymem can't have
     │   └── TooLarge                over a size limit
     ├── ConfigError                 unknown or unusable setting
+    │   └── StoreClosed             a handle that can't be used here: closed, forked, of another event loop
     ├── NotFound
     │   ├── BankNotFound
     │   ├── TagNotFound
@@ -137,6 +138,12 @@ class ConfigError(RaymemError, ValueError):
     """An unknown or unusable setting."""
 
     code = "config_error"
+
+
+class StoreClosed(ConfigError):
+    """A store's handle that can't be used: it is closed, its process ends, or this is a fork or another event loop."""
+
+    code = "store_closed"
 
 
 class NotFound(RaymemError, LookupError):

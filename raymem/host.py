@@ -17,10 +17,11 @@ from raymem.committer import Committer
 from raymem.config import Settings
 from raymem.crew import Crew
 from raymem.erasing import erase
-from raymem.errors import Moved, RaymemError
+from raymem.errors import Moved, RaymemError, StoreClosed
 from raymem.homes import Homes
 from raymem.limits import Limiter
 from raymem.logs import get_logger
+from raymem.owed import Owed
 from raymem.past import Past
 from raymem.room import PAST, Room
 from raymem.runtime import Runtime
@@ -59,6 +60,8 @@ class Host:
         self.past = Past(cold, settings.host.past_bytes, device)
         self._workers: dict[str, BankWorker] = {}
         self._lost: dict[str, BankWorker] = {}
+        self._owed = Owed()
+        self._closing = False
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._upkeep = Upkeep(cold, settings.cold, self.names, lambda name, what: self.erase(name, what, rebuild=True))
         setting = "host.memory_bytes" if device == "cpu" else "host.gpu_memory_bytes"
@@ -182,7 +185,9 @@ class Host:
             trace.validate(worker.runtime.spec.fingerprint)
         admitted = self._limiter.admit(caller, trace.nbytes)
         admitted.__enter__()
-        worker.write(trace).add_done_callback(lambda done: self._finish_later(name, admitted, done))
+        done = worker.write(trace)
+        self._owed.add(name, trace, done)
+        done.add_done_callback(lambda done: admitted.__exit__(None, None, None))
         return Ack(rows=len(trace), duplicates=0, end=-1, gaps=0, durable=False)
 
     async def read(
@@ -271,11 +276,17 @@ class Host:
         """Counters of this process and of each hot bank."""
         banks = {name: await self._bank_stats(worker) for name, worker in sorted(self._workers.items())}
         about = {"owner": self.owner, "device": self.device, "refused_overload": self._limiter.refused}
+        about |= {"unwritten_rows": self._owed.lost_rows}
         about |= {"memory": await self.memory(), "log": self.tenure.stats()}
         return about | {"banks": banks}
 
     async def close(self) -> None:
-        """Snapshot and release every bank; they stay attached in the catalog and load on next use."""
+        """Snapshot and release every bank; they stay attached in the catalog and load on next use.
+
+        Raises:
+            StorageError: rows that were accepted with `durable=False` could not be written; all else was let go.
+        """
+        self._closing = True
         self._upkeep.stop()
         if self._ticker is not None:
             self._ticker.cancel()
@@ -288,7 +299,27 @@ class Host:
                 log.warning("bank not settled on close", bank=name, error=str(error))
                 self._workers.pop(name, None)
         await asyncio.to_thread(self.tenure.leave)
-        self._pool.shutdown(wait=True)
+        await asyncio.to_thread(self._pool.shutdown)
+        self._owed.require_paid()
+
+    def end(self) -> None:
+        """`close` once the event loop has ended: write what was accepted, and let every bank go as it is.
+
+        Raises:
+            StorageError: as `close`.
+        """
+        self._closing = True
+        self._pool.shutdown()
+        for name, traces in self._owed.left().items():
+            worker = self._workers.get(name)
+            if worker is None:
+                continue
+            # some may be there, and are then acknowledged as duplicates
+            worker.runtime.unsure = True
+            self._owed.settle(name, worker.runtime.write(traces))
+        self._workers.clear()
+        self.tenure.leave()
+        self._owed.require_paid()
 
     async def _evict(self, name: str) -> bool:
         """Take a bank out of memory; it stays this owner's, and loads again at its next use."""
@@ -314,6 +345,8 @@ class Host:
                 self._lost[name] = worker
 
     async def _load(self, entry: Entry) -> None:
+        if self._closing:
+            raise StoreClosed(f"bank {entry.name!r} is not loaded: this store is closed; connect again")
         self._retire_lost(entry.name)
         if (former := self._lost.pop(entry.name, None)) is not None:
             # it may have a commit under way, in the log that the next one uses too
@@ -388,11 +421,6 @@ class Host:
             await check(worker.homes)
             if worker is self._worker(name):
                 return worker
-
-    def _finish_later(self, name: str, admitted: Any, done: asyncio.Future[Ack]) -> None:
-        admitted.__exit__(None, None, None)
-        if not done.cancelled() and (error := done.exception()) is not None:
-            log.warning("a write that was not waited for failed", bank=name, error=str(error))
 
     async def _bank_stats(self, worker: BankWorker) -> dict[str, Any]:
         runtime = worker.runtime

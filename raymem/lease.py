@@ -43,6 +43,7 @@ class Lease:
         self._registering = threading.Lock()
         self._begun: float | None = None
         self._over = threading.Event()
+        self._keeper: threading.Thread | None = None
 
     def hold(self) -> None:
         """Register on first use and keep the counter moving from then on.
@@ -58,7 +59,8 @@ class Lease:
             self._begun = begun
         # the thread holds the lease only while it beats: one that nobody uses any more ends
         name = f"lease {self.owner}"
-        threading.Thread(target=_keep, args=(weakref.ref(self), self._over), name=name, daemon=True).start()
+        self._keeper = threading.Thread(target=_keep, args=(weakref.ref(self), self._over), name=name, daemon=True)
+        self._keeper.start()
 
     @property
     def valid(self) -> bool:
@@ -94,6 +96,9 @@ class Lease:
         self._over.set()
         if held:
             self._incarnations.retire(self.id)
+        if self._keeper is not None and self._keeper is not threading.current_thread():
+            # the process may end now, and a thread that it cuts off within LanceDB would abort it
+            self._keeper.join(self.lease_s)
 
 
 def _keep(found: weakref.ref[Lease], over: threading.Event) -> None:

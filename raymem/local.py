@@ -121,6 +121,10 @@ class LocalBackend(ColdBackend):
         """Settle every bank."""
         await self.host.close()
 
+    def abandon(self) -> None:
+        """Close after the event loop has ended: write what was accepted, and let the banks go."""
+        self.host.end()
+
     async def hot_bytes(self) -> dict[str, int]:
         """Bytes of each hot bank here."""
         return self.host.bytes()
@@ -194,8 +198,12 @@ async def over(incarnations: Incarnations, owner: str, poll_s: float) -> bool:
     """
     known = _OWNER.fullmatch(owner)
     if known is not None and known["host"] == socket.gethostname():
-        # a process may have closed its store and live on: then no lease of its is left
-        return not await asyncio.to_thread(lambda: _runs(known) and incarnations.list(owner))
+        if not _runs(known):
+            return True
+        # a process may have closed its store and live on, or have its lease on the store that this is a copy of
+        held = await asyncio.to_thread(incarnations.held, owner)
+        if held is not None:
+            return not held
     watch, stood = Watch(incarnations), 0.0
     while (now := (await asyncio.to_thread(watch.living)).get(owner)) is not None:
         if now < stood:

@@ -286,6 +286,9 @@ class HttpBackend:
         """Drop the connections; the banks stay where they are."""
         await self._client.aclose()
 
+    def abandon(self) -> None:
+        """The connections went with their event loop."""
+
     async def _check(self) -> None:
         address = self._client.base_url
         fix = f"start one with `raymem serve` or correct the address {str(address)!r}"

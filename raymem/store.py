@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -17,6 +16,7 @@ from raymem.backend import Backend
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
 from raymem.errors import InvalidTrace
+from raymem.handle import Handle
 from raymem.inputs import (
     AnyAsOf,
     AnyMoment,
@@ -37,7 +37,7 @@ from raymem.inputs import (
     instance,
     shown,
 )
-from raymem.loop import Loop
+from raymem.loop import Closes, Loop
 from raymem.memory.learned import Learned
 from raymem.tensors import states
 from raymem.types import (
@@ -93,7 +93,12 @@ class AsyncStore:
     """Named memory banks, wherever they live; see `connect` for the addresses."""
 
     def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+        self._handle = Handle(backend)
+
+    @property
+    def backend(self) -> Backend:
+        """What it works through; StoreClosed is raised where it can't be used, see `Handle`."""
+        return self._handle.backend
 
     @classmethod
     async def connect(
@@ -116,11 +121,11 @@ class AsyncStore:
             Unsupported: partitions of a kind that keeps no rows.
         """
         await self.backend.create(name, spec, partitions)
-        return AsyncBank(self.backend, name)
+        return AsyncBank(self._handle, name)
 
     def bank(self, name: BankName) -> AsyncBank:
         """A handle on a bank; it is looked up on first use."""
-        return AsyncBank(self.backend, name)
+        return AsyncBank(self._handle, name)
 
     async def banks(self, prefix: Prefix = "") -> list[BankInfo]:
         """The catalog, by name; `prefix` may be a namespace with its slash."""
@@ -148,7 +153,7 @@ class AsyncStore:
             BankExists, BankNotFound, TagNotFound, InvalidInput: nothing was created.
         """
         await self.backend.fork(source, target, at)
-        return AsyncBank(self.backend, target)
+        return AsyncBank(self._handle, target)
 
     async def merge(
         self, target: BankName, sources: BankNames, *, rebuild: Flag = False, rename: Flag = True
@@ -175,7 +180,7 @@ class AsyncStore:
             Corrupt: the file is damaged or cut short; nothing was created.
         """
         await self.backend.import_(Path(path), name)
-        return AsyncBank(self.backend, name)
+        return AsyncBank(self._handle, name)
 
     async def sweep(self, *, dry_run: Flag = False) -> SweepReport:
         """Delete tables that the catalog doesn't name, once they are old enough, and finish erasures cut short.
@@ -229,17 +234,25 @@ class AsyncStore:
         return await self.backend.stats()
 
     async def close(self) -> None:
-        """Let go: a local store settles its banks, other backends just disconnect."""
-        await self.backend.close()
+        """Let go: a local store settles its banks, other backends just disconnect. Closing twice is fine.
+
+        Raises:
+            StorageError: rows that were accepted with `durable=False` could not be written; all else was let go.
+        """
+        await self._handle.close()
 
 
 @checked
 class AsyncBank:
     """A handle on one bank."""
 
-    def __init__(self, backend: Backend, name: str) -> None:
-        self._backend = backend
+    def __init__(self, handle: Handle, name: str) -> None:
+        self._handle = handle
         self.name = name
+
+    @property
+    def _backend(self) -> Backend:
+        return self._handle.backend
 
     async def info(self) -> BankInfo:
         """The bank's line in the catalog, with its size if it is hot."""
@@ -254,6 +267,8 @@ class AsyncBank:
         if not isinstance(trace, Trace):
             raise InvalidTrace(f"trace is {shown(trace)}; give a raymem.Trace")
         given = trace.checked(await self._dtype(trace.hidden))
+        if not durable:
+            self._handle.keep()
         return await self._backend.write(self.name, given, durable)
 
     async def read(
@@ -399,12 +414,13 @@ class AsyncBank:
         return torch.float32 if isinstance(given, Tensor) else DTYPES[(await self.info()).spec.fingerprint.dtype]
 
 
-class Store:
+class Store(Closes):
     """The blocking face of AsyncStore, for scripts and threads; a context manager that closes itself."""
 
     def __init__(self, store: AsyncStore, loop: Loop) -> None:
         self._store = store
         self._loop = loop
+        loop.close_with(store.close)
 
     def create(self, name: str, spec: BankSpec, *, partitions: int = 1) -> Bank:
         """As `AsyncStore.create`."""
@@ -469,22 +485,6 @@ class Store:
     def stats(self) -> dict[str, Any]:
         """As `AsyncStore.stats`."""
         return self._loop.run(self._store.stats())
-
-    def close(self) -> None:
-        """As `AsyncStore.close`; closing twice is fine."""
-        if not self._loop.closed:
-            try:
-                self._loop.run(self._store.close())
-            finally:
-                self._loop.close()
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Bank:

@@ -97,6 +97,8 @@ class Tenure:
         """Give everything up; a new incarnation claims those banks again that the catalog still says are here."""
         self._over(why)
         self.lease.give_up()
+        if self.committer is not None:
+            self.committer.log.let_go()
         self.lease = self._new_lease()
 
     def leave(self) -> None:
@@ -109,6 +111,9 @@ class Tenure:
         except RaymemError as error:
             # it runs out by itself
             log.warning("lease not released", owner=self.owner, error=str(error))
+        finally:
+            if last is not None:
+                last.let_go()
 
     def stats(self) -> dict[str, Any]:
         """Counters of the log."""

@@ -7,9 +7,11 @@ isn't in the store that was opened. What was opened also has an inode that no ot
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import weakref
+from pathlib import Path
 
 from raymem.errors import StorageError
 
@@ -61,6 +63,35 @@ class Folder:
         )
 
 
+class Held:
+    """A folder that is locked until it is let go, or its process and all that it forked have ended."""
+
+    def __init__(self, path: Path) -> None:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._end = weakref.finalize(self, _let_go, handle, os.getpid())
+        self._end.atexit = False
+
+    def let_go(self) -> None:
+        """Unlock it, also for children that have the handle."""
+        self._end()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a folder is locked; one that isn't there is not."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def named(text: str) -> str:
     """A text with the folder's present path where it has the handle's."""
 
@@ -75,6 +106,13 @@ def named(text: str) -> str:
 
 def _id(found: os.stat_result) -> _Id:
     return found.st_dev, found.st_ino
+
+
+def _let_go(handle: int, pid: int) -> None:
+    # the lock is the parent's, who goes on
+    if pid == os.getpid():
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
 
 def _close(handles: list[int]) -> None:

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pyarrow as pa
 
 from raymem.cold.shared import SharedTable
-from raymem.cold.tables import Tables, quote
+from raymem.cold.tables import Tables, log_table, quote
 from raymem.errors import Corrupt
 
 _TABLE = "incarnations"
@@ -86,6 +86,14 @@ class Incarnations:
             # nobody ever owned a bank here
             return []
         return sorted((Incarnation(**row) for row in rows), key=lambda row: row.started)
+
+    def held(self, owner: str) -> bool | None:
+        """Whether a process of this machine holds a log of one of an owner's incarnations; None if that can't be told.
+
+        A copy of the store has the rows of those who own banks in the original, and none of them holds a log here.
+        """
+        holds = [self._tables.is_held(log_table(each.id)) for each in self.list(owner)]
+        return None if None in holds else any(holds)
 
     def _make(self) -> None:
         if not self._made:

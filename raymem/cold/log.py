@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from raymem.cold.catalog import Entry
 from raymem.cold.failures import reading
 from raymem.cold.fenced import FencedTable
+from raymem.cold.folder import Held
 from raymem.cold.log_rows import LOG_SCHEMA, Part, from_log, read_log, to_log
 from raymem.cold.rows import JournalRows
 from raymem.cold.tables import Tables, log_table, quote
@@ -68,10 +69,17 @@ class Log:
         self._pending: Sequence[Part] = ()
         self._awaited: frozenset[str] = frozenset()
         self._rows = 0
+        self._claim: Held | None = None
 
     def create(self) -> None:
-        """Make the table; no catalog entry may name this log before that."""
+        """Make the table and hold it; no catalog entry may name this log before that."""
         self._table.create(LOG_SCHEMA)
+        self._claim = self._tables.hold(self._table.name)
+
+    def let_go(self) -> None:
+        """Show everyone on this machine that the incarnation is over."""
+        if self._claim:
+            self._claim.let_go()
 
     def commit(self, parts: Sequence[Part]) -> None:
         """Commit rows of many banks, all or none, durable when it returns.

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from raymem.cold.durable import FolderSync, set_aside_torn
 from raymem.cold.failures import reading, writing
-from raymem.cold.folder import Folder
+from raymem.cold.folder import Folder, Held, is_held
 from raymem.errors import ConfigError, Conflict, Corrupt, RaymemError
 
 Sync = Literal["disk", "none"]
@@ -136,6 +136,17 @@ class Tables:
     def folder(self, name: str) -> Path | None:
         """Where a table's files are, or None in an object store."""
         return self._folder(name) if self._place else None
+
+    def hold(self, name: str) -> Held | None:
+        """Hold a table for as long as this process lives, where others can see that it does: in a folder.
+
+        A copy of the folder isn't held, and a full disk keeps nobody from letting go.
+        """
+        return Held(self._folder(name)) if self._place else None
+
+    def is_held(self, name: str) -> bool | None:
+        """Whether anyone holds a table; None in an object store, where nobody can."""
+        return is_held(self._folder(name)) if self._place else None
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """A store's folder that is renamed, removed, replaced or unmounted while it is open: nothing is acknowledged, nothing
 is made anew under the old name, and what comes back goes on."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -157,3 +158,20 @@ def test_an_unmounted_store_is_refused(tmp_path: Path, tiny: Any):
             bank.write(tiny.trace(3, seq=5))
     store.close()
     assert not list(path.iterdir())
+
+
+def test_a_closed_store_keeps_no_folder_open(tmp_path: Path, tiny: Any):
+    def handles() -> int:
+        return sum(str(tmp_path) in os.readlink(f"/proc/self/fd/{fd}") for fd in _handles())
+
+    for index in range(3):
+        store, _ = _open(tmp_path / f"memory{index}", tiny)
+        assert handles()
+        store.close()
+        del store, _
+    gc.collect()
+    assert handles() == 0
+
+
+def _handles() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")]
