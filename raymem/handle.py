@@ -54,7 +54,7 @@ class Handle:
         here = _running()
         if self.loop is None:
             self.loop = here
-        elif here is not self.loop:
+        elif here not in (None, self.loop):
             state = "closed" if self.loop.is_closed() else "another one"
             raise StoreClosed(
                 f"this store was opened on an event loop that is {state}; an AsyncStore belongs to its loop: connect "
