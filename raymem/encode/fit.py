@@ -138,14 +138,32 @@ def fit(model: str, layers: tuple[int, ...], sample: Sample, *, shrink: float | 
         shrink: None for no whitening.
 
     Raises:
-        InvalidInput: `shrink` is not in (0, 1].
+        InvalidInput: `shrink` is not in (0, 1]; or states that no calibration can be made of, and why.
     """
+    _require_told_apart(layers, sample)
     rows_NLD = torch.cat([hidden[1:] for hidden in [*sample.bank, *sample.unrelated]]).double()
     mean_LD = rows_NLD.mean(0).float()
     whiten_LDD = None if shrink is None else _whitening(rows_NLD - mean_LD.double(), shrink)
     plain = Calibration(model, layers, mean_LD, whiten_LDD, shrink or 0.0)
     ranges = {key: _range(plain, key, sample) for key in measured_keys(layers)}
-    return Calibration(model, layers, mean_LD, whiten_LDD, shrink or 0.0, ranges)
+    return Calibration(model, layers, mean_LD, whiten_LDD, shrink or 0.0, ranges).check()
+
+
+def _require_told_apart(layers: tuple[int, ...], sample: Sample) -> None:
+    """Raise InvalidInput unless there are enough rows, all finite, and not all alike in any layer."""
+    parts = (sample.bank, sample.unrelated, sample.matching)
+    fewest = min(sum(max(0, len(hidden) - _SETTLE) for hidden in part) for part in parts)
+    if fewest < _SETTLE:
+        raise InvalidInput(f"{fewest} rows are too few to calibrate with; read texts of {2 * _SETTLE} tokens and more")
+    rows_NLD = torch.cat([hidden.float() for part in parts for hidden in part])
+    low_LD, high_LD = rows_NLD.amin(0), rows_NLD.amax(0)
+    if not bool(torch.isfinite(low_LD + high_LD).all()):
+        raise InvalidInput(
+            "the model's states hold NaN or Inf: nothing can be calibrated with them. Look at its weights"
+        )
+    alike = [layer for layer, width in zip(layers, (high_LD - low_LD).amax(1).tolist(), strict=True) if width == 0]
+    if alike:
+        raise InvalidInput(f"all states of layers {alike} are alike: calibrate with other layers, or with other texts")
 
 
 def _whitening(centred_NLD: Tensor, shrink: float) -> Tensor:
