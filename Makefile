@@ -24,6 +24,7 @@ test-slow: setup
 
 # FAULTS=1000 for a longer one
 soak: setup
+	FUZZ_S=$(or $(FUZZ_S),240) $(BIN)/python -m pytest tests/fuzz/test_imports.py
 	$(BIN)/python tests/faults/soak.py --faults $(or $(FAULTS),200)
 	$(BIN)/python tests/faults/soak.py --faults 20 --over s3
 	$(BIN)/python tests/faults/soak.py --faults 20 --each 10 --over cluster
