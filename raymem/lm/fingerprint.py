@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from raymem.errors import InvalidSpec
 from raymem.lm.identity import identity
-from raymem.lm.models import LanguageModel, model_path
+from raymem.lm.models import LanguageModel, are_layers, model_path
 from raymem.types import Fingerprint
 
 
@@ -63,6 +63,5 @@ def fingerprint_of(name_or_path: str, layers: Sequence[int], calibration: str = 
 
 
 def _check_layers(layers: Sequence[int], depth: int, model: str) -> None:
-    wrong = [layer for layer in layers if not 1 <= layer <= depth]
-    if wrong or not layers or len(set(layers)) != len(layers):
-        raise InvalidSpec(f"layers {list(layers)}: {model} has layers 1 to {depth}; name each at most once")
+    if not are_layers(layers, depth) or len(set(layers)) != len(layers):
+        raise InvalidSpec(f"layers {layers!r}: {model} has layers 1 to {depth}; name each at most once")

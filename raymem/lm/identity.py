@@ -91,9 +91,9 @@ def identity(folder: Path, changes: Changes = _AS_IT_IS) -> Identity:
     versions = [_version(name) for name in ("transformers", "tokenizers")]
     said = ["identity", SCHEME, *versions, changes._asdict(), [_stamp(file) for file in files]]
     kept = _kept(json.dumps(said, sort_keys=True, default=str))
-    if kept.exists():
-        found = json.loads(kept.read_text())
-        return Identity(**found | {"legacy": tuple(found["legacy"])})
+    known = _known(kept)
+    if isinstance(known, dict):
+        return Identity(**known | {"legacy": tuple(known["legacy"])})
     made = _identity(folder, changes)
     if said[-1] == [_stamp(file) for file in files if file.exists()]:
         write_atomically(kept, json.dumps(made._asdict()).encode())
@@ -248,8 +248,9 @@ def _empty_model(config: Any) -> Any:
 def _tensors(file: Path) -> list[TensorFacts]:
     stamp = _stamp(file)
     kept = _kept(json.dumps(["tensors", SCHEME, stamp]))
-    if kept.exists():
-        return [TensorFacts(name, dtype, tuple(shape), sha) for name, dtype, shape, sha in json.loads(kept.read_text())]
+    known = _known(kept)
+    if isinstance(known, list):
+        return [TensorFacts(name, dtype, tuple(shape), sha) for name, dtype, shape, sha in known]
     found = list(tensors_of(file))
     if _stamp(file) == stamp:
         write_atomically(kept, json.dumps(found).encode())
@@ -264,6 +265,14 @@ def _stamp(file: Path) -> list[Any]:
 
 def _kept(said: str) -> Path:
     return cache_folder() / "digests" / hashlib.sha256(said.encode()).hexdigest()
+
+
+def _known(kept: Path) -> Any:
+    """What was kept there; None where nothing was, or what is there was damaged."""
+    try:
+        return json.loads(kept.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _version(package: str) -> str:

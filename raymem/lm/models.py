@@ -48,11 +48,13 @@ def model_path(name: str) -> Path:
         MissingExtra: the package with the bundled weights is not installed.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    # a name that can be no path is no folder
+    with contextlib.suppress(OSError, ValueError):
+        if folder.is_dir():
+            return folder
     if name.lower() != BUNDLED_MODEL:
         raise ModelNotFound(
-            f"no model {name!r}: give an existing folder with config.json, safetensors and tokenizer, "
+            f"no model {name[:80]!r}: give an existing folder with config.json, safetensors and tokenizer, "
             f"or {BUNDLED_MODEL!r}"
         )
     target = cache_folder() / "models" / BUNDLED_MODEL
@@ -123,7 +125,7 @@ class LanguageModel:
                 model, report = AutoModelForCausalLM.from_pretrained(
                     str(folder), dtype=dtype or torch.bfloat16, local_files_only=True, output_loading_info=True
                 )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             raise ModelNotFound(f"transformers can't load {folder}: {str(error)[:500]}") from error
         made_up = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
         if made_up:
@@ -207,8 +209,8 @@ class LanguageModel:
         what = json.dumps([self.content_hash, str(self.dtype), list(layers), attention, "pass-2"]).encode()
         key = hashlib.sha256(what + tokens_T.numpy().tobytes()).hexdigest()
         file = cache_folder() / "passes" / f"{key}.safetensors"
-        # not there, or cleared just now
-        with contextlib.suppress(FileNotFoundError):
+        # not there, cleared just now, or damaged: it is made again
+        with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):
             kept = load_file(file)
             return Pass(kept["hidden"], kept["final"])
         done = self.run(tokens_T, layers)
@@ -269,11 +271,13 @@ class LanguageModel:
             )
 
     def _check(self, tokens_T: torch.Tensor, layers: Sequence[int]) -> None:
-        wrong = [layer for layer in layers if not 1 <= layer <= self.layers]
-        if wrong or not layers:
-            raise InvalidInput(f"layers {list(layers)} of a model with layers 1 to {self.layers}: choose among those")
-        if tokens_T.dim() != 1 or tokens_T.is_floating_point() or tokens_T.is_complex():
-            raise InvalidInput(f"tokens are {tokens_T.dtype} {list(tokens_T.shape)}; expected ids, int64 [T]")
+        import torch
+
+        if not are_layers(layers, self.layers):
+            raise InvalidInput(f"layers {layers!r} of a model with layers 1 to {self.layers}: choose among those")
+        if not isinstance(tokens_T, torch.Tensor) or tokens_T.dim() != 1 or tokens_T.dtype != torch.int64:
+            found = f"{tokens_T.dtype} {list(tokens_T.shape)}" if isinstance(tokens_T, torch.Tensor) else type(tokens_T)
+            raise InvalidInput(f"tokens are {found}; expected ids, a tensor of int64 [T]")
         self.check_length(len(tokens_T), "the text")
         known = int(self._model.get_input_embeddings().num_embeddings)
         if not 0 <= int(tokens_T.min()) <= int(tokens_T.max()) < known:
@@ -287,6 +291,8 @@ def check_text(text: str) -> str:
     Raises:
         InvalidInput: it holds half of a surrogate pair, naming where.
     """
+    if not isinstance(text, str):
+        raise InvalidInput(f"a text is a {type(text).__name__}; give a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -295,6 +301,15 @@ def check_text(text: str) -> str:
             "which is no character: send text that is valid UTF-8"
         ) from error
     return text
+
+
+def are_layers(layers: Sequence[int], depth: int) -> bool:
+    """Whether these are numbers of layers, at least one, of a model with so many."""
+    return (
+        isinstance(layers, list | tuple | range)
+        and len(layers) > 0
+        and all(type(layer) is int and 1 <= layer <= depth for layer in layers)
+    )
 
 
 def positions_of(config: Any) -> int | None:

@@ -64,7 +64,7 @@ def tensors_of(file: Path) -> Iterator[TensorFacts]:
     """
     try:
         yield from _of_safetensors(file) if file.suffix == ".safetensors" else _of_torch(file)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, EOFError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError) as error:
         raise Corrupt(f"{file} holds no weights ({type(error).__name__}: {str(error)[:200]}): save it again") from error
 
 

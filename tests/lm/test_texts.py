@@ -1,5 +1,7 @@
 """Texts that no model can read are refused with the reason, everywhere; names of special tokens are text."""
 
+from dataclasses import replace
+
 import httpx
 import pytest
 import torch
@@ -9,8 +11,9 @@ from raymem import BankSpec, Calibration, KeySpec, Settings, connect
 from raymem.config import GatewaySettings
 from raymem.encode.calibration import Range
 from raymem.encode.fit import calibrate
-from raymem.errors import FingerprintMismatch, InvalidInput
-from raymem.lm.fingerprint import fingerprint
+from raymem.errors import FingerprintMismatch, InvalidInput, InvalidTrace, ModelNotFound
+from raymem.lm.fingerprint import fingerprint, fingerprint_of
+from raymem.lm.identity import identity
 from raymem.lm.models import BUNDLED_MODEL, LanguageModel
 
 HALF = "half a character: \ud83d, and no more"
@@ -82,9 +85,47 @@ def test_no_text_and_no_text_at_all_are_refused(model):
 def test_ids_that_the_model_does_not_know_are_refused(model, ids):
     with pytest.raises(InvalidInput, match=r"is none of the model's 0 to 257"):
         model.run(torch.tensor(ids), (1,))
-    for odd in (torch.ones(3), torch.ones(1, 3, dtype=torch.int64)):
-        with pytest.raises(InvalidInput, match="ids, int64"):
+    for odd in (torch.ones(3), torch.ones(1, 3, dtype=torch.int64), torch.ones(3, dtype=torch.bool), [1, 2], None):
+        with pytest.raises(InvalidInput, match="ids, a tensor of int64"):
             model.run(odd, (1,))
+
+
+@pytest.mark.parametrize("layers", [1, "1", (1.0,), (True,), (), None, (0,), (4,), ("1",)], ids=repr)
+def test_what_is_no_layer_is_refused(model, folder, layers):
+    tokens = model.encode(SHORT)
+    for look in (
+        lambda: model.run(tokens, layers),
+        lambda: model.run_cached(tokens, layers),
+        lambda: model.trace(SHORT, layers, stream="s", run="r"),
+        lambda: fingerprint(model, layers),
+        lambda: fingerprint_of(str(folder), layers),
+    ):
+        with pytest.raises(InvalidInput, match="layers 1 to 3"):
+            look()
+
+
+@pytest.mark.parametrize("text", [b"bytes", None, 7, ["a"]], ids=repr)
+def test_what_is_no_text_is_refused(model, text):
+    with pytest.raises(InvalidInput, match="string"):
+        model.encode(text)
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000, "a\0b", "", "no/such"], ids=lambda name: name[:5] or "empty")
+def test_what_can_be_no_folder_is_no_model(name):
+    with pytest.raises(ModelNotFound) as caught:
+        LanguageModel.load(name)
+    assert len(str(caught.value)) < 500
+
+
+def test_what_was_kept_and_damaged_is_made_again(model, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path))
+    known, states = identity(folder), model.run_cached(model.encode(SHORT), (1,)).hidden_TLd
+    kept = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(kept) == 3
+    for file in kept:
+        file.write_bytes(file.read_bytes()[:-9])
+    assert identity(folder) == known
+    assert torch.equal(model.run_cached(model.encode(SHORT), (1,)).hidden_TLd, states)
 
 
 @pytest.mark.parametrize("which", ["model", "bundled"])
@@ -112,6 +153,8 @@ def test_a_trace_says_what_made_it(model, told):
                 bank.write(model.trace(SHORT, layers, stream="s", run="r"))
         assert bank.write(model.trace(SHORT, (2,), stream="s", run="r")).rows == len(SHORT)
         bank.erase(stream="s")
+        with pytest.raises(InvalidTrace, match=r"raymem\.Fingerprint"):
+            bank.write(replace(model.trace(SHORT, (2,), stream="s", run="r"), fingerprint="mine"))
 
 
 @pytest.mark.parametrize(("text", "says"), [(LONG, "64 positions"), (HALF, "surrogate"), ("", "empty")])

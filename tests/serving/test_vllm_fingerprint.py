@@ -65,3 +65,32 @@ def test_another_tokenizer_is_another_fingerprint(folder, tmp_path):
     (other / "tokenizer.json").write_text(said)
     with pytest.raises(FingerprintMismatch, match="tokenizer"):
         fingerprint_of(str(folder), LAYERS).accept(engine(folder, tokenizer=str(other)))
+
+
+def test_a_request_with_an_adapter_does_not_stream_and_is_counted():
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.request import Request
+
+    from raymem.serving.vllm.connector import RaymemConnector
+    from raymem.serving.vllm.params import ConnectorConfig, raymem_params
+
+    class Scheduler(RaymemConnector):
+        """The scheduler's half, without an engine around it."""
+
+        def __init__(self):
+            self.config = ConnectorConfig(store="unused", write_banks=["lab/*"])
+            self._refused = []
+            self._tracker = self
+            self.admitted = []
+
+        def admit(self, request, target):
+            self.admitted.append(request.request_id)
+
+    scheduler = Scheduler()
+    params = SamplingParams(extra_args=raymem_params(bank="lab/a"))
+    for name, adapter in (("plain", None), ("adapted", LoRARequest("poet", 1, "/adapters/poet"))):
+        scheduler.on_new_request(Request(name, [1, 2, 3], params, None, lora_request=adapter))
+    ((refused, error),) = scheduler._refused
+    assert (scheduler.admitted, refused) == (["plain"], "adapted")
+    assert "'poet'" in str(error)
