@@ -217,7 +217,8 @@ def drawn(engine):
                 seed = {"seed": 10 * len(asked)} if "seed" in sampling else {}
                 asked.append((use, name))
                 own = sampling | seed | {"extra_args": raymem_params(**extra)}
-                own["n"] = 4 if "bank" in extra else 2
+                # requests that read take the most time
+                own["n"] = 2 if "read" in extra else 4
                 params.append(SamplingParams(max_tokens=ANSWER, ignore_eos=True, **LISTING, **own))
                 ids.append({"prompt_token_ids": prompt})
     outputs = engine.llm.generate(ids, params, use_tqdm=False)
@@ -291,10 +292,7 @@ def test_chat_at_the_defaults_and_long_answers_are_language_and_in_the_bank_to_t
     talks = [
         [{"role": "user", "content": f"Tell me a long story about {what}."}] for what in ("a fox", "the sea", "rain")
     ]
-    reads = [["lab/read"], [], []]
-    params = [
-        SamplingParams(max_tokens=300, logprobs=0, extra_args=raymem_params("lab/chat", read=read)) for read in reads
-    ]
+    params = SamplingParams(max_tokens=300, logprobs=0, extra_args=raymem_params("lab/chat"))
     outputs = engine.llm.chat(talks, params, use_tqdm=False)
     engine.stats()
     rows = engine.rows("lab/chat")
