@@ -201,6 +201,58 @@ def chance(found):
     return float(chi2.sf(((counts - expected) ** 2 / expected).sum(), BINS - 1))
 
 
+WRONG = [
+    ({}, {"temperature": 0.7}),
+    ({"temperature": 0.3}, {}),
+    ({"top_p": 0.8}, {}),
+    ({"top_k": 20}, {}),
+    ({"presence_penalty": 2.0}, {}),
+    ({"frequency_penalty": 1.0}, {}),
+    ({"repetition_penalty": 1.5}, {}),
+]
+
+
+@pytest.mark.parametrize(("asked", "done"), WRONG)
+def test_the_measure_itself_passes_what_is_right_and_sees_what_is_not(asked, done):
+    rng = np.random.default_rng(0)
+    found = {"right": [], "wrong": []}
+    for _ in range(1000):
+        logits = 2 * rng.standard_normal(40)
+        offset = float(np.log(np.exp(logits).sum()))
+        # what was said before are likely tokens, as in a text
+        before = np.argsort(-logits)[:6].tolist()
+        seen = (before[:3], before[3:] * 2)
+        raw = dict(enumerate((logits - offset).tolist()))
+        for name, settings in (("right", asked), ("wrong", done)):
+            token = draw(logits, seen, settings, rng)
+            found[name].append(placed(raw, token, rng, seen, asked, offset))
+    assert None not in found["right"]
+    assert chance(found["right"]) > SURE
+    possible = [place for place in found["wrong"] if place is not None]
+    assert len(possible) < 0.99 * len(found["wrong"]) or chance(possible) < SURE
+
+
+def draw(logits, seen, settings, rng):
+    """A token drawn as vLLM documents it, token by token and without numpy's short cuts."""
+    prompt, answer = seen
+    values = {token: float(value) for token, value in enumerate(logits)}
+    for token in set(prompt) | set(answer):
+        penalty = settings.get("repetition_penalty", 1.0)
+        values[token] = values[token] / penalty if values[token] > 0 else values[token] * penalty
+    for token in set(answer):
+        values[token] -= settings.get("presence_penalty", 0.0)
+        values[token] -= settings.get("frequency_penalty", 0.0) * answer.count(token)
+    ranked = sorted(values, key=values.get, reverse=True)[: settings.get("top_k", len(values))]
+    weights = [np.exp(values[token] / settings.get("temperature", 1.0)) for token in ranked]
+    kept, mass = [], 0.0
+    for token, weight in zip(ranked, weights, strict=True):
+        if mass >= settings.get("top_p", 1.0) * sum(weights):
+            break
+        kept.append((token, weight))
+        mass += weight
+    return int(rng.choice([token for token, _ in kept], p=[weight / mass for _, weight in kept]))
+
+
 @pytest.fixture(scope="module")
 def drawn(engine):
     """Requests with all settings and uses side by side: their tokens' places, by use, setting and position."""
