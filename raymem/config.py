@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from raymem.errors import ConfigError
+from raymem.kubernetes import is_service
 
 PREFIX = "RAYMEM_"
 # read elsewhere: where the file is, and where models are unpacked
@@ -146,7 +147,8 @@ class Settings(_Section):
         environ = os.environ if environ is None else environ
         data = _read_file(path, environ)
         for name, value in environ.items():
-            if name.startswith(PREFIX) and name not in _OTHER_VARIABLES:
+            known = name in _OTHER_VARIABLES or is_service(name, value)
+            if name.startswith(PREFIX) and not known:
                 _put(data, name, value)
         try:
             return cls.model_validate(data)
@@ -168,9 +170,22 @@ def _read_file(path: str | Path | None, environ: Mapping[str, str]) -> dict[str,
 def _put(data: dict[str, Any], name: str, value: str) -> None:
     section, _, key = name.removeprefix(PREFIX).lower().partition("__")
     if not key:
-        raise ConfigError(f"{name} is no setting; write {PREFIX}SECTION__KEY, for example {PREFIX}GATEWAY__PORT")
+        meant = next(
+            (right for right in _spellings() if right.replace("__", "_") == name.upper()), f"{PREFIX}GATEWAY__PORT"
+        )
+        raise ConfigError(f"{name} is no setting; write {PREFIX}SECTION__KEY, for example {meant}")
     target = data.setdefault(section, {})
     target[key] = _keys(value) if key == "api_keys" else value
+
+
+def _spellings() -> list[str]:
+    sections = {name: field.annotation for name, field in Settings.model_fields.items()}
+    return [
+        f"{PREFIX}{section}__{key}".upper()
+        for section, cls in sections.items()
+        if isinstance(cls, type) and issubclass(cls, BaseModel)
+        for key in cls.model_fields
+    ]
 
 
 def _keys(value: str) -> list[str]:

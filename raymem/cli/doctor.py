@@ -23,6 +23,27 @@ if TYPE_CHECKING:
 
 _MARKS = {"ok": "[green]ok[/]", "optional": "[yellow]–[/]", "missing": "[red]missing[/]"}
 
+# an object store's client goes on trying for longer than anyone looks
+_PATIENCE_S = 20.0
+_FIX = "start it, or name another: --store or RAYMEM_STORE; for an object store, set its credentials"
+_ASK = """
+import sys
+from raymem.cli.options import api_key
+from raymem.errors import RaymemError
+uri = sys.argv[1]
+try:
+    if uri == "ray" or uri.startswith(("ray://", "http://", "https://")):
+        from raymem import connect
+        with connect(uri, api_key=api_key(uri)) as store:
+            store.nodes()
+    else:
+        from raymem.cold.tables import Tables
+        Tables(uri, None).look()
+except RaymemError as error:
+    print(" ".join(str(error).split()))
+    sys.exit(1)
+"""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -114,10 +135,12 @@ def _model() -> Finding:
 
 def _cold(uri: str) -> Finding:
     if not is_folder(uri):
-        return Finding("store", "ok", f"{uri}; `raymem status --store {uri}` looks inside")
+        return _answers(uri)
     path = Path(uri)
-    # the nearest folder that is there: a store that isn't yet would be made in it
-    base = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    # the nearest that is there: a store that isn't yet would be made in it
+    base = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not base.is_dir():
+        return Finding("store", "missing", f"{uri} can't be made: {base} is no folder", "name another: --store")
     try:
         with tempfile.TemporaryFile(dir=base) as probe:
             probe.write(b"raymem")
@@ -126,6 +149,19 @@ def _cold(uri: str) -> Finding:
     free = output.size(shutil.disk_usage(base).free)
     made = "" if path.exists() else ", will be made on first use"
     return Finding("store", "ok", f"{uri}{made}, {free} free")
+
+
+def _answers(uri: str) -> Finding:
+    """Whether a gateway, a cluster or an object store is there: a process of its own asks, which can be ended."""
+    asked = [sys.executable, "-c", _ASK, uri]
+    try:
+        ran = subprocess.run(asked, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+    except subprocess.TimeoutExpired:
+        return Finding("store", "missing", f"{uri} gave no answer within {_PATIENCE_S:g} s", _FIX)
+    if ran.returncode == 0:
+        return Finding("store", "ok", f"{uri} answers; `raymem status --store {uri}` looks inside")
+    said = ran.stdout.strip() or next(reversed(ran.stderr.strip().splitlines()), "no answer")
+    return Finding("store", "missing", said, _FIX)
 
 
 def _render(data: dict[str, object]) -> Table:

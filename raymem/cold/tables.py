@@ -64,6 +64,11 @@ class Tables:
         if self._place:
             self._place.require()
 
+    def look(self) -> None:
+        """Raise StorageError, or Corrupt, unless what is there can be listed; nothing is made."""
+        with reading(f"list {self.uri}"):
+            self._connection.list_tables(limit=1)
+
     def open(self, name: str) -> Any:
         """A handle on the table's latest version.
 

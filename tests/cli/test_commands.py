@@ -88,6 +88,44 @@ def test_doctor_sees_a_store_that_can_not_be_written(raymem, tmp_path):
     assert "/proc/nowhere/memory" in store["found"]
 
 
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("http://127.0.0.1:9", "no gateway at http://127.0.0.1:9"),
+        ("ray://127.0.0.1:9", "no Ray cluster at 'ray://127.0.0.1:9'"),
+        ("s3://raymem-nothing/here", "s3://raymem-nothing/here"),
+    ],
+)
+def test_doctor_asks_the_store_and_says_what_is_not_there(raymem, uri, says, monkeypatch):
+    # nothing answers there, as where a machine has no credentials
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("RAYMEM_STORE", "elsewhere")
+    said = raymem("doctor", "--store", uri, "--json")
+    found = next(finding for finding in said.json["findings"] if finding["name"] == "store")
+    assert said.code == 1
+    assert found["status"] == "missing"
+    assert says in found["found"]
+    assert "--store" in found["fix"]
+
+
+def test_doctor_asks_a_gateway_that_is_there(raymem, run_gateway, tmp_path):
+    from raymem import Settings
+
+    with run_gateway(tmp_path / "behind", Settings()) as gateway:
+        said = raymem("doctor", "--store", gateway, "--json")
+    found = next(finding for finding in said.json["findings"] if finding["name"] == "store")
+    assert (said.code, found["status"]) == (0, "ok")
+
+
+def test_doctor_sees_a_store_that_is_no_folder(raymem, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        said = raymem("doctor", "--store", path, "--json")
+        found = next(finding for finding in said.json["findings"] if finding["name"] == "store")
+        assert (said.code, found["status"]) == (1, "missing")
+        assert "is no folder" in found["found"]
+
+
 def test_a_gateway_that_is_not_there_is_one_line(raymem):
     said = raymem("status", "--store", "http://127.0.0.1:9")
     assert said.code == 1
