@@ -29,13 +29,13 @@ def read(data: bytes, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """
     length = int.from_bytes(data[:8], "little")
     if not 2 <= length <= min(_HEAD_BYTES, len(data) - 8):
-        raise Corrupt(f"{what}: {len(data)} bytes are no safetensors file with a head of at most {_HEAD_BYTES} bytes")
+        raise Corrupt(f"{what}: no such file: {len(data)} bytes without a safetensors head of at most {_HEAD_BYTES}")
     try:
         head = from_json(data[8 : 8 + length], allow_inf_nan=False)
         tensors = safetensors.torch.load(data)
     # what torch raises of a type that it doesn't have, or of a shape that no memory holds
     except (safetensors.SafetensorError, ValueError, LookupError, TypeError, RuntimeError, OverflowError) as error:
-        raise Corrupt(f"{what} is no safetensors file ({type(error).__name__}: {str(error)[:200]})") from error
+        raise Corrupt(f"{what}: no such file ({type(error).__name__}: {str(error)[:200]})") from error
     require_finite(tensors, what)
     said = head.get("__metadata__") or {}
     return dict(said), tensors

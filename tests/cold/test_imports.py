@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -16,8 +17,9 @@ import torch
 from bankfile import CALIBRATION, JOURNAL, BankFile, arrow_file, changed, filled
 
 import raymem
-from raymem import Calibration
+from raymem import Calibration, Settings
 from raymem.errors import Corrupt, RaymemError
+from raymem.routes import BYTES
 
 KINDS = ["compressive", "dct", "dnc", "larimar", "lemn", "ntm", "spalm", "titans"]
 
@@ -300,6 +302,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import raymem
+from raymem.routes import BYTES
 from raymem.errors import RaymemError
 
 def highest():
@@ -398,3 +401,20 @@ def test_nothing_grows_on_its_way_in(files, tmp_path):
     for name, (grew, error, status) in found.items():
         assert status in (413, 422), (name, error)
         assert grew < 150e6, (name, grew, error)
+
+
+def test_over_http_and_by_command_it_is_the_senders_fault(files, tmp_path, run_gateway, raymem):
+    bad = files["spalm"].copy()
+    bad.manifest["epoch"] = 2**63 - 1
+    bad.write(tmp_path / "bad")
+    zip_of(tmp_path / "deflated", [("manifest.json", b" " * 2**20)], zipfile.ZIP_DEFLATED)
+    (tmp_path / "cut").write_bytes((tmp_path / "bad").read_bytes()[:999])
+    (tmp_path / "none").write_bytes(b"")
+    with run_gateway(tmp_path / "memory", Settings()) as url:
+        for name in ("bad", "deflated", "cut", "none"):
+            path = f"{url}/v1/banks/lab/bad/import"
+            answer = httpx.put(path, content=(tmp_path / name).read_bytes(), headers={"Content-Type": BYTES})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (422, "corrupt"), (name, answer.text)
+            ran = raymem("bank", "import", tmp_path / name, "lab/bad", "--store", tmp_path / "local")
+            assert (ran.code, "nothing was imported" in ran.err) == (1, True), ran.err
+        assert httpx.get(f"{url}/v1/banks").json() == []
