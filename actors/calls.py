@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import ActorHandleNotFoundError, RayError, RayTaskError
 
-from raymem.errors import BackendUnavailable, RaymemError
+from raymem.errors import BackendUnavailable, RaymemError, StoreClosed
 
 NAMESPACE = "raymem"
 
@@ -40,6 +40,11 @@ class Remote:
                 `details["shard"]` names it, and `details["gone"]` is True if no actor has that name.
             RaymemError: what the method raised, as itself.
         """
+        if not ray.is_initialized():
+            # Ray would start a cluster of its own for whoever asks it for an actor
+            raise StoreClosed(
+                "this process is not connected to its Ray cluster any more: ray.shutdown() was called; connect again"
+            )
         if self._handle is None:
             self._handle = await asyncio.to_thread(self._find)
         try:

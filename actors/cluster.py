@@ -52,6 +52,17 @@ _LOCAL = {
 _joining = threading.Lock()
 _users = 0
 _ours = False
+_inherited = False
+
+
+def _after_fork() -> None:
+    """A forked child has none of the threads by which its parent is connected, and may have a lock that one held."""
+    global _joining, _users, _ours, _inherited
+    _joining, _users, _ours = threading.Lock(), 0, False
+    _inherited = ray.is_initialized()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def join(address: str) -> None:
@@ -65,6 +76,11 @@ def join(address: str) -> None:
         ConfigError: ray:// while this process is connected in another way.
     """
     global _users, _ours
+    if _inherited:
+        raise BackendUnavailable(
+            "this process was forked from one that is connected to Ray, and can't use that: start it with "
+            "multiprocessing's 'spawn'"
+        )
     with _joining:
         if not ray.is_initialized():
             _connect(address)

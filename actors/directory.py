@@ -20,6 +20,8 @@ from raymem.logs import get_logger
 
 log = get_logger("raymem.directory")
 _REFRESH_S = 5.0
+# of banks that were removed nobody tells
+_MOST_NAMES = 2**16
 
 
 class Cluster(Protocol):
@@ -90,11 +92,14 @@ class Directory:
         """
         self._watch()
         if fresh or bank not in self._owners:
-            entry = await asyncio.to_thread(self._look_up, bank)
             self._owners.pop(bank, None)
+            entry = await asyncio.to_thread(self._look_up, bank)
             if entry.owner is None:
                 return None
+            if len(self._owners) >= _MOST_NAMES:
+                self._owners.clear()
             self._owners[bank] = entry.owner
+            return entry.owner
         return self._owners[bank]
 
     def _look_up(self, bank: str) -> Entry:

@@ -30,6 +30,8 @@ _PATIENCE_S = 1.0
 _POLL_S = 0.2
 # a head that is only busy has answered long before
 _HEAD_S = 10.0
+# banks come and go under ever new names
+_MOST_NAMES = 2**16
 
 
 class _Again(Exception):
@@ -194,6 +196,10 @@ class Router:
     def forget(self, bank: str) -> None:
         """Look the bank up again before its next call."""
         self._routes.pop(bank, None)
+        if len(self._stale) >= _MOST_NAMES:
+            # what is believed of them is checked by the shard that it leads to
+            self._stale.clear()
+            self._routes.clear()
         self._stale.add(bank)
 
     async def _once(self, bank: str, method: str, args: Sequence[Any]) -> Any:

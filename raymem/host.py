@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from raymem.erasing import erase
 from raymem.errors import Moved, RaymemError, StoreClosed
 from raymem.homes import Homes
 from raymem.limits import Limiter
+from raymem.locks import Locks
 from raymem.logs import get_logger
 from raymem.owed import Owed
 from raymem.past import Past
@@ -62,7 +62,7 @@ class Host:
         self._lost: dict[str, BankWorker] = {}
         self._owed = Owed()
         self._closing = False
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks = Locks(asyncio.Lock)
         self._upkeep = Upkeep(cold, settings.cold, self.names, lambda name, what: self.erase(name, what, rebuild=True))
         setting = "host.memory_bytes" if device == "cpu" else "host.gpu_memory_bytes"
         self._space = Space(cold, Room(owner, self.memory_bytes, setting), self._crew, self.held, self._evict)
@@ -140,6 +140,7 @@ class Host:
             away = Moved(f"bank {name!r} is leaving {self.owner}", to="") if state == "hot" else detached(name)
             await worker.finish(runtime.rest, away)
             self._workers.pop(name, None)
+            self._space.room.forget(name)
             epoch, settled = runtime.entry.epoch, None if runtime.log is None else runtime.log.id
             await self._thread(lambda: self.cold.catalog.release(name, epoch, state=state, log=settled))
             if state == "cold":
@@ -409,9 +410,9 @@ class Host:
         self._check_lease()
         self._retire_lost(name)
         worker = self._workers.get(name)
-        self._space.room.touch(name)
         if worker is None:
             raise Moved(f"bank {name!r} is not hot on {self.owner}", to="")
+        self._space.room.touch(name)
         return worker
 
     async def _home(self, name: str, check: Callable[[Homes], Awaitable[None]]) -> BankWorker:

@@ -36,6 +36,7 @@ from raymem.errors import (
     Unsupported,
 )
 from raymem.fanout import combine, merge_readouts, one_receipt
+from raymem.locks import Locks
 from raymem.memory import keeps_rows
 from raymem.rebalancing import Mover
 from raymem.types import (
@@ -74,7 +75,7 @@ class PartitionedBackend:
         self._layouts: dict[str, Layout] = {}
         self._homes: dict[tuple[str, str], int] = {}
         self._asked: defaultdict[str, set[str]] = defaultdict(set)
-        self._asking: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._asking = Locks(asyncio.Lock)
 
     def __getattr__(self, verb: str) -> Any:
         # no partition has to do with the others, or what a whole bank answers says what to do

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from typing import NamedTuple
 
 from raymem.cold.history import position_of
 from raymem.cold.store import ColdStore, Entry
 from raymem.errors import BankNotFound
+from raymem.locks import Locks
 from raymem.runtime import Replica
 
 # a position of one writing of a bank's journal
@@ -42,7 +43,7 @@ class Past:
         self._limit = limit_bytes
         self._device = device
         self._kept: OrderedDict[_Key, Replica] = OrderedDict()
-        self._making: defaultdict[_Key, threading.Lock] = defaultdict(threading.Lock)
+        self._making: Locks[threading.Lock] = Locks(threading.Lock)
         self._lock = threading.Lock()
 
     @property
@@ -107,6 +108,5 @@ class Past:
         with self._lock:
             total = sum(kept.nbytes for kept in self._kept.values())
             while self._kept and total > limit:
-                dropped, oldest = self._kept.popitem(last=False)
-                self._making.pop(dropped, None)
+                _, oldest = self._kept.popitem(last=False)
                 total -= oldest.nbytes
