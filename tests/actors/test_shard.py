@@ -12,7 +12,16 @@ from raymem.cold.log_rows import read_log
 from raymem.cold.store import ColdStore
 from raymem.cold.tables import journal_table
 from raymem.config import HostSettings
-from raymem.errors import BackendUnavailable, BankDetached, Corrupt, Moved, NotOwner, NotShared, Overloaded
+from raymem.errors import (
+    BackendUnavailable,
+    BankDetached,
+    BankNotFound,
+    Corrupt,
+    Moved,
+    NotOwner,
+    NotShared,
+    Overloaded,
+)
 from raymem.memory import kinds
 from raymem.types import Selection
 
@@ -125,6 +134,21 @@ async def test_using_a_bank_while_it_detaches_does_not_bring_it_back(shards, ban
 
     assert cold.catalog.get(name).state == "cold"
     assert all(isinstance(outcome, Readout | BankDetached) for outcome in outcomes[1:])
+
+
+async def test_a_bank_that_is_to_be_removed_is_let_go_unseen_and_nobody_brings_it_back(shards, bank, cold, tiny):
+    shard = shards.start("one")
+    name = await bank(shard)
+    cold.tables.open("catalog").update(where=f"name = '{name}'", values={"spec": "{"})
+
+    await shard.discard(name)
+    await shard.discard(name)
+
+    line = cold.catalog.line(name)
+    assert (line.state, line.owner, await shard.bytes()) == ("cold", None, {})
+    cold.remove(name)
+    with pytest.raises(BankNotFound):
+        await write(shard, name, tiny.trace(1))
 
 
 @pytest.mark.parametrize("kind", kinds())
