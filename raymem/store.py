@@ -401,7 +401,7 @@ class AsyncBank:
         what = Selection(stream, run, seq_from, seq_to, cast(float | None, before), scope)
         return await self._backend.erase(self.name, what.check(), rebuild)
 
-    async def receipts(self, *, forget_names: bool = False) -> list[EraseReceipt]:
+    async def receipts(self, *, forget_names: Flag = False) -> list[EraseReceipt]:
         """The receipts of erasures here, oldest first; `forget_names` leaves digests of names in finished ones."""
         return await self._backend.receipts(self.name, forget_names)
 

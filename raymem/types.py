@@ -60,6 +60,8 @@ class _Frozen(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             raise _invalid_spec(type(self).__name__, error) from error
+        except InvalidInput as error:
+            raise InvalidSpec(f"{type(self).__name__}: {error.message}") from None
         except TypeError as error:
             # a map in place of a spec, whose keys are no text
             raise InvalidSpec(f"{type(self).__name__}: {error}") from error

@@ -30,6 +30,7 @@ from raymem.errors import (
     RaymemError,
     TagNotFound,
 )
+from raymem.inputs import composed
 from raymem.logs import get_logger
 from raymem.types import BankSpec, check_bank_name, check_label, shorten
 
@@ -448,9 +449,9 @@ class Catalog:
 
     def _retag(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
         for _ in tries(SWAP_ATTEMPTS, f"the tags of {name} keep changing", retry_after_s=0.1):
-            entry = self.get(name)
-            values = {"tags": json.dumps(change(entry.tags))}
-            if self._update(f"id = {quote(entry.id)} AND tags = {quote(json.dumps(entry.tags))}", values):
+            row = self._row(name)
+            values = {"tags": json.dumps(change(_entry(row).tags))}
+            if self._update(f"id = {quote(row['id'])} AND tags = {quote(row['tags'])}", values):
                 return
 
     def _nearest(self, name: str) -> str:
@@ -562,6 +563,10 @@ def _entry(row: dict[str, Any]) -> Entry:
         parsed = {"spec": BankSpec.model_validate_json(row["spec"]), "tags": tags}
         if any(type(pos) is not int for pos in tags.values()):
             raise ValueError(f"its tags are {tags}")
+        # earlier versions took other spellings; of two of one name, the usual one stands
+        parsed["tags"] = {composed(tag): pos for tag, pos in tags.items()} | {
+            tag: pos for tag, pos in tags.items() if tag == composed(tag)
+        }
         if row["state"] not in _STATES:
             raise ValueError(f"its state is {row['state']}")
         for name, end in (("epoch", _EPOCH_END), ("generation", 2**63), ("base", 2**53)):
