@@ -21,7 +21,7 @@ from raymem.cold import arrow
 from raymem.cold.archive import Archive, opened
 from raymem.cold.catalog import Entry
 from raymem.cold.holes import HOLES, Holes
-from raymem.cold.manifest import CALIBRATION, COUNT_END, JOURNAL, PARAMS, TIME_END
+from raymem.cold.manifest import CALIBRATION, COUNT_END, JOURNAL, PARAMS
 from raymem.cold.rows import JournalRows, bank_schema, checksums
 from raymem.cold.store import ColdStore
 from raymem.encode.calibration import Calibration
@@ -146,9 +146,6 @@ class _Rows:
         ends = [(min(seqs), min(times)), (max(seqs), max(times, key=lambda at: (at != at, at)))]
         if not 0 <= min(seqs) <= max(seqs) < COUNT_END:
             raise self._archive.corrupt(JOURNAL, f"has seq {min(seqs)} to {max(seqs)}; they are 0 to {COUNT_END - 1}")
-        for _, moment in ends:
-            if not abs(moment) <= TIME_END:
-                raise self._archive.corrupt(JOURNAL, f"has time {moment}, which is no time in seconds since 1970")
         last = rows.part(len(rows) - 1)
         try:
             for label in {*rows.streams, *rows.runs}:

@@ -26,8 +26,6 @@ MEMBERS = (JOURNAL, STATE, CALIBRATION, PARAMS)
 MANIFEST_BYTES = 64 * 2**20
 # numbers that JSON carries everywhere, far inside the 64 bits of a journal's columns
 COUNT_END = 2**53
-# times lie within the years that a date can name
-TIME_END = 253_402_300_800
 # of one row, in all its layers
 _ROW_NUMBERS = 2**24
 
