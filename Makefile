@@ -23,8 +23,9 @@ test-slow: setup
 	FIGURES_FILE=figures.json $(BIN)/python -m pytest -m "(slow or figures) and not gpu" $(ARGS)
 
 # FAULTS=1000 for a longer one
+# FUZZ=soak: other examples each time, a hundred times as many
 soak: setup
-	FUZZ_S=$(or $(FUZZ_S),240) $(BIN)/python -m pytest tests/fuzz/test_imports.py
+	FUZZ=soak FUZZ_S=$(or $(FUZZ_S),240) $(BIN)/python -m pytest --timeout 3000 tests/fuzz
 	$(BIN)/python tests/faults/soak.py --faults $(or $(FAULTS),200)
 	$(BIN)/python tests/faults/soak.py --faults 20 --over s3
 	$(BIN)/python tests/faults/soak.py --faults 20 --each 10 --over cluster

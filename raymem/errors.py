@@ -219,7 +219,7 @@ class Unsupported(RaymemError):
     """This kind of bank or this backend refuses the verb."""
 
     code = "unsupported"
-    http_status = 501
+    http_status = 409
 
 
 class Partitioned(Unsupported):
