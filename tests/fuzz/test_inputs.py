@@ -264,7 +264,7 @@ SPEC = ("kind", "fingerprint", "key", "options", "budget_bytes", "params")
 BACKENDS = [
     pytest.param("local", id="local"),
     pytest.param("http", id="http"),
-    pytest.param("ray", id="ray", marks=[pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.slow]),
+    pytest.param("ray", id="ray", marks=[pytest.mark.ray, pytest.mark.timeout(300)]),
 ]
 
 
