@@ -6,7 +6,7 @@ import asyncio
 import os
 
 from raymem.backend import Backend
-from raymem.config import Settings
+from raymem.config import Settings, check_key
 from raymem.errors import ConfigError
 from raymem.inputs import shown
 
@@ -22,9 +22,13 @@ def check_address(uri: object, cold: object, api_key: object, settings: object) 
     address = os.fspath(uri) if isinstance(uri, str | os.PathLike) else None
     if not isinstance(address, str) or not _is_text(address):
         raise ConfigError(f"uri is {shown(uri)}; give a folder, 'ray', or an http:// address")
-    for name, given in (("cold", cold), ("api_key", api_key)):
-        if given is not None and not (isinstance(given, str | os.PathLike) and _is_text(os.fspath(given))):
-            raise ConfigError(f"{name} is {shown(given)}; give text, without line breaks and other controls")
+    if cold is not None and not (isinstance(cold, str | os.PathLike) and _is_text(os.fspath(cold))):
+        raise ConfigError(f"cold is {shown(cold)}; give text, without line breaks and other controls")
+    # what it is must not be told: errors are logged
+    if api_key is not None and not isinstance(api_key, str):
+        raise ConfigError(f"the API key (api_key) is a {type(api_key).__name__}; give text")
+    if api_key:
+        check_key(api_key, "the API key (api_key)")
     if not isinstance(settings, Settings | None):
         raise ConfigError(f"settings are {shown(settings)}; give raymem.Settings")
     if api_key is not None and not address.startswith(_HTTP):

@@ -27,15 +27,16 @@ _SMALL_BYTES = 2**16
 
 
 class Complexity(NamedTuple):
-    """How much JSON may hold: objects, lists and keys; and values between commas."""
+    """How much JSON may hold: objects, lists and keys; values between commas; and keys alone."""
 
     structure: int
     values: int
+    keys: int
 
 
 # an object costs a hundred times what a number does: one body holds the interpreter for 0.1 s at most
-COMMAND = Complexity(structure=2**13, values=2**14)
-ROWS = Complexity(structure=2**15, values=2**19)
+COMMAND = Complexity(structure=2**13, values=2**14, keys=2**10)
+ROWS = Complexity(structure=2**15, values=2**19, keys=2**6)
 
 
 class Budget:
@@ -197,18 +198,19 @@ def check_json(data: bytes, most: Complexity) -> None:
     """Count what JSON holds without making any of it.
 
     Raises:
-        TooLarge: more objects, lists and keys, or more values, than `most` says.
+        TooLarge: more objects, lists, values or keys than `most` says.
     """
     bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     # each string is a key or a value: more quotes mean more of those
     quotes = bare.count(b'"')
     if quotes <= 2 * (most.structure + most.values + 1):
         bare = b"".join(bare.split(b'"')[::2])
-        structure, values = sum(map(bare.count, (b"[", b"{", b":"))), bare.count(b",")
-        if structure <= most.structure and values <= most.values:
+        keys, values = bare.count(b":"), bare.count(b",")
+        structure = keys + bare.count(b"[") + bare.count(b"{")
+        if structure <= most.structure and values <= most.values and keys <= most.keys:
             return
     raise TooLarge(
-        f"JSON of more than {most.structure} lists, objects and keys or {most.values} values is not read here; "
+        f"JSON of more than {most.structure} lists and objects, {most.values} values or {most.keys} keys is not read; "
         f"send tensors as base64 or as {routes.MSGPACK}, and rows in several requests"
     )
 

@@ -237,10 +237,11 @@ def test_blanks_around_a_key_of_a_variable_are_no_part_of_it():
     assert Settings.load(environ={"RAYMEM_GATEWAY__API_KEYS": " a , b\n"}).gateway.api_keys == ("a", "b")
 
 
-@pytest.mark.parametrize("key", ["a\r\nX-Evil: 1", " a", "a\n"])
+@pytest.mark.parametrize("key", ["s3c\r\nX-Evil: 1", " s3c", "s3c\n"])
 def test_the_client_refuses_a_key_that_can_be_none(locked, key):
-    with pytest.raises(ConfigError, match="API key"):
+    with pytest.raises(ConfigError, match="API key") as refused:
         connect(locked, api_key=key)
+    assert repr(key)[1:-1] not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from raymem.errors import Overloaded, RaymemError, TooLarge
 from raymem.routes import Route
 from raymem.serving import errors
 from raymem.serving.app import create_app
-from raymem.serving.intake import COMMAND, Budget, check_json
+from raymem.serving.intake import COMMAND, ROWS, Budget, check_json
 
 TABLE = [route for route in vars(routes).values() if isinstance(route, Route)]
 
@@ -204,6 +204,9 @@ def test_text_with_brackets_and_commas_is_no_structure():
     check_json(text, COMMAND)
     with pytest.raises(TooLarge):
         check_json(b"[" * 10_000, COMMAND)
+    # 32,768 of them held the interpreter for 0.4 s: each is a problem of its own
+    with pytest.raises(TooLarge, match="64 keys"):
+        check_json(b'{"a": 0' + b', "b": 0' * 64 + b"}", ROWS)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", b"\xff", {1: 2}, object()])
