@@ -331,26 +331,17 @@ def whole(output):
     return [*output.prompt_token_ids, *output.outputs[0].token_ids][:-1]
 
 
-def mean_logprob(output):
-    answer = output.outputs[0]
-    return float(
-        np.mean([entry[token].logprob for token, entry in zip(answer.token_ids, answer.logprobs, strict=True)])
-    )
-
-
-def test_chat_at_the_defaults_and_long_answers_are_language_and_in_the_bank_to_the_end(engine):
+def test_chat_at_the_defaults_and_long_answers_are_drawn_right_and_in_the_bank_to_the_end(engine):
     from vllm import SamplingParams
 
-    talks = [
-        [{"role": "user", "content": f"Tell me a long story about {what}."}] for what in ("a fox", "the sea", "rain")
-    ]
-    params = SamplingParams(max_tokens=300, logprobs=0, extra_args=raymem_params("lab/chat"))
+    subjects = ("a fox", "the sea", "rain")
+    talks = [[{"role": "user", "content": f"Tell me a long story about {what}."}] for what in subjects]
+    params = SamplingParams(max_tokens=300, extra_args=raymem_params("lab/chat"), **LISTING)
     outputs = engine.llm.chat(talks, params, use_tqdm=False)
+    assert_even(places(engine, outputs, {}, reads=False, rng=np.random.default_rng(0)))
     engine.stats()
     rows = engine.rows("lab/chat")
     for output in outputs:
-        # the unpatched kernels gave -6.3
-        assert mean_logprob(output) > -4
         assert whole(output) in rows.values()
 
 
@@ -368,7 +359,9 @@ def test_what_bounds_an_answer_holds_for_tokens_that_are_drawn(engine):
     (longer,) = engine.run([prompt], min_tokens=40, max_tokens=40, n=4, temperature=1.3, extra_args=extra)
     assert {len(answer.token_ids) for answer in longer.outputs} == {40}
     engine.stats()
-    assert whole(stopped) in engine.rows("lab/chat").values()
+    # vLLM looks for stop strings outside of its engine, which goes on until it is told: there may be more rows
+    said = whole(stopped)
+    assert any(tokens[: len(said)] == said for tokens in engine.rows("lab/chat").values())
 
 
 def test_structured_output_keeps_its_grammar_when_it_is_drawn(engine):
