@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raymem import routes, wire
 from raymem.errors import InvalidInput
-from raymem.serving.errors import explain
+from raymem.serving.errors import explain, unreadable
 from raymem.serving.intake import ROWS, check_json, read_aside
 from raymem.serving.schemas import ReadAnswer, ReadBody, WriteBody
 from raymem.store import AsyncBank
@@ -78,7 +78,7 @@ def answer_readout(request: Request, readout: Readout) -> Response:
 def _content_type(request: Request, *known: str) -> str:
     given = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if given not in known:
-        raise InvalidInput(f"content type {given!r} can't be read here; send {', '.join(known)}")
+        raise unreadable(given, *known)
     return given
 
 

@@ -188,7 +188,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().shutdown()
 
     def refuse(self, error: RaymemError, status: int) -> None:
-        """Answer in place of the app if nobody has begun to, and close."""
+        """Answer in place of the app if no answer has begun, and close."""
         started = self.cycle is not None and self._phase is not _Phase.HEAD and self.cycle.response_started
         if started or (self._phase is _Phase.HEAD and (self._is_busy() or not self._fed)):
             self.drop()

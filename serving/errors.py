@@ -110,9 +110,20 @@ async def _on_raymem(_request: Request, error: Exception) -> Response:
     return respond(error)
 
 
-async def _on_validation(_request: Request, error: Exception) -> Response:
+async def _on_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return respond(invalid(error.errors()))
+    problems = error.errors()
+    # a body that is not said to be JSON is not parsed, and then is no object
+    if problems[0]["loc"] == ("body",) and problems[0]["type"] in ("model_attributes_type", "dict_type"):
+        given = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if given != routes.JSON:
+            return respond(unreadable(given, routes.JSON))
+    return respond(invalid(problems))
+
+
+def unreadable(given: str, *known: str) -> InvalidInput:
+    """A body of a content type that a route does not take."""
+    return InvalidInput(f"content type {given[:_LONGEST]!r} can't be read here; send {', '.join(known)}")
 
 
 def explain(error: ValidationError) -> InvalidInput:
@@ -121,13 +132,16 @@ def explain(error: ValidationError) -> InvalidInput:
 
 
 def invalid(problems: Sequence[Any]) -> InvalidInput:
-    """What pydantic found, as one sentence about the first problem; the others are in the details."""
+    """What pydantic found, as one sentence about the innermost problem; the others are in the details."""
     told = [
-        {"where": ".".join(str(part)[:_LONGEST] for part in it["loc"]), "problem": str(it["msg"])[:_LONGEST]}
+        {"where": ".".join(str(part)[:_LONGEST] for part in it["loc"]) or "body", "problem": str(it["msg"])[:_LONGEST]}
         for it in problems[:20]
     ]
+    # a value that may have several shapes is refused as each of them; the one that it is like gets furthest
+    depths = [len(it["loc"]) for it in problems[:20]]
+    main = told[depths.index(max(depths))]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return InvalidInput(f"{told[0]['where']}: {told[0]['problem']}{more}", problems=told)
+    return InvalidInput(f"{main['where']}: {main['problem']}{more}", problems=told)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

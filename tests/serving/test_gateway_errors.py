@@ -118,6 +118,22 @@ def test_a_bad_request_is_answered_in_the_one_shape(gateway, openapi, method, pa
     validate(answer.json(), {"$ref": "#/components/schemas/ErrorBody", "components": openapi["components"]})
 
 
+SENT = [
+    ("recall", '{"text": "x"}', "application/x-www-form-urlencoded", "send application/json"),
+    ("write", '{"stream": "s"}', "text/plain", "send application/json, application/msgpack"),
+    ("write", '{"stream": "s", ', "application/json", "body: Invalid JSON"),
+    ("read", '{"hidden": [[1.0]]}', "application/json", "0.0: Input should be a valid array"),
+    ("recall", '["text"]', "application/json", "body: Input should be"),
+]
+
+
+@pytest.mark.parametrize(("verb", "body", "kind", "says"), SENT, ids=lambda value: str(value)[:30])
+def test_the_message_names_what_was_wrong_with_a_body(gateway, verb, body, kind, says):
+    answer = httpx.post(f"{gateway}/v1/banks/lab/nobody/{verb}", content=body, headers={"content-type": kind})
+    assert answer.status_code == 422
+    assert says in answer.json()["error"]["message"]
+
+
 @pytest.fixture
 def bank_url(gateway, gateway_spec, bank_name):
     body = {"name": bank_name, "spec": gateway_spec.model_dump(mode="json")}
