@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,7 @@ from raymem.cli.options import DEFAULT_STORE, ColdOption, JsonOption, StoreOptio
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from raymem.types import EraseReceipt, SweepReport
+    from raymem.types import EraseReceipt, Exposed, SweepReport
 
 app = typer.Typer(no_args_is_help=True, help="Look after the cold store as a whole.")
 
@@ -159,7 +160,7 @@ def _card(receipt: EraseReceipt) -> Table:
             "rows erased",
             f"{receipt.rows:,}" + (f", {receipt.followed_rows:,} as what followed" * (receipt.followed_rows > 0)),
         ],
-        ["later rows with traces", f"{receipt.exposed_rows:,}"],
+        ["later rows with traces", "\n".join([f"{receipt.exposed_rows:,}", *map(_exposed, receipt.exposed)])],
         ["status", receipt.status + (f": {receipt.reason}" if receipt.reason else "")],
         ["check before", f"{receipt.before.found:,} finds in {receipt.before.files:,} files"],
         ["check after", f"{after.found:,} finds in {after.files:,} files"],
@@ -168,6 +169,10 @@ def _card(receipt: EraseReceipt) -> Table:
         ["receipt", receipt.id],
     ]
     return output.table(receipt.bank, ["", ""], rows)
+
+
+def _exposed(run: Exposed) -> str:
+    return f"{run.rows:,} of --stream {shlex.quote(run.stream)} --run {shlex.quote(run.run)} --seq-from {run.seq_from}"
 
 
 def _table(found: list[EraseReceipt]) -> Table:

@@ -29,6 +29,11 @@ _NAMED = 256
 _NEVER = 2**63 - 1
 KEPT_NAMES = "the names of stream and run, which this receipt keeps: `raymem bank receipts BANK --forget-names`"
 FORGOTTEN = "salted digests of stream and run, which this receipt keeps: a guess at the name can be tried on them"
+NAMED_RUNS = (
+    'erase again with scope="run" (`--scope run`), naming stream, run and seq_from of each of `exposed`, which removes '
+    "them."
+)
+FORGOTTEN_RUNS = "this receipt no longer names their runs: erase those, or the whole stream."
 OUT_OF_REACH = (
     "files that were exported before",
     "copies and backups of the storage that the cold store lies on",
@@ -132,8 +137,7 @@ def beyond(receipt: EraseReceipt, parent: str = "") -> tuple[str, ...]:
         more = f" The first {LISTED} runs are listed." if len(receipt.exposed) == LISTED else ""
         found.append(
             f"hidden states of {receipt.exposed_rows} later rows were computed with the erased text in their context: "
-            'erase again with scope="run" (`--scope run`), naming stream, run and seq_from of each of `exposed`, which '
-            f"removes them.{more}"
+            f"{NAMED_RUNS}{more}"
         )
     if receipt.later_rows:
         found.append(

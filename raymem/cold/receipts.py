@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from raymem.cold.catalog import part_prefix
 from raymem.cold.evidence import Evidence
 from raymem.cold.failures import reading, writing
-from raymem.cold.reach import FORGOTTEN, KEPT_NAMES
+from raymem.cold.reach import FORGOTTEN, FORGOTTEN_RUNS, KEPT_NAMES, NAMED_RUNS
 from raymem.cold.tables import Tables, quote
 from raymem.errors import Conflict, Corrupt
 from raymem.types import EraseReceipt, name_digest
@@ -128,9 +128,16 @@ def forgotten(receipt: EraseReceipt) -> EraseReceipt:
         receipt,
         what=dataclasses.replace(what, stream=stream, run=run, starts=()),
         exposed=(),
-        out_of_reach=tuple(FORGOTTEN if words == KEPT_NAMES else words for words in receipt.out_of_reach),
+        out_of_reach=tuple(_nameless(words) for words in receipt.out_of_reach),
         names_forgotten=True,
     )
+
+
+def _nameless(words: str) -> str:
+    before, names_runs, _ = words.partition(NAMED_RUNS)
+    if names_runs:
+        return before + FORGOTTEN_RUNS
+    return FORGOTTEN if words == KEPT_NAMES else words
 
 
 def _receipt(row: dict[str, Any]) -> EraseReceipt:

@@ -17,6 +17,7 @@ def test_what_followed_rows_goes_with_them_where_that_is_asked_for(raymem, alice
     run = raymem(*rows, "-y", "--scope", "run", "--json")
 
     assert "later rows with traces" in kept.out
+    assert "5 of --stream s --run r --seq-from 3" in kept.out
     assert "5 later rows were computed" in " ".join(kept.out.split())
     assert (run.json["rows"], run.json["followed_rows"], run.json["exposed_rows"]) == (5, 5, 0)
     assert raymem(*rows, "-y", "--scope", "all").code == 2

@@ -248,6 +248,8 @@ def test_names_are_forgotten_and_found_again_by_who_knows_them(store, tiny, cold
     assert other.is_about("bob", "r1")
     for receipt in (one, other, third):
         assert not any("the names of stream and run" in words for words in receipt.out_of_reach)
+        assert not any("`exposed`" in words for words in receipt.out_of_reach)
+    assert any("24 later rows" in words and "no longer names their runs" in words for words in one.out_of_reach)
     assert not any(name in texts(cold, "receipts") for name in ("alice", "bob", "'r1'"))
     # once is enough: the salt stays
     assert bank.receipts(forget_names=True) == [one, other, third]
