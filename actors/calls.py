@@ -41,7 +41,7 @@ class Remote:
             RaymemError: what the method raised, as itself.
         """
         if not ray.is_initialized():
-            # Ray would start a cluster of its own for whoever asks it for an actor
+            # asked for an actor, Ray would start a cluster of its own
             raise StoreClosed(
                 "this process is not connected to its Ray cluster any more: ray.shutdown() was called; connect again"
             )

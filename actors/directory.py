@@ -20,7 +20,7 @@ from raymem.logs import get_logger
 
 log = get_logger("raymem.directory")
 _REFRESH_S = 5.0
-# of banks that were removed nobody tells
+# no shard reports that a bank was removed
 _MOST_NAMES = 2**16
 
 

@@ -419,5 +419,5 @@ def _no_calibration(model: str, layers: tuple[int, ...]) -> CalibrationNotFound:
     numbers = ",".join(map(str, layers))
     return CalibrationNotFound(
         f"no calibration for {model} layers {numbers} in this store; make one: "
-        f"`raymem calibrate --model {model} --layers {numbers} --store …`"
+        f"`raymem calibrate --model {model} --layers {numbers}`, with the same --store"
     )

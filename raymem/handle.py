@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from raymem.backend import Backend
 
 log = get_logger("raymem.handle")
-# a loop that somebody else runs may be stuck
+# a loop that the caller runs may be stuck
 _CLOSE_S = 30.0
 # a daemon thread that goes on while the interpreter ends is cut off wherever it is, and within C++ that is an abort
 _PARK_S = 2.0

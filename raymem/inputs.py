@@ -58,7 +58,7 @@ def shown(value: object) -> str:
         return str(value)
     if isinstance(value, str):
         return repr(shorten(value))
-    kind = f"a {type(value).__name__}" if type(value).__module__ == "builtins" else f"a {_kind(value)}"
+    kind = _kind(value)
     if isinstance(value, float | datetime):
         return f"{value} ({kind})"
     if isinstance(value, int):
@@ -337,7 +337,9 @@ def _unfit(text: str) -> bool:
 
 
 def _kind(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__name__}"
+    of = type(value)
+    name = of.__name__ if of.__module__ == "builtins" else f"{of.__module__}.{of.__name__}"
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
 
 
 # for signatures, and where JSON has the same: the gateway's schemas

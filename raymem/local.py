@@ -159,7 +159,7 @@ class LocalBackend(ColdBackend):
     async def _take(self, name: str, owner: str | None) -> None:
         if owner and owner != self.host.owner:
             await self._require_over(name, owner)
-        # somebody else may have taken it meanwhile: only from whom we know about
+        # another host may have taken it meanwhile: take it only from the owner that we know of
         await self.host.attach(name, take_from=owner or "")
 
     async def _require_over(self, name: str, owner: str) -> None:

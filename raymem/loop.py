@@ -23,7 +23,7 @@ class Loop:
     def __init__(self) -> None:
         self._pid = os.getpid()
         self._closed = False
-        # what comes after the last can't be submitted: nobody would ever answer
+        # what comes after the last can't be submitted: no answer would ever come
         self._submitting = threading.Lock()
         self._last: Callable[[], Coroutine[Any, Any, None]] | None = None
         self._loop = asyncio.new_event_loop()

@@ -389,7 +389,7 @@ class Runtime(Replica):
     def rest(self) -> int:
         """Settle every row and snapshot: what a bank does before it is cold; return the position it stands at.
 
-        A state that can't be written down is made anew from the rows by whoever loads the bank.
+        A state that can't be written down is made anew from the rows when the bank is loaded.
         """
         self.journal.settle()
         try:

@@ -54,7 +54,12 @@ def ls(
 @app.command("create")
 def create(
     name: Name,
-    kind: Annotated[str, typer.Option("--kind", help="The memory algorithm: spalm, titans.")] = "spalm",
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind", help="The memory algorithm: spalm, titans, larimar, dnc, ntm, compressive, dct or lemn."
+        ),
+    ] = "spalm",
     model: ModelOption = DEFAULT_MODEL,
     layers: LayersOption = "26",
     key: Annotated[str, typer.Option("--key", help="single, window:N or span:N.")] = "single",

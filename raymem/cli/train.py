@@ -52,7 +52,7 @@ def train(
 
         raymem train compressive --bank lab/alice
 
-        raymem train dct --bank lab/alice --keep-rate 0.4 --into lab/alice-trained
+        raymem train dct --bank lab/chats --keep-rate 0.4 --into lab/chats-trained
 
         raymem bank create lab/new --kind compressive --option compressor=conv --params sha256:…
     """

@@ -46,7 +46,7 @@ class Calibrations:
         self._put({"hash": hash, "model": model, "layers": json.dumps(list(layers))}, time.time(), blob)
 
     def bring(self, calibration: Calibration) -> None:
-        """Store one that came with a bank: new banks take it only where nobody has made one here for its model."""
+        """Store one that came with a bank: new banks take it only where none was made here for its model."""
         layers = json.dumps(list(calibration.layers))
         key = {"hash": calibration.hash, "model": calibration.model, "layers": layers}
         self._put(key, _BROUGHT, calibration.to_bytes())

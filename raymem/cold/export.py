@@ -155,7 +155,7 @@ def _export(store: ColdStore, entry: Entry, path: Path, content: _Content, progr
 
 
 def _told(found: Snapshot | None) -> Snapshot | None:
-    """A state whose names a manifest has room for; nobody needs it who can replay the rows."""
+    """A state whose names a manifest has room for; without it the rows are replayed."""
     return None if found is None or 2 * len(json.dumps(found[2])) > MANIFEST_BYTES else found
 
 

@@ -1,7 +1,7 @@
 """A bank from an exported file: every field and every row is checked before anything of it can be seen.
 
 What the store decides itself is not taken from a file: the bank's identity, its owner and epoch, when it was made. Nor
-is its state, which is a function of the rows: whoever attaches the bank first makes it from them.
+is its state, which is a function of the rows: the first attach makes it from them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 Progress = Callable[[int, int], None]
 _PARAMS_BYTES = 2**31
 _HEAD_BYTES = 2**21
-# an Arrow file is this, then a stream, then an index of it which nobody needs who reads it through
+# an Arrow file is this, then a stream, then an index of it, which reading it through does without
 _ARROW_FILE = b"ARROW1\0\0"
 
 
@@ -120,7 +120,7 @@ class _Rows:
             )
 
     def _take(self, rows: JournalRows) -> JournalRows:
-        """These rows under this store's names and nobody's epoch, if they are the next ones."""
+        """These rows under this store's names and epoch 0, if they are the next ones."""
         self._sound(rows.verify)
         at = (self.holes or Holes()).wrong(rows.pos_T, self._expect)
         if at is not None:
@@ -217,7 +217,7 @@ def _params(archive: Archive) -> tuple[bytes, Learned] | None:
 def _require_usable(
     store: ColdStore, archive: Archive, calibration: Calibration | None, learned: Learned | None
 ) -> None:
-    """Put together what the spec asks for, so that whoever attaches the bank can."""
+    """Put together what the spec asks for, so that an attach can."""
     spec: BankSpec = archive.manifest.spec
     try:
         if calibration is None:

@@ -172,7 +172,7 @@ class Log:
                 self._nbytes += nbytes
 
     def forget(self, bank: str) -> None:
-        """Nobody wants a bank's rows any more, settled or not."""
+        """Let go of a bank's rows, settled or not."""
         with self._lock:
             held = self._held.pop(bank, None)
             self._nbytes -= 0 if held is None else held.nbytes

@@ -145,12 +145,12 @@ class Tables:
     def hold(self, name: str) -> Held | None:
         """Hold a table for as long as this process lives, where others can see that it does: in a folder.
 
-        A copy of the folder isn't held, and a full disk keeps nobody from letting go.
+        A copy of the folder isn't held. Letting go needs no room on the disk.
         """
         return Held(self._folder(name)) if self._place else None
 
     def is_held(self, name: str) -> bool | None:
-        """Whether anyone holds a table; None in an object store, where nobody can."""
+        """Whether a process holds a table; None in an object store, where none can."""
         return is_held(self._folder(name)) if self._place else None
 
     @contextmanager

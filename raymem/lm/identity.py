@@ -52,7 +52,7 @@ _PAD_MATTERS = frozenset({"xglm"})
 
 
 class Identity(NamedTuple):
-    """What a folder holds: hashes, sizes, and under which hashes raymem 0.3 and earlier knew the same files."""
+    """What a folder holds: hashes, sizes, and under which hashes raymem 0.1.0 and earlier knew the same files."""
 
     content: str
     tokenizer: str
@@ -101,7 +101,7 @@ def identity(folder: Path, changes: Changes = _AS_IT_IS) -> Identity:
 
 
 def tokenizer_identity(folder: Path) -> tuple[str, str]:
-    """The hash of a tokenizer, in a folder that need not hold a model, and that of raymem 0.3 and earlier.
+    """The hash of a tokenizer, in a folder that need not hold a model, and that of raymem 0.1.0 and earlier.
 
     Raises:
         ModelNotFound: there is none that transformers can read.

@@ -70,7 +70,7 @@ def test_pyarrow_and_safetensors_alone_can_read_it(store: ColdStore, exported: P
     with zipfile.ZipFile(exported) as archive:
         assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
         manifest = json.loads(archive.read("manifest.json"))
-        table = pa.ipc.open_file(archive.open("journal.arrow")).read_all()
+        table = pa.ipc.open_file(archive.read("journal.arrow")).read_all()
         state = safetensors.torch.load(archive.read("state.safetensors"))
         means = safetensors.torch.load(archive.read("calibration.safetensors"))
     assert (manifest["format"], manifest["version"], manifest["rows"]) == ("raymem-bank", 2, 17)

@@ -264,7 +264,7 @@ def test_a_files_calibration_is_checked_and_not_the_default_where_there_is_anoth
         newer = calibration_of(tiny, mean_LD=mean + 2)
         store.import_(with_calibration(file, newer.to_bytes(), newer.hash).write(tmp_path / "b"), "lab/b")
         assert store.calibration("content", tiny.layers).hash == tiny.calibration.hash
-        # one that is made here counts as made here, whoever brought it before
+        # one that is made here counts as made here, though a file brought it before
         assert store.put_calibration(newer) == newer.hash
         assert store.calibration("content", tiny.layers).hash == newer.hash
     bad = calibration_of(tiny, mean_LD=mean.clone().fill_(float("nan")))

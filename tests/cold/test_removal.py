@@ -73,7 +73,7 @@ def test_a_bank_with_a_spoilt_line_goes_and_the_others_stay(store, tiny, what, h
         spec = json.loads(tiny.spec("spalm").model_dump_json()) | {"kind": "nothing"}
         values = {"spec": json.dumps(spec)}
     spoil_line(store, **values)
-    # one spoilt line keeps nobody from the others
+    # one spoilt line does not hide the others
     assert "lab/b" in {info.name for info in store.banks()}
     store.sweep()
     assert len(tables(store)) >= len(before)

@@ -126,6 +126,7 @@ def test_any_value_is_shown_short_and_printable():
 
     for value in ("\ud800" * 1000, 10**5000, Rude(), np.zeros(10**6), float("nan"), b"\xff", [Rude()]):
         assert len(shown(value).encode()) < 600
+    assert (shown(object()), shown([]), shown(1.5)) == ("an object", "a list", "1.5 (a float)")
 
 
 @pytest.mark.parametrize(

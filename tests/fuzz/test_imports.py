@@ -167,7 +167,7 @@ def mutated(files: list[BankFile], dice: random.Random, path: Path) -> Path:
             # an earlier change left nothing there to change
             continue
     if file.members and dice.random() < 0.2:
-        # last: nobody here reads what is damaged
+        # last: no later change here reads what is damaged
         bytes_of(file, dice)
     how = zipfile.ZIP_DEFLATED if dice.random() < 0.05 else zipfile.ZIP_STORED
     file.write(path, how)
