@@ -18,12 +18,14 @@ from raymem.actors.shard import ClusterSpec, open_shared
 from raymem.actors.transfer import pack, pack_fields, unpack_fields
 from raymem.backend import ColdBackend, shard_info
 from raymem.cold.store import ColdStore
+from raymem.cold.vanished import telling
 from raymem.config import Settings
 from raymem.errors import BankDetached, BankNotFound, ConfigError, Conflict, NotShared, RaymemError
 from raymem.limits import Limiter, caller
 from raymem.types import Ack, BankInfo, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
 
 
+@telling
 class RayBackend(ColdBackend):
     """Banks in the shard actors of a Ray cluster.
 

@@ -18,9 +18,10 @@ from raymem.cold.imports import import_bank
 from raymem.cold.reach import inherited
 from raymem.cold.store import ColdStore, Entry
 from raymem.cold.sweeper import sweep
+from raymem.cold.vanished import telling
 from raymem.config import Settings
 from raymem.encode.calibration import Calibration
-from raymem.errors import BankDetached, CalibrationNotFound, RaymemError
+from raymem.errors import BankDetached, BankNotFound, CalibrationNotFound, Conflict, Corrupt, RaymemError
 from raymem.logs import get_logger
 from raymem.memory.learned import Learned
 from raymem.types import (
@@ -87,6 +88,7 @@ class Backend(Protocol):
     def abandon(self) -> None: ...
 
 
+@telling
 class ColdBackend(ABC):
     """Banks one by one: the verbs that need the catalog and the cold store alone; placing is left to the backends.
 
@@ -172,13 +174,21 @@ class ColdBackend(ABC):
         """One bank's line."""
         entry = await asyncio.to_thread(self.cold.catalog.get, name)
         hot = await self.hot_bytes() if entry.state == "hot" else {}
-        return await asyncio.to_thread(self._info, entry, hot)
+        return await asyncio.to_thread(self._present, entry, hot)
 
     async def banks(self, prefix: str) -> list[BankInfo]:
         """The lines of all banks, partitions too, whose names begin with `prefix`, by name."""
         entries = await asyncio.to_thread(self.cold.catalog.list, prefix)
         hot = await self.hot_bytes()
-        return [await asyncio.to_thread(self._info, entry, hot) for entry in entries if entry.state != "split"]
+        found = []
+        for entry in entries:
+            try:
+                if entry.state != "split":
+                    found.append(await asyncio.to_thread(self._present, entry, hot))
+            except BankNotFound:
+                # it was there when they were listed
+                continue
+        return found
 
     async def delete(self, name: str, materialise: bool) -> None:
         """Remove a bank with all its rows, snapshots and tags, whatever they hold: nothing is loaded or saved for it.
@@ -382,6 +392,19 @@ class ColdBackend(ABC):
         spec = spec.model_copy(update={"fingerprint": fingerprint.model_copy(update={"calibration": calibration.hash})})
         assemble(spec, calibration, learned_of(self.cold, spec))
         return spec
+
+    def _present(self, entry: Entry, hot: dict[str, int]) -> BankInfo:
+        while True:
+            try:
+                return self._info(entry, hot)
+            except (Corrupt, Conflict) as error:
+                present = self.cold.catalog.by_id(entry.id)
+                if present is not None and present.generation == entry.generation:
+                    raise
+                if present is None:
+                    raise BankNotFound(f"bank {entry.name!r} was removed just now", bank=entry.name) from error
+                # its journal is another now
+                entry = present
 
     def _info(self, entry: Entry, hot: dict[str, int]) -> BankInfo:
         journal = self.cold.journal(entry)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from raymem.backend import ColdBackend, detached, shard_info
 from raymem.cold.store import ColdStore, Incarnations
+from raymem.cold.vanished import telling
 from raymem.config import Settings
 from raymem.errors import Conflict, InvalidInput, Moved, NotOwner
 from raymem.host import Host
@@ -26,6 +27,7 @@ NODE = "local"
 _OWNER = re.compile(r"process (?P<pid>\d+) since (?P<since>[\d.]+) on (?P<host>\S+) as \w+")
 
 
+@telling
 class LocalBackend(ColdBackend):
     """Banks in this process.
 

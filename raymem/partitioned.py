@@ -22,6 +22,7 @@ from raymem.cold.catalog import part_name, part_of, part_prefix
 from raymem.cold.export import export_together
 from raymem.cold.history import seconds
 from raymem.cold.partitions import MOST, Layout
+from raymem.cold.vanished import telling
 from raymem.errors import (
     BackendUnavailable,
     BankDetached,
@@ -62,6 +63,7 @@ _PAUSE_S = 0.01
 _TRIES = 20
 
 
+@telling
 class PartitionedBackend:
     """The verbs of a store for all banks: those that are whole go to `banks` as they are, and cost nothing more.
 

@@ -20,7 +20,7 @@ from raymem.cold.rows import JournalRows, bank_schema
 from raymem.cold.settled import Settled
 from raymem.cold.spellings import alike, has_others, same
 from raymem.cold.tables import Tables, in_memory, journal_table, quote
-from raymem.errors import Corrupt, Overloaded, StorageError
+from raymem.errors import BankNotFound, Corrupt, Overloaded, StorageError
 from raymem.inputs import TIME_END, composed
 
 T = TypeVar("T")
@@ -332,7 +332,12 @@ class Journal:
         entry = self._fresh()
         if self._owned and self._log is not None:
             return Settled(self._tables, entry), self._log.rows(entry.id)
-        left = [] if entry.log is None else read_log(self._tables, entry.log, entry)
+        try:
+            left = [] if entry.log is None else read_log(self._tables, entry.log, entry)
+        except Corrupt as error:
+            if error.details.get("missing") and self._catalog.by_id(entry.id) is None:
+                raise BankNotFound(f"bank {entry.name!r} was removed while it was read", bank=entry.name) from error
+            raise
         return Settled(self._tables, entry), left
 
     def _fresh(self) -> Entry:

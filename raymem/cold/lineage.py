@@ -67,6 +67,7 @@ class Lineage(Journal):
     def _parent(self) -> Journal:
         parent = self._catalog.by_id(str(self.entry.parent))
         if parent is None:
+            _require_unchanged(self._catalog, [self.entry], None)
             raise Corrupt(
                 f"the bank that {self.entry.name} was forked from at position {self.entry.base} is not in the catalog; "
                 "restore the store from a copy"

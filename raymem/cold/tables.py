@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -16,12 +17,13 @@ import pyarrow as pa
 from raymem.cold.durable import FolderSync, set_aside_torn
 from raymem.cold.failures import reading, writing
 from raymem.cold.folder import Folder, Held, is_held
-from raymem.errors import ConfigError, Conflict, Corrupt, RaymemError
+from raymem.errors import ConfigError, Conflict, Corrupt, RaymemError, StorageError
 
 Sync = Literal["disk", "none"]
-BANK_TABLE = re.compile(r"(?P<kind>journal|snapshots)-(?P<id>[0-9a-f]{32})(?:-\d+)?")
+BANK_TABLE = re.compile(r"(?P<kind>journal|snapshots)-(?P<id>[0-9a-f]{32})(?:-(?P<generation>\d+))?")
 # what LanceDB remembers of tables: without a limit it keeps something of every version, 40 kB of each write, for ever
 _INDEX_CACHE_BYTES, _METADATA_CACHE_BYTES = 4 * 2**20, 16 * 2**20
+_DROPS = 8
 
 
 class Tables:
@@ -130,9 +132,18 @@ class Tables:
 
     def drop(self, name: str) -> None:
         """Delete a table and its files; nothing happens if there is none."""
-        self.require()
-        with writing(f"drop {name} in {self.uri}"):
-            self._connection.drop_table(name, ignore_missing=True)
+        for _ in range(_DROPS):
+            self.require()
+            try:
+                with writing(f"drop {name} in {self.uri}"):
+                    self._connection.drop_table(name, ignore_missing=True)
+                return
+            except StorageError as error:
+                # a late writer put a file into a folder that was just emptied
+                if error.details.get("reason") != os.strerror(errno.ENOTEMPTY):
+                    raise
+                last = error
+        raise last
 
     def folder_sync(self, name: str) -> FolderSync | None:
         """What makes this table's commits durable, or None where the store does that itself or nobody asked."""
