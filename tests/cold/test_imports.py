@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from bankfile import CALIBRATION, JOURNAL, BankFile, arrow_file, changed, filled
+from bankfile import CALIBRATION, JOURNAL, BankFile, arrow_file, changed, filled, signed_rows
 
 import raymem
 from raymem import Calibration, Settings
@@ -159,6 +159,18 @@ def test_a_time_that_is_none_is_as_good_as_unknown(store, file, tmp_path, moment
 def test_a_row_without_its_checksum_is_refused(store, file, tmp_path):
     file.rows = changed(file.rows, "token", 3, 1, signed=False)
     refused(store, file, tmp_path, "position 3 does not match its checksum")
+
+
+def test_a_name_in_another_spelling_is_the_same_name(store, file, tmp_path):
+    rows = file.rows
+    place = rows.schema.get_field_index("stream")
+    spelt = ["cafe\u0301" if name == "s" else name for name in rows["stream"].to_pylist()]
+    file.rows = signed_rows(rows.set_column(place, rows.schema.field(place), pa.array(spelt)))
+    bank = store.import_(file.write(tmp_path / "spelt"), "lab/spelt")
+    assert len(bank.tokens("caf\u00e9", "r", 0, 20)) == 20
+    bank.attach()
+    assert bank.erase(stream="caf\u00e9", rebuild=True).rows == 20
+    store.delete("lab/spelt")
 
 
 def test_rows_in_another_order_or_twice_are_refused(store, file, tmp_path):
