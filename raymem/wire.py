@@ -27,7 +27,7 @@ from raymem.cold.rows import JournalRows, is_journal
 from raymem.errors import Corrupt, InvalidInput, InvalidTrace, RaymemError, TooLarge
 from raymem.inputs import TIME_END
 from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
-from raymem.wire_limits import MOST_DEEP, check_arrow, check_msgpack
+from raymem.wire_limits import MOST_DEEP, check_arrow, check_msgpack, check_traces
 
 MAX_BYTES = 2**30
 
@@ -129,7 +129,7 @@ def traces_from_arrow(data: bytes | bytearray | memoryview, max_bytes: int = MAX
     A trace ends where the run or the time changes or seq jumps; neighbours that follow each other come as one.
 
     Raises:
-        TooLarge: more bytes, batches or rows than allowed, naming the limit.
+        TooLarge: more bytes, batches, rows or traces than allowed, naming the limit.
         Corrupt: not such a stream, a compressed one, or a row that does not match its checksum.
         InvalidTrace: a row of a time that no row can have.
     """
@@ -142,6 +142,7 @@ def traces_from_arrow(data: bytes | bytearray | memoryview, max_bytes: int = MAX
             table = reader.read_all()
         table.validate(full=True)
         _require_times(table)
+        check_traces(table)
         said = (table.schema.metadata or {}).get(_MADE_BY)
         made = None if said is None else Fingerprint.model_validate_json(said)
         found = [trace for piece in JournalRows.from_arrow(table) for trace in traces_of(piece.verify())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raymem.errors import Corrupt, TooLarge
 
@@ -12,6 +13,10 @@ MOST_DEEP = 32
 # rows come a thousand at a time, or one a batch
 MOST_BATCHES = 2**16
 MOST_ROWS = 2**20
+# each is written by itself
+MOST_TRACES = 2**14
+# the columns and the fingerprint of the rows; a model of a hundred layers has 4 KiB of them
+_SCHEMA_BYTES = 2**16
 
 # where a message's and a record batch's flatbuffers have the fields that matter
 _HEADER = 2
@@ -91,13 +96,14 @@ def check_arrow(data: Any) -> None:
 
     Raises:
         Corrupt: another message, a dictionary, a compressed batch, or an outline that leads out of its message.
-        TooLarge: more batches or rows than allowed.
+        TooLarge: more batches or rows than allowed, or a schema that is none of rows.
     """
     rows = batches = 0
     for message in pa.ipc.MessageReader.open_stream(pa.py_buffer(data)):
         batches += 1
         if batches == 1:
             _expect(message, "schema")
+            _within_schema(message.metadata.size)
             continue
         _expect(message, "record batch")
         length, compressed = _batch(message.metadata.to_pybytes())
@@ -106,6 +112,28 @@ def check_arrow(data: Any) -> None:
         rows += length
         if rows > MOST_ROWS or batches > MOST_BATCHES:
             raise TooLarge(f"an Arrow stream has {MOST_ROWS} rows in {MOST_BATCHES} batches at most; send several")
+
+
+def check_traces(table: pa.Table) -> None:
+    """Count the traces that rows would be, before any is made.
+
+    Raises:
+        TooLarge: more than allowed.
+    """
+    first, then = table.slice(0, max(0, len(table) - 1)), table.slice(1)
+    cuts = pc.not_equal(then["seq"], pc.add(first["seq"], 1))
+    widths = pc.fill_null(pc.list_value_length(table["value"]), -1)
+    columns = [(first[name], then[name]) for name in ("epoch", "stream", "run", "time")]
+    for before, after in (*columns, (widths.slice(0, len(first)), widths.slice(1))):
+        # a null equals nothing here
+        cuts = pc.or_(cuts, pc.fill_null(pc.not_equal(before, after), True))
+    if (pc.sum(cuts).as_py() or 0) >= MOST_TRACES:
+        raise TooLarge(f"an Arrow stream has {MOST_TRACES} traces at most; send several, or longer traces")
+
+
+def _within_schema(size: int) -> None:
+    if size > _SCHEMA_BYTES:
+        raise TooLarge(f"an Arrow stream's schema has {size} bytes; that of rows has {_SCHEMA_BYTES} at most")
 
 
 def _expect(message: pa.ipc.Message, kind: str) -> None:

@@ -320,6 +320,19 @@ def test_a_stream_has_so_many_rows_and_batches_at_most(monkeypatch: pytest.Monke
                 traces_from_arrow(data)
 
 
+def test_a_stream_has_so_many_traces_and_a_small_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, four = traces_to_arrow([trace(4)]), traces_to_arrow([trace(1, run=str(run)) for run in range(4)])
+    monkeypatch.setattr("raymem.wire_limits.MOST_TRACES", 3)
+    assert len(traces_from_arrow(one)) == 1
+    with pytest.raises(TooLarge, match="3 traces at most"):
+        traces_from_arrow(four)
+    # a fingerprint of two megabytes unfolded to two hundred
+    long = b'{"model": [' + b"{}," * 700_000 + b"{}]}"
+    said = recast(lambda table: table.replace_schema_metadata({**table.schema.metadata, "raymem.fingerprint": long}))
+    with pytest.raises(TooLarge, match="schema"):
+        traces_from_arrow(said)
+
+
 FULL = [
     b"\xdd\x00\xff\xff\xff" + b"\x90" * 2**20,
     b"\xdd\xff\xff\xff\xff",
