@@ -26,6 +26,8 @@ _PIPELINED = 4
 _FRAMING = 16
 # this much of a refused body is still read and thrown away, so that the caller hears the answer
 _DROP_BYTES = 64 * 2**20
+# bytes come in bursts, and what came early counts for so many times the wait: not for hours of holding what came
+_CREDIT = 3
 
 
 @dataclass
@@ -79,9 +81,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._piece = 0
         self._fed = 0
         self._got = 0
-        # the answer's side: bytes that the caller didn't take yet, that it took, and how long it took for them
+        # those of its body at the last look
+        self._counted = 0
+        # the answer's side: bytes that the caller didn't take yet, and for how many seconds the gateway has waited
         self._unsent = 0
-        self._taken = 0
         self._stalled = 0.0
 
     @property
@@ -161,30 +164,35 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         """The caller took most of what there was."""
-        self._stalled, self._taken = 0.0, 0
+        self._stalled = min(0.0, self._stalled)
         super().resume_writing()
 
     def look(self, seconds: float) -> None:
         """Refuse or drop a caller that keeps the gateway waiting, `seconds` after the last look."""
+        came, self._counted = self._got - self._counted, self._got
         if self._phase is not _Phase.WORK and not self.flow.read_paused:
-            self._waited += seconds
-            if self._waited > self._limits.wait_s + self._got / self._limits.min_rate:
+            self._waited = self._late(self._waited, seconds, came)
+            if self._waited > self._limits.wait_s:
                 text = (
                     f"the request did not arrive within {self._limits.wait_s:g} s, nor at {self._limits.min_rate} B/s"
                 )
                 self.refuse(InvalidInput(f"{text}: send it faster"), TOO_SLOW)
         unsent = self.transport.get_write_buffer_size()
-        self._stalled = self._stalled + seconds if unsent else 0.0
-        self._taken += max(0, self._unsent - unsent)
-        self._unsent = unsent
-        if self._stalled > self._limits.wait_s + self._taken / self._limits.min_rate:
+        taken, self._unsent = max(0, self._unsent - unsent), unsent
+        self._stalled = self._late(self._stalled, seconds, taken) if unsent else 0.0
+        if self._stalled > self._limits.wait_s:
             self.drop()
+
+    def _late(self, late: float, seconds: float, nbytes: int) -> float:
+        """For how long a caller has kept the gateway waiting, `seconds` and so many bytes later."""
+        return max(-_CREDIT * self._limits.wait_s, late + seconds - nbytes / self._limits.min_rate)
 
     def shutdown(self) -> None:
         """Finish what is being worked on; a request that isn't there yet is dropped."""
         if self._phase is _Phase.BODY and not self.flow.read_paused:
             self.drop()
         else:
+            self._stalled = max(0.0, self._stalled)
             super().shutdown()
 
     def refuse(self, error: RaymemError, status: int) -> None:
@@ -217,7 +225,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _enter(self, phase: _Phase) -> None:
         if phase is _Phase.HEAD:
             # it begins somewhere in the piece that is being parsed
-            self._fed, self._got = self._piece, 0
+            self._fed, self._got, self._counted = self._piece, 0, 0
         self._phase, self._waited = phase, 0.0
 
 

@@ -21,7 +21,7 @@ from raymem.store import AsyncStore
 
 Listening = Callable[[str, str], None]
 # requests that are being worked on may end; a caller that doesn't take its answer is not waited for
-_GRACE_S = 30
+_GRACE_S = 10
 _LAST_WAIT_S = 2.0
 _DESCRIPTORS = 2**16
 _QUEUE = 2048

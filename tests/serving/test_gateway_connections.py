@@ -139,6 +139,15 @@ def test_a_caller_that_sends_steadily_has_all_the_time_it_needs(gateway):
         assert heard(caller).startswith(b"HTTP/1.1 422")
 
 
+def test_a_caller_that_sent_much_at_once_may_not_hold_it_for_hours(gateway):
+    with dial(gateway, post("/v1/params", "Content-Length: 1000000\r\n").replace(b"POST", b"PUT", 1)) as caller:
+        caller.sendall(b"x" * 900_000)
+        start = time.perf_counter()
+        caller.settimeout(30)
+        assert caller.recv(4096).startswith(b"HTTP/1.1 408")
+        assert time.perf_counter() - start < 10
+
+
 def test_a_caller_that_takes_no_answer_is_dropped(gateway):
     caller = socket.socket()
     caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
