@@ -54,6 +54,9 @@ class Host:
         self.device = device
         self._pool = ThreadPoolExecutor(settings.host.threads, thread_name_prefix="raymem")
         self._crew = Crew(self._pool)
+        # reads may be long: no commit and no lease waits for them, and no caller has all of their threads
+        self._readers = ThreadPoolExecutor(settings.host.threads + 1, thread_name_prefix="raymem-read")
+        self._turns = Locks(lambda: asyncio.Semaphore(settings.host.threads))
         self.tenure = Tenure(cold, settings, owner, self._crew, self._drop_all)
         self._ticker: asyncio.TimerHandle | None = None
         self._limiter = Limiter(settings.host)
@@ -207,15 +210,10 @@ class Host:
             NotOwner: the lease ran out meanwhile, so the answer may be old.
             TooLarge: there is no memory for the bank as it was beside the bank as it is.
         """
-        worker, lease = self._worker(name), self.tenure.lease
+        worker, lease, turn = self._worker(name), self.tenure.lease, self._turns[caller]
         with self._limiter.admit(caller, hidden_QLD.nbytes):
-            if as_of is None:
-                readout = await worker.read(hidden_QLD, k, start)
-            else:
-                point = await worker.beside(lambda: self.past.find(worker.runtime.entry, as_of, worker.runtime.nbytes))
-                self._space.room.touch(PAST)
-                await self._space.make(PAST, self.past.needs(point), stays=name)
-                readout = await worker.beside(lambda: self.past.at(point).read(hidden_QLD, k, start))
+            async with turn:
+                readout = await self._read(worker, hidden_QLD, k, start, as_of)
         self.tenure.confirm(name, lease)
         return readout
 
@@ -300,7 +298,7 @@ class Host:
                 log.warning("bank not settled on close", bank=name, error=str(error))
                 self._workers.pop(name, None)
         await asyncio.to_thread(self.tenure.leave)
-        await asyncio.to_thread(self._pool.shutdown)
+        await asyncio.to_thread(self._end_threads)
         self._owed.require_paid()
 
     def end(self) -> None:
@@ -310,7 +308,7 @@ class Host:
             StorageError: as `close`.
         """
         self._closing = True
-        self._pool.shutdown()
+        self._end_threads()
         for name, traces in self._owed.left().items():
             worker = self._workers.get(name)
             if worker is None:
@@ -381,7 +379,7 @@ class Host:
 
     def _serve(self, name: str, runtime: Runtime, committer: Committer) -> None:
         self.tenure.require_same(name, committer)
-        self._workers[name] = BankWorker(runtime, self._crew, committer, self.settings)
+        self._workers[name] = BankWorker(runtime, self._crew, committer, self.settings, Crew(self._readers))
         self._upkeep.start()
         if self._ticker is None:
             self._tick()
@@ -438,6 +436,24 @@ class Host:
             "journal": journal,
             **dataclasses.asdict(runtime.counters),
         }
+
+    async def _read(
+        self, worker: BankWorker, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None
+    ) -> Readout:
+        if as_of is None:
+            return await worker.read(hidden_QLD, k, start, self._wanted)
+        entry = worker.runtime.entry
+        point = await worker.beside(lambda: self.past.find(entry, as_of, worker.runtime.nbytes))
+        self._space.room.touch(PAST)
+        await self._space.make(PAST, self.past.needs(point), stays=entry.name)
+        return await worker.beside(lambda: self.past.at(point).read(hidden_QLD, k, start, self._wanted))
+
+    def _wanted(self) -> bool:
+        return not self._closing
+
+    def _end_threads(self) -> None:
+        self._readers.shutdown()
+        self._pool.shutdown()
 
     async def _thread(self, function: Callable[[], T]) -> T:
         return await self._crew.run(function)

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from raymem.cold.rows import JournalRows
 from raymem.cold.store import ColdStore, Entry
 from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import Encoder
-from raymem.errors import Corrupt, RaymemError
+from raymem.errors import Corrupt, RaymemError, StoreClosed, TooLarge
 from raymem.logs import get_logger
 from raymem.memory import keeps_rows
 from raymem.memory.base import Found, Rows, State
@@ -37,6 +38,12 @@ from raymem.types import Ack, BankSpec, Readout, Trace, check_hidden
 
 # what encoding makes of so many bytes, some five times as much, stays in the processor's cache: thrice as fast
 _PIECE_BYTES = 2**20
+# so many queries at once: between them a read can be given up
+_BLOCK_QUERIES = 64
+# what a read may make: a neighbour costs so many bytes on its way, and each number of its vector
+_MOST_QUERIES, _ANSWER_BYTES = 2**16, 2**30
+_NEIGHBOUR_BYTES, _NUMBER_BYTES = 256, 10
+Wanted = Callable[[], bool]
 Progress = Callable[[int, int], None]
 log = get_logger("raymem.runtime")
 
@@ -140,19 +147,34 @@ class Replica:
                 self.state = self.memory.absorb(self.state, _to(encoded, self.device))
             self.pos = int(rows.pos_T[-1]) + 1
 
-    def read(self, hidden_QLD: Tensor, k: int = 32, start: int = 1) -> Readout:
+    def read(self, hidden_QLD: Tensor, k: int = 32, start: int = 1, wanted: Wanted = lambda: True) -> Readout:
         """Answer Q consecutive states of one context, the first of which stood at position `start`.
 
+        A long read asks now and then whether it is still `wanted`.
+
         Raises:
+            StoreClosed: it is not.
             InvalidTrace, NonFinite: the states don't fit the bank's fingerprint.
+            TooLarge: the answer would not fit in memory, naming how many queries may be asked.
         """
         check_hidden(hidden_QLD, self.spec.fingerprint)
+        _check_answer(len(hidden_QLD), k, self.memory.dims.value)
         with torch.no_grad(), self._here():
             queries_QK = self.encoder.keys(hidden_QLD, start).to(self.device)
             with self.lock:
                 # an erasure puts others in the place of both
-                encoder, found = self.encoder, self.memory.lookup(self.state, queries_QK, k)
+                encoder, found = self.encoder, self._lookup(queries_QK, k, wanted)
         return self._readout(found, encoder)
+
+    def _lookup(self, queries_QK: Tensor, k: int, wanted: Wanted) -> Found:
+        # a state of bounded size takes no time; rows do, and each query is answered by itself
+        size = _BLOCK_QUERIES if keeps_rows(self.spec.kind) else max(1, len(queries_QK))
+        parts = []
+        for block_QK in torch.split(queries_QK, size):
+            if not wanted():
+                raise StoreClosed("this store is being closed; connect again, and read again")
+            parts.append(self.memory.lookup(self.state, block_QK, k))
+        return parts[0] if len(parts) == 1 else _together(parts)
 
     def _readout(self, found: Found, encoder: Encoder) -> Readout:
         def cpu(tensor: Tensor | None) -> Tensor | None:
@@ -373,10 +395,10 @@ class Runtime(Replica):
         self.unsure = True
         self.journal.let_go()
 
-    def read(self, hidden_QLD: Tensor, k: int = 32, start: int = 1) -> Readout:
+    def read(self, hidden_QLD: Tensor, k: int = 32, start: int = 1, wanted: Wanted = lambda: True) -> Readout:
         """As `Replica.read`, of all that is committed; counted."""
         self.absorb()
-        readout = super().read(hidden_QLD, k, start)
+        readout = super().read(hidden_QLD, k, start, wanted)
         self.counters.reads += 1
         self.counters.queries += len(hidden_QLD)
         return readout
@@ -455,6 +477,24 @@ class Runtime(Replica):
                 self.counters.gaps += outcome.gaps
             else:
                 self.counters.refused += 1
+
+
+def _together(parts: list[Found]) -> Found:
+    return Found(**{column.name: _joined([getattr(part, column.name) for part in parts]) for column in fields(Found)})
+
+
+def _joined(parts: list[Tensor | None]) -> Any:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
+
+
+def _check_answer(queries: int, k: int, width: int) -> None:
+    each = k * (_NEIGHBOUR_BYTES + _NUMBER_BYTES * width)
+    most = min(_MOST_QUERIES, _ANSWER_BYTES // max(1, each))
+    if queries > most:
+        raise TooLarge(
+            f"{queries} queries with {k} neighbours each; ask {most} at once at most, or for fewer neighbours"
+        )
 
 
 def _named(

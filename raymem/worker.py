@@ -47,12 +47,13 @@ class BankWorker:
     applied once there are many or somebody reads.
     """
 
-    def __init__(self, runtime: Runtime, crew: Crew, committer: Committer, settings: Settings) -> None:
+    def __init__(self, runtime: Runtime, crew: Crew, committer: Committer, settings: Settings, readers: Crew) -> None:
         self.runtime = runtime
         self.lost = False
         self.upkeep_errors = 0
         self.homes = Homes(runtime.cold, runtime.entry.name)
         self._crew = crew
+        self._readers = readers
         self.committer = committer
         self._settings = settings
         # banks that were filled together must not all settle in the same second
@@ -86,17 +87,17 @@ class BankWorker:
         self._put(_Write(trace, done))
         return done
 
-    async def read(self, hidden_QLD: Tensor, k: int, start: int) -> Readout:
-        """Read now, beside the writers."""
+    async def read(self, hidden_QLD: Tensor, k: int, start: int, wanted: Callable[[], bool]) -> Readout:
+        """Read now, beside the writers; see `Replica.read`."""
         try:
-            return await self._crew.run(lambda: self.runtime.read(hidden_QLD, k, start))
+            return await self._readers.run(lambda: self.runtime.read(hidden_QLD, k, start, wanted))
         finally:
             if self.runtime.broken:
                 self.give_up()
 
     async def beside(self, function: Callable[[], T]) -> T:
-        """Run `function` now, beside the writers."""
-        return await self._crew.run(function)
+        """Run `function`, a read, now, beside the writers."""
+        return await self._readers.run(function)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` after the writes queued so far and before later ones."""

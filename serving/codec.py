@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from raymem import routes, wire
-from raymem.errors import InvalidInput
+from raymem.errors import InvalidInput, TooLarge
 from raymem.serving.errors import explain, unreadable
 from raymem.serving.intake import ROWS, check_json, read_aside
 from raymem.serving.schemas import ReadAnswer, ReadBody, WriteBody
@@ -19,6 +19,8 @@ from raymem.types import Readout, Trace
 _MOMENTS = (str, int, float, type(None))
 # a trace has three dozen, and as many more as its fingerprint has layers
 _MOST_ITEMS = 1024
+# a neighbour in JSON costs ten times what a number does: one answer holds the interpreter for half a second at most
+_MOST_NEIGHBOURS, _MOST_NUMBERS = 2**16, 2**20
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -58,6 +60,7 @@ async def read_query(request: Request, bank: AsyncBank, max_bytes: int) -> ReadQ
 
     Raises:
         InvalidInput: another content type, or not what it says.
+        TooLarge: see `answer_readout`.
     """
     kind = _content_type(request, routes.JSON, routes.MSGPACK)
     data = await request.body()
@@ -65,14 +68,37 @@ async def read_query(request: Request, bank: AsyncBank, max_bytes: int) -> ReadQ
         return _query(await read_aside(len(data), wire.unpack, data, max_bytes, _MOST_ITEMS))
     body = await read_aside(len(data), _parse, ReadBody, data)
     queries = await read_aside(len(data), body.queries, (await bank.info()).spec.fingerprint)
+    if not _wants_tensors(request):
+        # told before the work is done
+        _require_json(len(queries) * body.k, 0)
     return ReadQuery(queries, body.k, body.start, body.as_of, body.allow_partial)
 
 
-def answer_readout(request: Request, readout: Readout) -> Response:
-    """A readout as the client wants it: tensors if it accepts msgpack, else JSON."""
-    if routes.MSGPACK in request.headers.get("accept", ""):
-        return Response(wire.pack(readout), media_type=routes.MSGPACK)
-    return Response(ReadAnswer.of(readout).model_dump_json(), media_type=routes.JSON)
+async def answer_readout(request: Request, readout: Readout) -> Response:
+    """A readout as the client wants it: tensors if it accepts msgpack, else JSON.
+
+    Raises:
+        TooLarge: JSON of so many neighbours and numbers is not written.
+    """
+    found = 0 if readout.tokens_Qk is None else readout.tokens_Qk.numel()
+    size = found + readout.values_QV.numel()
+    if _wants_tensors(request):
+        return Response(await read_aside(4 * size, wire.pack, readout), media_type=routes.MSGPACK)
+    _require_json(found, size)
+    body = await read_aside(64 * size, lambda: ReadAnswer.of(readout).model_dump_json())
+    return Response(body, media_type=routes.JSON)
+
+
+def _wants_tensors(request: Request) -> bool:
+    return routes.MSGPACK in request.headers.get("accept", "")
+
+
+def _require_json(neighbours: int, size: int) -> None:
+    if neighbours > _MOST_NEIGHBOURS or size > _MOST_NUMBERS:
+        raise TooLarge(
+            f"an answer of {neighbours} neighbours and {size - neighbours} numbers is not written as JSON (at most "
+            f"{_MOST_NEIGHBOURS}, {_MOST_NUMBERS}): send `Accept: {routes.MSGPACK}`, or ask for less"
+        )
 
 
 def _content_type(request: Request, *known: str) -> str:

@@ -220,7 +220,7 @@ _readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="raymem-body")
 
 
 async def read_aside(nbytes: int, read: Callable[..., T], *args: Any) -> T:
-    """Run what reads a body of so many bytes, beside the event loop if it is large."""
+    """Run what reads a body of so many bytes, or writes one, beside the event loop if it is large."""
     if nbytes <= _SMALL_BYTES:
         return read(*args)
     return await asyncio.get_running_loop().run_in_executor(_readers, functools.partial(read, *args))

@@ -17,7 +17,7 @@ from raymem.cold.store import ColdStore
 from raymem.cold.sweeper import sweep
 from raymem.cold.tables import journal_table, log_table
 from raymem.config import ColdSettings
-from raymem.errors import BankDetached, Moved, NotOwner, StorageError
+from raymem.errors import BankDetached, Moved, NotOwner, StorageError, StoreClosed, TooLarge
 from raymem.host import Host
 from raymem.runtime import Replica
 
@@ -290,3 +290,50 @@ async def test_an_upkeep_of_the_log_that_fails_unforeseen_keeps_nobody_waiting(
         assert (await host.stats())["log"]["upkeep_errors"] == 1
         await host.write("lab/b", make_trace(3))
         await host.close()
+
+
+async def test_one_callers_long_reads_hold_up_nobody_else(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
+    host = Host(cold, Settings(host={"threads": 2}), "me")
+    await attached(host, bank_spec, "lab/a", "lab/b")
+    rows = make_trace(4)
+    await host.write("lab/a", rows)
+    with host._workers["lab/a"].runtime.lock:
+        long = [asyncio.create_task(host.read("lab/a", rows.hidden, caller="many")) for _ in range(20)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            assert (await host.write("lab/b", rows, caller="one")).rows == 4
+            assert len((await host.read("lab/b", rows.hidden, caller="one")).relevance_Q) == 4
+        assert not any(task.done() for task in long)
+    assert len(await asyncio.gather(*long)) == 20
+    await host.close()
+
+
+async def test_a_long_read_is_given_up_when_nobody_wants_it(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
+    host = Host(cold, Settings(), "me")
+    await attached(host, bank_spec, "lab/a")
+    rows = make_trace(200)
+    await host.write("lab/a", rows)
+    runtime = host._workers["lab/a"].runtime
+    whole = await host.read("lab/a", rows.hidden, 3)
+    first = runtime.read(rows.hidden[:10], 3)
+    assert whole.tokens_Qk is not None
+    assert first.tokens_Qk is not None
+    assert whole.tokens_Qk.shape == (200, 3)
+    assert whole.tokens_Qk[:10].equal(first.tokens_Qk)
+    asked: list[int] = []
+    with pytest.raises(StoreClosed, match="being closed"):
+        runtime.read(rows.hidden, 3, 1, lambda: bool(asked.append(1)) or len(asked) < 3)
+    assert len(asked) == 3
+    await host.close()
+
+
+async def test_a_read_whose_answer_is_too_large_is_refused(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
+    host = Host(cold, Settings(), "me")
+    await attached(host, bank_spec, "lab/a")
+    rows = make_trace(1)
+    with pytest.raises(TooLarge, match="ask 1024 at once at most"):
+        await host.read("lab/a", rows.hidden.expand(1025, -1, -1), 4096)
+    with pytest.raises(TooLarge, match="ask 65536"):
+        await host.read("lab/a", rows.hidden.expand(65537, -1, -1), 1)
+    assert len((await host.read("lab/a", rows.hidden.expand(1024, -1, -1), 4096)).relevance_Q) == 1024
+    await host.close()

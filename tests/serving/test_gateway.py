@@ -109,6 +109,19 @@ async def test_the_client_sends_many_traces_at_once_and_again_without_harm(gatew
     assert (first.rows, first.duplicates, second.rows, second.duplicates) == (12, 0, 0, 12)
 
 
+def test_a_large_answer_is_not_written_as_json(gateway, rows_bank, make_rows):
+    rows_bank.write(make_rows(40))
+    raw = base64.b64encode(make_rows(40).hidden.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+    asked = {"hidden": {"dtype": "bfloat16", "shape": [40, 2, 24], "base64": raw}, "k": 4096}
+    url = f"{gateway}/v1/banks/{rows_bank.name}/read"
+    told = httpx.post(url, json=asked)
+    assert told.status_code == 413
+    assert "Accept: application/msgpack" in told.json()["error"]["message"]
+    found = wire.unpack(httpx.post(url, json=asked, headers={"Accept": "application/msgpack"}).content)
+    assert found.tokens_Qk.shape == (40, 4096)
+    assert len(httpx.post(url, json=asked | {"k": 1600}).json()["neighbours"]) == 40
+
+
 def test_people_write_and_read_in_json(gateway, rows_bank, make_rows):
     trace = make_rows(9)
     url = f"{gateway}/v1/banks/{rows_bank.name}"
