@@ -22,7 +22,7 @@ from raymem.cold.archive import Archive, opened
 from raymem.cold.catalog import Entry
 from raymem.cold.holes import HOLES, Holes
 from raymem.cold.manifest import CALIBRATION, COUNT_END, JOURNAL, PARAMS
-from raymem.cold.rows import JournalRows, bank_schema, checksums
+from raymem.cold.rows import JournalRows, bank_schema
 from raymem.cold.store import ColdStore
 from raymem.encode.calibration import Calibration
 from raymem.errors import BankExists, BankNotFound, CalibrationNotFound, Corrupt, InvalidInput
@@ -120,7 +120,7 @@ class _Rows:
             )
 
     def _take(self, rows: JournalRows) -> JournalRows:
-        """These rows under this store's names and epoch 0, if they are the next ones."""
+        """These rows under epoch 0, if they are the next ones; names stay as an earlier version spelled them."""
         self._sound(rows.verify)
         at = (self.holes or Holes()).wrong(rows.pos_T, self._expect)
         if at is not None:
@@ -128,7 +128,6 @@ class _Rows:
                 JOURNAL, f"has pos {int(rows.pos_T[at])} in row {self._done + at}, out of order"
             )
         self._validate(rows)
-        rows = _renamed(rows)
         for stream, run, seq in zip(rows.streams, rows.runs, rows.seq_T.tolist(), strict=True):
             if seq <= self._heads.get((stream, run), -1):
                 raise self._archive.corrupt(
@@ -175,16 +174,6 @@ def _pieces(batch: pa.RecordBatch) -> list[JournalRows]:
         if inner or (batch[name].null_count and name != "value"):
             raise Corrupt(f"rows have no {name}")
     return JournalRows.from_arrow(pa.Table.from_batches([batch]))
-
-
-def _renamed(rows: JournalRows) -> JournalRows:
-    """Rows under the names by which this store knows their streams and runs, which a file may spell another way."""
-    names = {name: check_label("a stream or run", name) for name in {*rows.streams, *rows.runs}}
-    if all(name == spelt for name, spelt in names.items()):
-        return rows
-    streams, runs = [names[name] for name in rows.streams], [names[name] for name in rows.runs]
-    crc_T = checksums(streams, runs, rows.seq_T, rows.token_T, rows.hidden_TLD, rows.value_TV)
-    return dataclasses.replace(rows, streams=streams, runs=runs, crc_T=crc_T)
 
 
 def _calibration(archive: Archive) -> Calibration | None:

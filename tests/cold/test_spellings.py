@@ -67,6 +67,23 @@ def test_rows_of_either_spelling_are_found_by_either(planted: Planted, tiny: Any
             assert bank.tokens("cafe", "r1", 0, 99).tolist() == []
 
 
+def test_a_file_keeps_a_run_in_each_spelling_that_its_bank_has(planted: Planted, tiny: Any, tmp_path: Path):
+    old, new = tiny.trace(9, stream=NFD, run="r1"), tiny.trace(4, stream=NFC, run="r1", seed=1)
+    planted.plant("lab/a", (old, None), (new, None))
+    with planted.open() as store:
+        bank = store.bank("lab/a")
+        bank.attach()
+        bank.export(tmp_path / "a.raymem")
+        copy = store.import_(tmp_path / "a.raymem", "lab/copy")
+        copy.attach()
+        assert copy.digest() == bank.digest()
+        for stream in (NFC, NFD):
+            assert torch.equal(copy.tokens(stream, "r1", 0, 99), bank.tokens(stream, "r1", 0, 99))
+        again = copy.write(tiny.trace(4, stream=NFD, run="r1", seed=1))
+        assert (again.rows, again.duplicates) == (0, 4)
+        assert copy.erase(stream=NFD).rows == 13
+
+
 @pytest.mark.parametrize("asked", [NFC, NFD])
 @pytest.mark.parametrize("scope", ["rows", "run"])
 def test_erasing_one_spelling_erases_the_other(planted: Planted, tiny: Any, asked: str, scope: Any):
