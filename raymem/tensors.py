@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,21 @@ def dense(what: str, tensor: Tensor) -> Tensor:
         InvalidTrace: sparse, nested, quantised, or on the meta device.
         TooLarge: over 1 GiB.
     """
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+    if not is_dense(tensor):
         kind = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
         raise InvalidTrace(f"{what} are a tensor that is {kind}; give a dense one: .to_dense(), .dequantize()")
     if tensor.nbytes > MOST_BYTES:
         raise TooLarge(f"{what} have {tensor.nbytes:,} bytes; give at most {MOST_BYTES:,} at once", limit=MOST_BYTES)
     return tensor.detach().as_subclass(Tensor).cpu().resolve_conj().resolve_neg()
+
+
+def is_dense(given: object) -> bool:
+    """Whether this is a tensor whose values are there to be looked at."""
+    return (
+        isinstance(given, Tensor)
+        and given.layout == torch.strided
+        and not (given.is_nested or given.is_quantized or given.is_meta)
+    )
 
 
 def require_sizes(shape: list[int]) -> None:
@@ -69,8 +79,16 @@ def _from_array(what: str, given: object, kinds: str, dtype: Any = np.float32) -
     if given is None or isinstance(given, str | bytes | dict | set | frozenset):
         raise InvalidTrace(f"{what} are {shown(given)}; give a tensor, an array or lists of numbers")
     try:
+        # a range may claim any length
+        if isinstance(given, Sequence) and len(given) > MOST_BYTES:
+            raise TooLarge(
+                f"{what} have {len(given)} rows; give at most {MOST_BYTES:,} bytes at once", limit=MOST_BYTES
+            )
         array = np.asarray(given)
-    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+    except TooLarge:
+        raise
+    # what an object's own way of becoming an array raises, too
+    except (ValueError, TypeError, OverflowError, RuntimeError, AttributeError, LookupError, MemoryError) as error:
         raise InvalidTrace(f"{what} can't be made an array: {str(error)[:200]}; give lists of equal lengths") from error
     if array.nbytes > MOST_BYTES:
         raise TooLarge(f"{what} have {array.nbytes:,} bytes; give at most {MOST_BYTES:,} at once", limit=MOST_BYTES)

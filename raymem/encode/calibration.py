@@ -19,6 +19,8 @@ from torch import Tensor
 
 from raymem import safefile
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec, RaymemError
+from raymem.inputs import shown
+from raymem.tensors import is_dense
 from raymem.types import KeySpec
 
 _FORMAT = "raymem-calibration-1"
@@ -202,7 +204,7 @@ def _build(head: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
 
 
 def _wrong_fields(made: Calibration) -> str:
-    named = isinstance(made.model, str) and 0 < len(made.model) <= _NAME_MAX
+    named = isinstance(made.model, str) and 0 < len(made.model) <= _NAME_MAX and made.model.isprintable()
     if not named:
         return f"model is {str(made.model)[:80]!r}; expected a content hash"
     layers = made.layers
@@ -216,14 +218,14 @@ def _wrong_fields(made: Calibration) -> str:
 
 def _wrong_tensors(made: Calibration) -> str:
     mean, layers = made.mean_LD, len(made.layers)
-    if not isinstance(mean, Tensor) or mean.dtype != torch.float32 or mean.dim() != 2 or len(mean) != layers:
+    if not _is_plain(mean) or mean.dtype != torch.float32 or mean.dim() != 2 or len(mean) != layers:
         return f"mean is {_form(mean)}; expected float32 [{layers}, width]"
     if not made.width or not _within(mean, _LARGEST):
         return f"mean has width {made.width} and entries up to {_peak(mean)}; expected finite ones up to {_LARGEST:g}"
     whiten, shape = made.whiten_LDD, (layers, made.width, made.width)
     if whiten is None:
         return ""
-    if not isinstance(whiten, Tensor) or whiten.dtype != torch.float32 or whiten.shape != shape:
+    if not _is_plain(whiten) or whiten.dtype != torch.float32 or whiten.shape != shape:
         return f"whitening is {_form(whiten)}; expected float32 {list(shape)}"
     # the inverse root of a covariance: symmetric, and positive definite
     scale = whiten.diagonal(dim1=1, dim2=2)
@@ -240,7 +242,13 @@ def _wrong_tensors(made: Calibration) -> str:
 
 
 def _wrong_ranges(made: Calibration) -> str:
-    for key, (lo, hi) in made.ranges.items():
+    given: object = made.ranges
+    if not isinstance(given, Mapping):
+        return f"ranges are {shown(given)}; expected a map of key functions"
+    for key, ends in given.items():
+        if not isinstance(key, KeySpec) or not _is_range(ends):
+            return f"ranges have {shown(ends)} for {shown(key)}; expected a KeySpec and two numbers"
+        lo, hi = ends
         if not (-_COSINE_MAX <= lo < hi <= _COSINE_MAX):
             return (
                 f"range of {key.function} keys of layers {list(key.layers)} is {lo} to {hi}; expected cosines, lo < hi"
@@ -252,8 +260,20 @@ def _wrong_ranges(made: Calibration) -> str:
     return f"ranges lack layers {missing}" if missing else ""
 
 
+def _is_range(ends: object) -> bool:
+    return isinstance(ends, tuple) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+
+
+def _is_plain(given: object) -> bool:
+    return isinstance(given, Tensor) and is_dense(given) and not given.requires_grad
+
+
 def _form(tensor: object) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else str(tensor)[:80]
+    if not isinstance(tensor, Tensor):
+        return shown(tensor)
+    if not is_dense(tensor):
+        return f"a tensor that is {tensor.layout} on {tensor.device}, or quantised"
+    return f"{tensor.dtype} {list(tensor.shape)}" + (" with a gradient" if tensor.requires_grad else "")
 
 
 def _peak(tensor: Tensor) -> float:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import safetensors.torch
@@ -14,13 +15,17 @@ from torch import Tensor
 
 from raymem import safefile
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec
+from raymem.inputs import json_value, named, shown
 from raymem.memory import class_of, option_names
 from raymem.memory.base import Memory
+from raymem.tensors import is_dense
 
 _FORMAT = "raymem-params-1"
 _KEY = "raymem"
 _PREFIX = "memory."
 _GATE = "gate."
+# of what training says of itself
+_DEEPEST = 32
 
 
 @dataclass(frozen=True)
@@ -75,18 +80,23 @@ class Learned:
         Raises:
             InvalidSpec: no such kind, options that it doesn't have, or weights that it doesn't learn, naming them.
         """
-        for what, said in (("kind", self.kind), ("options", self.options), ("about", self.about)):
-            if not isinstance(said, str if what == "kind" else Mapping):
-                raise InvalidSpec(f"the params' {what} is {str(said)[:80]!r}; train again")
+        if not isinstance(self.kind, str):
+            raise InvalidSpec(f"the params' kind is {shown(self.kind)}; train again")
+        for what, said in (("options", self.options), ("about", self.about), ("tensors", self.tensors)):
+            if not isinstance(said, Mapping):
+                raise InvalidSpec(f"the params' {what} are {shown(said)}; give a map. Train again")
+            if what != "tensors":
+                named(f"{what} of the params", partial(json_value, depth=_DEEPEST), dict(said))
         if odd := set(self.options) - option_names(self.kind):
             raise InvalidSpec(
                 f"the params' options {str(sorted(odd))[:80]} are none of a {self.kind} bank; train again"
             )
         known = tuple(f"{_PREFIX}{name}." for name in class_of(self.kind).learns)
         for name, tensor in self.tensors.items():
-            if not name.startswith((*known, _GATE)) or not tensor.is_floating_point() or not tensor.numel():
+            if not _is_weight(name, tensor, (*known, _GATE)):
+                what = f"{tensor.dtype} {list(tensor.shape)}" if is_dense(tensor) else shown(tensor)
                 raise InvalidSpec(
-                    f"the params' {str(name)[:80]!r}, {tensor.dtype} {list(tensor.shape)}, is no weight that a "
+                    f"the params' {shown(name)}, {what}, is no weight that a "
                     f"{self.kind} bank learns; there are floats named {', '.join((*known, _GATE))}… Train again"
                 )
         try:
@@ -122,6 +132,18 @@ def of_memory(memory: Memory) -> dict[str, Tensor]:
 def name_of(data: bytes) -> str:
     """The name of a file with these bytes, `sha256:…`."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _is_weight(name: object, tensor: object, known: tuple[str, ...]) -> bool:
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name.startswith(known)
+        and isinstance(tensor, Tensor)
+        and is_dense(tensor)
+        and tensor.is_floating_point()
+        and tensor.numel() > 0
+    )
 
 
 def _form(tensor: Tensor | None) -> tuple[torch.dtype, list[int]] | None:

@@ -61,6 +61,19 @@ BAD = {
     "a range of other layers": {"ranges": {KeySpec(layers=(9,)): Range(0.1, 0.9)}},
     "a model without a name": {"model": ""},
 }
+# what only a caller in this process can hand over
+NO_FILE = {
+    "half a character as a model": {"model": "\ud800"},
+    "a mean without values": {"mean_LD": torch.zeros(2, WIDTH, device="meta")},
+    "a sparse mean": {"mean_LD": mean(0).to_sparse()},
+    "a mean with a gradient": {"mean_LD": mean(0).requires_grad_()},
+    "whitening without values": {"whiten_LDD": EYES.to("meta")},
+    "ranges that are none": {"ranges": None},
+    "ranges in a list": {"ranges": [KEY]},
+    "a range of no key": {"ranges": {"x": Range(0.1, 0.9)}},
+    "a range of three ends": {"ranges": {KEY: (0.1, 0.5, 0.9)}},
+    "a range of text": {"ranges": {KEY: Range("a", "b")}},  # type: ignore[arg-type]
+}
 
 
 @pytest.fixture
@@ -150,6 +163,34 @@ def test_what_is_fitted_is_sound(what, shrink):
 def test_states_that_nothing_can_be_fitted_to_are_refused_with_the_reason(what, shrink):
     with pytest.raises(InvalidInput, match="calibrat"):
         fit("content", LAYERS, sample(NONE[what]), shrink=shrink)
+
+
+@pytest.mark.parametrize("what", NO_FILE)
+def test_an_object_that_is_none_is_refused_as_well(store, tiny, what):
+    with pytest.raises(InvalidInput, match="the calibration.s (model|mean|whitening|ranges)"):
+        store.put_calibration(dataclasses.replace(tiny.calibration, **NO_FILE[what]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"tensors": None}, "tensors"),
+        ({"tensors": {3: torch.ones(3)}}, "no weight"),
+        ({"tensors": {"memory.gate.weight": "x"}}, "no weight"),
+        ({"tensors": {"memory.gate.\ud800": torch.ones(3)}}, "no weight"),
+        ({"tensors": {"memory.gate.weight": torch.ones(3, device="meta")}}, "no weight"),
+        ({"tensors": {"memory.gate.weight": torch.ones(3).to_sparse()}}, "no weight"),
+        ({"about": {"loss": float("nan")}}, "about of the params is nan"),
+        ({"about": {1: 2}}, "about of the params is 1"),
+        ({"options": {"learned": object()}}, "options of the params"),
+    ],
+)
+def test_weights_that_no_file_holds_are_refused(store, changes, match):
+    from raymem.memory.learned import Learned
+
+    good = {"kind": "titans", "tensors": {"memory.gate.weight": torch.ones(3, 4)}, "options": {"learned": True}}
+    with pytest.raises(InvalidSpec, match=match):
+        store.put_params(Learned(**good | changes))
 
 
 @pytest.mark.parametrize(
