@@ -60,7 +60,7 @@ class HostSettings(_Section):
     caller_requests: int = Field(default=256, ge=1)
     caller_bytes: int = Field(default=256 * 2**20, ge=1024)
     group_bytes: int = Field(default=32 * 2**20, ge=1024)
-    lease_s: float = Field(default=9.0, ge=0.1)
+    lease_s: float = Field(default=9.0, ge=0.1, le=86400)
     past_bytes: int = Field(default=256 * 2**20, ge=0)
     memory_bytes: int | None = Field(default=None, ge=2**10)
     gpu_memory_bytes: int | None = Field(default=None, ge=2**10)

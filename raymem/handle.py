@@ -166,5 +166,9 @@ def _running() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-# the last registered runs first: before the one by which executors stop
-threading._register_atexit(_end)  # type: ignore[attr-defined]
+try:
+    # the last registered runs first: before the one by which executors stop
+    threading._register_atexit(_end)  # type: ignore[attr-defined]
+except RuntimeError:
+    # imported by a thread that goes on after the main one: too late to open a store
+    _ends.ending = os.getpid()

@@ -16,6 +16,7 @@ _LINK = re.compile(rf"{_SERVICE}_PORT(_\d+_{_PROTOCOL})?")
 _ADDRESS = re.compile(rf"{_SERVICE}_(SERVICE_HOST|PORT_\d+_{_PROTOCOL}_ADDR)")
 _NUMBER = re.compile(rf"{_SERVICE}_(SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_{_PROTOCOL}_PORT)")
 _NAME = re.compile(rf"{_SERVICE}_PORT_\d+_{_PROTOCOL}_PROTO")
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
 _URL = re.compile(r"(tcp|udp|sctp)://(\[[0-9a-fA-F:.]+\]|[0-9.]+):\d{1,5}")
 
 
@@ -25,7 +26,7 @@ def is_service(name: str, value: str) -> bool:
     return bool(
         (_LINK.fullmatch(name) and _URL.fullmatch(value))
         or (_ADDRESS.fullmatch(name) and _is_address(value))
-        or (_NUMBER.fullmatch(name) and value.isdecimal() and 0 < int(value) < 2**16)
+        or (_NUMBER.fullmatch(name) and _PORT.fullmatch(value))
         or (_NAME.fullmatch(name) and value in ("tcp", "udp", "sctp"))
     )
 

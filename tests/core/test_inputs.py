@@ -37,6 +37,13 @@ class Name(enum.StrEnum):
     ALICE = "alice"
 
 
+class Unmade:
+    """What says that it is an array, and can't be made one."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise KeyError("gone")
+
+
 @pytest.mark.parametrize("cls", [AsyncStore, AsyncBank])
 def test_every_argument_of_every_verb_has_a_domain(cls: type):
     verbs = {name: verb for name, verb in vars(cls).items() if inspect.isfunction(verb) and not name.startswith("_")}
@@ -241,6 +248,9 @@ def test_tensors_of_every_make_are_taken_or_refused(bank: Bank, tiny: Any):
         (torch.zeros(()), tokens, InvalidTrace),
         (good[:1].expand(2**40, 2, 24), tokens, TooLarge),
         (np.broadcast_to(np.float32(1), (2**40, 2, 24)), tokens, TooLarge),
+        (range(2**40), tokens, TooLarge),
+        (good, range(2**40), TooLarge),
+        (Unmade(), tokens, InvalidTrace),
         (good, torch.tensor([True, False, True]), InvalidTrace),
         (good, [True, 2, 3], InvalidTrace),
         (good, [1.0, 2.0, 3.0], InvalidTrace),

@@ -47,6 +47,7 @@ def test_a_service_of_any_name_is_passed_over(name, address, protocol):
         ("RAYMEM_PORT", "8765", "RAYMEM_GATEWAY__PORT"),
         ("RAYMEM_SERVICE_HOST", "gateway.local", "SECTION__KEY"),
         ("RAYMEM_SERVICE_PORT", "all", "SECTION__KEY"),
+        ("RAYMEM_SERVICE_PORT", "9" * 5000, "SECTION__KEY"),
         ("RAYMEM_PORT_8765_TCP", "8765", "SECTION__KEY"),
         ("RAYMEM_PORT_8765_TCP_PROTO", "https", "SECTION__KEY"),
         ("RAYMEM_PORT", "tcp://10.0.0.1", "SECTION__KEY"),
@@ -58,7 +59,8 @@ def test_a_misspelt_setting_is_an_error_with_the_right_spelling(variable, value,
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("RAYMEM_GATEWAY__PORT", "tcp://10.0.0.1:8765"), ("RAYMEM_GATEWAY__PROT", "1")]
+    ("variable", "value"),
+    [("RAYMEM_GATEWAY__PORT", "tcp://10.0.0.1:8765"), ("RAYMEM_GATEWAY__PROT", "1"), ("RAYMEM_HOST__LEASE_S", "inf")],
 )
 def test_a_setting_s_bad_value_is_an_error_still(variable, value):
     with pytest.raises(ConfigError):

@@ -195,6 +195,25 @@ asyncio.run_coroutine_threadsafe(main(), loop).result()
 }
 
 
+def test_a_thread_that_outlives_the_main_one_is_told_when_it_first_connects(tmp_path: Path):
+    # in a process of its own: raymem is imported by then, what opens a store is not
+    script = """
+import sys, threading, raymem, concurrent.futures.thread
+from raymem.errors import StoreClosed
+def late():
+    threading.main_thread().join()
+    try:
+        raymem.connect(sys.argv[1])
+    except StoreClosed as error:
+        print(error)
+threading.Thread(target=late).start()
+"""
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "m")], capture_output=True, text=True, timeout=60
+    )
+    assert "is ending" in ran.stdout, ran.stderr
+
+
 @pytest.mark.parametrize("how", ASYNC)
 def test_a_clean_exit_flushes_an_async_store(tmp_path: Path, how: str):
     script = """
