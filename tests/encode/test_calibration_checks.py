@@ -167,7 +167,7 @@ def test_states_that_nothing_can_be_fitted_to_are_refused_with_the_reason(what, 
 
 @pytest.mark.parametrize("what", NO_FILE)
 def test_an_object_that_is_none_is_refused_as_well(store, tiny, what):
-    with pytest.raises(InvalidInput, match="the calibration.s (model|mean|whitening|ranges)"):
+    with pytest.raises(InvalidInput, match=r"the calibration.s (model|mean|whitening|ranges)"):
         store.put_calibration(dataclasses.replace(tiny.calibration, **NO_FILE[what]))
 
 
