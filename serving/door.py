@@ -72,8 +72,8 @@ class Door:
         matches = [hmac.compare_digest(known, key) for known in self._keys]
         if scheme.lower() != "bearer" or not key or not any(matches):
             raise Unauthorized(
-                "no API key, or one that is not known here; send `Authorization: Bearer KEY`, "
-                "or connect with raymem.connect(url, api_key=…)"
+                "no API key, or one that is not known here; send `Authorization: Bearer KEY`: "
+                "raymem.connect(url, api_key=…), and RAYMEM_API_KEY for the command line"
             )
         return f"key {hashlib.sha256(key).hexdigest()[:16]}"
 

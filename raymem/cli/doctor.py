@@ -25,7 +25,10 @@ _MARKS = {"ok": "[green]ok[/]", "optional": "[yellow]–[/]", "missing": "[red]m
 
 # an object store's client goes on trying for longer than anyone looks
 _PATIENCE_S = 20.0
-_FIX = "start it, or name another: --store or RAYMEM_STORE; for an object store, set its credentials"
+_FIX = (
+    "start it, or name another: --store or RAYMEM_STORE; a gateway may want a key, RAYMEM_API_KEY, and an object store "
+    "its credentials"
+)
 _ASK = """
 import sys
 from raymem.cli.options import api_key

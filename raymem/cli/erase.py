@@ -84,7 +84,7 @@ def receipts(
 ) -> None:
     """List what was erased in a bank; receipts stay when the bank is removed.
 
-    A name that was forgotten is found again by who asks for it with --stream, and shown to no one.
+    Names that were forgotten are not shown; --stream still finds their receipts.
 
     For example:
 

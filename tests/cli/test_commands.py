@@ -117,6 +117,18 @@ def test_doctor_asks_a_gateway_that_is_there(raymem, run_gateway, tmp_path):
     assert (said.code, found["status"]) == (0, "ok")
 
 
+def test_doctor_names_the_variable_of_a_key_that_a_gateway_wants(raymem, run_gateway, tmp_path, monkeypatch):
+    from raymem import Settings
+    from raymem.config import GatewaySettings
+
+    with run_gateway(tmp_path / "behind", Settings(gateway=GatewaySettings(api_keys=("k1",)))) as gateway:
+        without = raymem("doctor", "--store", gateway, "--json")
+        monkeypatch.setenv("RAYMEM_API_KEY", "k1")
+        given = raymem("doctor", "--store", gateway, "--json")
+    assert (without.code, given.code) == (1, 0)
+    assert "RAYMEM_API_KEY" in next(each["found"] for each in without.json["findings"] if each["name"] == "store")
+
+
 def test_doctor_sees_a_store_that_is_no_folder(raymem, tmp_path):
     (tmp_path / "file").write_text("no folder")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
