@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import math
 import time
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
 from raymem.errors import FingerprintMismatch, InvalidInput, InvalidSpec, InvalidTrace, NonFinite
@@ -41,11 +42,22 @@ from raymem.reports import RestoreReport as RestoreReport
 from raymem.reports import ShardInfo as ShardInfo
 from raymem.tensors import dense, states, token_ids
 
-_MOST_OPTIONS = 100
+# a bank's line is read whenever banks are listed: no name and no hash in it is longer, and no set of options
+_MOST_OPTIONS, _LONGEST, _MOST_LAYERS = 100, 4096, 1024
+_OPTIONS_BYTES = 2**16
 _Sized = Annotated[int, BeforeValidator(lambda value: whole(value, 0, COUNT_END, InvalidSpec))]
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # banks keep token ids in four bytes
 _TOKENS = 2**31
+
+
+def _short(value: str) -> str:
+    if len(value) > _LONGEST:
+        raise InvalidSpec(f"{shown(value)}; give at most {_LONGEST} characters")
+    return value
+
+
+_Hash = Annotated[str, AfterValidator(_short)]
 
 
 class _Frozen(BaseModel):
@@ -56,7 +68,7 @@ class _Frozen(BaseModel):
         try:
             for value in fields.values():
                 if isinstance(value, str):
-                    text(value)
+                    _short(text(value[: _LONGEST + 1]))
             super().__init__(**fields)
         except ValidationError as error:
             raise _invalid_spec(type(self).__name__, error) from error
@@ -78,13 +90,13 @@ class Fingerprint(_Frozen):
 
     model: str
     content: str
-    layers: tuple[int, ...] = Field(min_length=1)
+    layers: tuple[int, ...] = Field(min_length=1, max_length=_MOST_LAYERS)
     width: int = Field(gt=0)
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     tokenizer: str
     calibration: str = ""
     values: str = ""
-    legacy: tuple[str, str] | None = None
+    legacy: tuple[_Hash, _Hash] | None = None
 
     def require(self, other: Fingerprint) -> None:
         """Raise FingerprintMismatch naming every field in which `other` differs; labels may."""
@@ -163,7 +175,10 @@ class BankSpec(_Frozen):
     def _plain(cls, value: Any) -> Any:
         if not isinstance(value, dict) or len(value) > _MOST_OPTIONS:
             raise InvalidSpec(f"options are {shown(value)}; give a map of at most {_MOST_OPTIONS} options")
-        return dict(sorted(json_value(value).items()))
+        plain = dict(sorted(json_value(value).items()))
+        if len(json.dumps(plain)) > _OPTIONS_BYTES:
+            raise InvalidSpec(f"options are over {_OPTIONS_BYTES} bytes as JSON; give less")
+        return plain
 
 
 class RowRef(NamedTuple):

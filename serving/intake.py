@@ -22,6 +22,8 @@ from raymem.limits import caller
 from raymem.serving.errors import NOT_HTTP, Carried
 
 T = TypeVar("T")
+# a question in text is the longest: 100,000 characters, each escaped
+_COMMAND_BYTES = 2**20
 # smaller bodies are read where they are: going to a thread and back takes longer
 _SMALL_BYTES = 2**16
 
@@ -133,6 +135,8 @@ class BoundedRequest(Request):
         """
         data = await self.body()
         try:
+            if len(data) > _COMMAND_BYTES:
+                raise TooLarge(f"a command has {_COMMAND_BYTES} bytes at most, and this has {len(data)}: send less")
             return parse(data, COMMAND)
         except InvalidInput as error:
             raise Carried(error) from error

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 import torch
 
-from raymem.errors import FingerprintMismatch, InvalidName, InvalidTrace, NonFinite
-from raymem.types import Fingerprint, Readout, RowRef, Trace, check_bank_name
+from raymem.errors import FingerprintMismatch, InvalidName, InvalidSpec, InvalidTrace, NonFinite
+from raymem.types import BankSpec, Fingerprint, Readout, RowRef, Trace, check_bank_name
 
 FINGERPRINT = Fingerprint(model="tiny", content="c", layers=(3, 5), width=7, dtype="float32", tokenizer="t")
 
@@ -148,3 +148,17 @@ def test_provenance_leaves_out_absent_neighbours():
     )
     assert readout.rows(0) == [RowRef("s", "r", 2, 5)]
     assert Readout(torch.zeros(1, 0), torch.ones(1)).rows(0) == []
+
+
+def test_no_name_or_option_of_a_spec_is_long(tiny: Any) -> None:
+    spec = tiny.spec()
+    told = spec.fingerprint.model_dump()
+    assert Fingerprint(**told | {"model": "m" * 4096}).model == "m" * 4096
+    for field in ("model", "content", "tokenizer", "calibration", "values"):
+        with pytest.raises(InvalidSpec, match="at most 4096"):
+            Fingerprint(**told | {field: "m" * 8_000_000})
+    for odd in ({"legacy": ("a", "b" * 5000)}, {"layers": tuple(range(1, 1100))}):
+        with pytest.raises(InvalidSpec):
+            Fingerprint(**told | odd)
+    with pytest.raises(InvalidSpec, match="65536 bytes"):
+        BankSpec(**dict(spec) | {"options": {"a": "b" * 70_000}})

@@ -274,3 +274,10 @@ def test_the_page_about_http_lists_every_route(root):
     page = (root / "docs" / "http.md").read_text()
     listed = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
     assert listed == {f"{route.method} {route.path}" for route in TABLE}
+
+
+def test_a_command_has_a_megabyte_at_most(gateway):
+    content = b'{"name": "' + b"a" * 2**20 + b'"}'
+    answer = httpx.post(f"{gateway}/v1/banks", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
+    assert "1048576 bytes at most" in answer.json()["error"]["message"]
