@@ -123,7 +123,12 @@ class HttpBackend:
         asked = {"hidden": hidden_QLD, "k": k, "start": start, "as_of": as_of, "allow_partial": allow_partial}
         body = wire.pack(asked, self._max_bytes)
         headers = {"Content-Type": routes.MSGPACK, "Accept": routes.MSGPACK}
-        found = wire.unpack(await self._call(routes.READ, name, content=body, headers=headers), self._max_bytes)
+        answer = await self._call(routes.READ, name, content=body, headers=headers)
+        try:
+            found = wire.unpack(answer, self._max_bytes)
+        except InvalidInput as error:
+            # who asked did nothing wrong
+            raise BackendUnavailable(f"{self._client.base_url} answered a read with this: {error.message}") from error
         if not isinstance(found, Readout):
             raise BackendUnavailable(f"{self._client.base_url} answered a read with a {type(found).__name__}")
         return found

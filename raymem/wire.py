@@ -25,7 +25,7 @@ from torch import Tensor
 
 from raymem.cold.rows import JournalRows, is_journal
 from raymem.errors import Corrupt, InvalidInput, InvalidTrace, RaymemError, TooLarge
-from raymem.inputs import TIME_END
+from raymem.inputs import TIME_END, shown
 from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
 from raymem.wire_limits import MOST_DEEP, check_arrow, check_msgpack, check_traces
 
@@ -81,7 +81,8 @@ def unpack(data: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES, max
 
     Raises:
         TooLarge: more bytes or items than allowed, naming the numbers.
-        Corrupt: not msgpack, an unknown extension or noun, a tensor or field that does not hold what it says.
+        InvalidInput: msgpack that holds together, of an unknown noun, or with a field that can't be what it says.
+        Corrupt: not msgpack, an unknown extension, a tensor that does not hold what it says.
     """
     _within(data, max_bytes)
     if max_items is not None:
@@ -95,6 +96,8 @@ def unpack(data: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES, max
             # a timestamp is a float to those who have no business sending one
             timestamp=1,
         )
+    except RaymemError:
+        raise
     except (ValueError, OverflowError, TypeError) as error:
         raise Corrupt(f"not a raymem message: {type(error).__name__}: {str(error)[:200]}") from error
 
@@ -252,16 +255,18 @@ def _is_size(size: Any) -> bool:
 
 def _from_map(found: dict[Any, Any]) -> Any:
     if not all(type(key) is str for key in found):
-        raise Corrupt("a map has keys that are not text")
+        raise InvalidInput(f"a map has the key {next(key for key in found if type(key) is not str)!r:.80}; give text")
     name = found.pop(_TAG, None)
     if name is None:
         return found
-    if name == _ERROR:
-        return RaymemError.from_wire(found)
-    noun = _NOUNS.get(name) if isinstance(name, str) else None
-    if noun is None:
-        raise Corrupt(f"unknown noun {str(name)[:80]!r}; this raymem knows {sorted(_NOUNS)}")
-    return _noun(noun, found)
+    if name != _ERROR and not (isinstance(name, str) and name in _NOUNS):
+        raise InvalidInput(f"a message's noun is {shown(name)}; this raymem knows {sorted(_NOUNS)}")
+    try:
+        return RaymemError.from_wire(found) if name == _ERROR else _noun(_NOUNS[name], found)
+    except RaymemError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise InvalidInput(f"{name} in a message: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def _noun(noun: type[Any], found: dict[str, Any]) -> Any:
@@ -270,7 +275,7 @@ def _noun(noun: type[Any], found: dict[str, Any]) -> Any:
     hints = _FIELDS[noun.__name__]
     unknown = sorted(set(found) - set(hints))
     if unknown:
-        raise Corrupt(f"{noun.__name__} has no field {unknown[0]!r}; it has {sorted(hints)}")
+        raise InvalidInput(f"{noun.__name__} has no field {shown(unknown[0])}; it has {sorted(hints)}")
     return noun(**{name: _fit(value, hints[name], f"{noun.__name__}.{name}") for name, value in found.items()})
 
 
@@ -291,7 +296,7 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
         return {key: _fit(part, inner[1], where) for key, part in value.items()}
     if isinstance(hint, type) and (type(value) is hint or (hint is Tensor and isinstance(value, Tensor))):
         return value
-    raise Corrupt(f"{where} is a {type(value).__name__}; expected {hint}")
+    raise InvalidInput(f"{where} is {shown(value)}; give {getattr(hint, '__name__', hint)}")
 
 
 def _runs(rows: JournalRows) -> list[tuple[int, int]]:

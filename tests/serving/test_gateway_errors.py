@@ -1,11 +1,12 @@
 import json
 
 import httpx
+import msgpack
 import pytest
 from fastapi import FastAPI
 from jsonschema import validate
 
-from raymem import Settings, routes
+from raymem import Settings, routes, wire
 from raymem.config import GatewaySettings
 from raymem.errors import Overloaded, RaymemError, TooLarge
 from raymem.routes import Route
@@ -179,6 +180,32 @@ def test_a_token_that_is_none_is_refused(bank_url, token):
 def test_a_body_that_is_not_what_it_says_is_refused(bank_url, kind, content, says):
     answer = httpx.post(f"{bank_url}/write", content=content, headers={"Content-Type": kind})
     assert answer.status_code == 422
+    assert says in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("seq", "1", "seq is '1'"),
+        ("seq", 1.5, "seq is 1.5"),
+        ("stream", 7, "stream is 7"),
+        ("time", True, "time is True"),
+        ("hidden", [[[1.0]]], "hidden is"),
+        ("fingerprint", 5, "fingerprint is 5"),
+        ("fingerprint", {"$": "Fingerprint", "layers": "all"}, "Fingerprint"),
+        ("more", 1, "no field 'more'"),
+        ("$", "Traces", "'Traces'"),
+    ],
+)
+def test_a_field_of_another_type_is_the_senders_mistake_and_no_damage(bank_url, make_rows, field, value, says):
+    def keep(code: int, data: bytes) -> msgpack.ExtType:
+        return msgpack.ExtType(code, data)
+
+    body = msgpack.unpackb(wire.pack(make_rows(2)), ext_hook=keep) | {field: value}
+    headers = {"Content-Type": "application/msgpack"}
+    answer = httpx.post(f"{bank_url}/write", content=msgpack.packb(body), headers=headers)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "invalid_input"
     assert says in answer.json()["error"]["message"]
 
 
