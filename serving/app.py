@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,9 +15,10 @@ from pydantic.json_schema import models_json_schema
 
 import raymem
 from raymem.config import Settings
+from raymem.locks import Locks
 from raymem.serving import docs, errors
 from raymem.serving.door import DOCS, Door
-from raymem.serving.intake import Budget, Transfers
+from raymem.serving.intake import SLOW_AT_ONCE, Budget, Transfers
 from raymem.serving.metrics import Counted, Metrics
 from raymem.serving.recall import Reader
 from raymem.serving.routes import banks, history, rows, store
@@ -52,6 +54,7 @@ def create_app(store_or_opener: AsyncStore | Opener, settings: Settings | None =
     app.state.metrics = Metrics()
     app.state.budget = Budget(settings.gateway)
     app.state.transfers = Transfers()
+    app.state.turns = Locks(lambda: asyncio.Semaphore(SLOW_AT_ONCE))
     # the door checks the key itself, before any body is read; this only tells OpenAPI
     keyed = [Depends(HTTPBearer(auto_error=False, description="One of gateway.api_keys."))]
     for router in (banks.router, history.router, rows.router, store.router):

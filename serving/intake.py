@@ -22,6 +22,8 @@ from raymem.limits import caller
 from raymem.serving.errors import NOT_HTTP, Carried
 
 T = TypeVar("T")
+# of one caller: they take threads that all others need too, a recall in text the one model
+SLOW_AT_ONCE = 2
 # a question in text is the longest: 100,000 characters, each escaped
 _COMMAND_BYTES = 2**20
 # smaller bodies are read where they are: going to a thread and back takes longer

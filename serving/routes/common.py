@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -9,6 +10,7 @@ from fastapi import APIRouter, Depends, Path, Request
 
 from raymem.config import GatewaySettings
 from raymem.errors import BankNotFound, Conflict, RaymemError, Unsupported
+from raymem.limits import caller
 from raymem.routes import Route
 from raymem.serving.errors import documented
 from raymem.serving.intake import Transfers
@@ -47,6 +49,12 @@ def get_transfers(request: Request) -> Transfers:
     return transfers
 
 
+async def get_turn(request: Request) -> asyncio.Semaphore:
+    """What a caller's slow requests take turns at; those of others don't wait for them."""
+    turn: asyncio.Semaphore = request.app.state.turns[caller.get()]
+    return turn
+
+
 def get_reader(request: Request) -> Reader:
     """The gateway's one model."""
     reader: Reader = request.app.state.reader
@@ -63,6 +71,7 @@ def bank_name(
 StoreDep = Annotated[AsyncStore, Depends(get_store)]
 SettingsDep = Annotated[GatewaySettings, Depends(get_settings)]
 TransfersDep = Annotated[Transfers, Depends(get_transfers)]
+TurnDep = Annotated[asyncio.Semaphore, Depends(get_turn)]
 ReaderDep = Annotated[Reader, Depends(get_reader)]
 NameDep = Annotated[str, Depends(bank_name)]
 

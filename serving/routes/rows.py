@@ -24,7 +24,7 @@ from raymem.errors import (
 from raymem.serving.codec import answer_readout, read_query, read_traces
 from raymem.serving.intake import Intake, read_aside
 from raymem.serving.recall import recall
-from raymem.serving.routes.common import BankDep, ReaderDep, SettingsDep, serve
+from raymem.serving.routes.common import BankDep, ReaderDep, SettingsDep, TurnDep, serve
 from raymem.serving.schemas import ReadAnswer, ReadBody, RecallAnswer, RecallBody, Tokens, WriteBody
 from raymem.types import Ack
 
@@ -83,21 +83,24 @@ async def read(bank: BankDep, settings: SettingsDep, request: Request) -> Respon
 
 
 @serve(router, routes.RECALL, BankNotFound, BankDetached, FingerprintMismatch, MissingExtra, ModelNotFound, InvalidName)
-async def recall_text(bank: BankDep, reader: ReaderDep, body: RecallBody) -> RecallAnswer:
+async def recall_text(bank: BankDep, reader: ReaderDep, turn: TurnDep, body: RecallBody) -> RecallAnswer:
     """Ask a bank in text: the text runs through the bank's model, the answer is text that was written there."""
-    return await recall(bank, reader, body.text, body.k, body.as_of, body.allow_partial)
+    async with turn:
+        return await recall(bank, reader, body.text, body.k, body.as_of, body.allow_partial)
 
 
 @serve(router, routes.TOKENS, BankNotFound, InvalidName, response_model=Tokens)
 async def tokens(
     bank: BankDep,
+    turn: TurnDep,
     stream: str,
     run: str,
     seq_from: Seq,
     seq_to: Seq,
 ) -> Response:
     """List the token ids of a run's rows from `seq_from` to `seq_to` (exclusive), in order."""
-    found = await bank.tokens(stream, run, seq_from, seq_to)
+    async with turn:
+        found = await bank.tokens(stream, run, seq_from, seq_to)
     # FastAPI would look at each token by itself, and everybody else would wait
     body = await read_aside(8 * len(found), lambda: pydantic_core.to_json({"tokens": found.tolist()}))
     return Response(body, media_type=routes.JSON)

@@ -1,3 +1,4 @@
+import asyncio
 import base64
 from dataclasses import replace
 from pathlib import Path
@@ -286,3 +287,33 @@ def test_key_functions_and_options_survive_the_way(store, gateway_spec, bank_nam
     assert (
         store.create(bank_name, spec).info().spec.model_copy(update={"fingerprint": gateway_spec.fingerprint}) == spec
     )
+
+
+async def test_slow_requests_of_one_caller_take_turns(tmp_path, monkeypatch):
+    from raymem.config import Settings
+    from raymem.serving.app import create_app
+    from raymem.store import AsyncBank, AsyncStore
+
+    running = most = 0
+
+    async def tokens(*_args):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        running -= 1
+        return torch.tensor([1, 2])
+
+    store = await AsyncStore.connect(tmp_path / "memory")
+    monkeypatch.setattr(AsyncBank, "tokens", tokens)
+    app = create_app(store, Settings(gateway={"api_keys": ("a", "b")}))
+    app.state.store = store
+    url = "http://gateway/v1/banks/lab/x/tokens?stream=s&run=r&seq_from=0&seq_to=2"
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
+        for keys, at_once in (("a", 2), ("ab", 4)):
+            most = 0
+            asked = [client.get(url, headers={"Authorization": f"Bearer {key}"}) for key in keys for _ in range(10)]
+            assert {(await answer).text for answer in asyncio.as_completed(asked)} == {'{"tokens":[1,2]}'}
+            assert most == at_once
+    await store.close()
