@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -232,6 +235,20 @@ def test_who_connects_later_needs_not_name_the_store_but_may_not_name_another(st
     with pytest.raises(ConfigError, match=rf"{folder}, which .*elsewhere is not; leave cold out"):
         raymem.connect("ray", cold=str(tmp_path / "elsewhere"))
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_process_that_forks_or_leaves_ray_hears_so_and_can_connect_again(nodes, bank):
+    driver = [sys.executable, str(Path(__file__).with_name("driver.py")), bank.name]
+    ran = subprocess.run(driver, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout)
+    assert "StoreClosed: this store was opened in process" in found["forked"]["bank"]
+    assert "multiprocessing's 'spawn'" in found["forked"]["anew"]
+    assert found["forked"]["close"] == found["closed"] == "None"
+    assert all("StoreClosed" in told and "connect again" in told for told in found["shut"].values())
+    assert "StoreClosed" not in str(found["old"])
+    assert found["old"]["digest"] == bank.digest()
+    assert bank.tags() == {"t": 50}
 
 
 def test_a_shard_killed_while_it_writes_loses_and_doubles_nothing(store, folder, bank, tiny, tmp_path):
