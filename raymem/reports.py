@@ -89,3 +89,16 @@ class MergeReport:
     duplicates: int
     conflicts: int
     conflict_rows: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What decoding every file left of a bank found: files and bytes read, finds, and files that can't be decoded.
+
+    A find is a row of a data file, a name in a snapshot, or a row or a tail that a snapshot's tensors still hold.
+    """
+
+    files: int
+    bytes: int
+    found: int
+    unreadable: int

@@ -35,6 +35,7 @@ from raymem.inputs import (
 )
 from raymem.inputs import shorten as shorten
 from raymem.reports import DrainReport as DrainReport
+from raymem.reports import FileCheck as FileCheck
 from raymem.reports import MergeReport as MergeReport
 from raymem.reports import MigrationReport as MigrationReport
 from raymem.reports import RebalanceReport as RebalanceReport
@@ -429,19 +430,6 @@ class Selection:
     def whole(self) -> bool:
         """Whether it is about all rows of a stream or of a run."""
         return self.stream is not None and (self.seq_from, self.seq_to, self.before) == (None, None, None)
-
-
-@dataclass(frozen=True)
-class FileCheck:
-    """What decoding every file left of a bank found: files and bytes read, finds, and files that can't be decoded.
-
-    A find is a row of a data file, a name in a snapshot, or a row or a tail that a snapshot's tensors still hold.
-    """
-
-    files: int
-    bytes: int
-    found: int
-    unreadable: int
 
 
 @dataclass(frozen=True)
