@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -185,13 +186,16 @@ class Host:
             self.tenure.confirm(name, lease)
             self._space.watch(name)
             return ack
-        with self._limiter.admit(caller, trace.nbytes):
+        with ExitStack() as admitted:
+            admitted.enter_context(self._limiter.admit(caller, trace.nbytes))
             trace.validate(worker.runtime.spec.fingerprint)
-        admitted = self._limiter.admit(caller, trace.nbytes)
-        admitted.__enter__()
-        done = worker.write(trace)
-        self._owed.add(name, trace, done)
-        done.add_done_callback(lambda done: admitted.__exit__(None, None, None))
+            done = worker.write(trace)
+            if done.done():
+                # the bank is just leaving: nothing was accepted
+                done.result()
+            self._owed.add(name, trace, done)
+            until_done = admitted.pop_all()
+        done.add_done_callback(lambda _: until_done.close())
         return Ack(rows=len(trace), duplicates=0, end=-1, gaps=0, durable=False)
 
     async def read(

@@ -337,3 +337,22 @@ async def test_a_read_whose_answer_is_too_large_is_refused(cold: ColdStore, bank
         await host.read("lab/a", rows.hidden.expand(65537, -1, -1), 1)
     assert len((await host.read("lab/a", rows.hidden.expand(1024, -1, -1), 4096)).relevance_Q) == 1024
     await host.close()
+
+
+async def test_rows_for_a_bank_that_is_leaving_are_refused_and_not_owed(
+    cold: ColdStore, bank_spec: BankSpec, make_trace: Make
+):
+    host = Host(cold, Settings(), "me")
+    await attached(host, bank_spec, "lab/a")
+    leaving = asyncio.create_task(host.detach("lab/a"))
+    heard = []
+    while not leaving.done():
+        try:
+            await host.write("lab/a", make_trace(1, run="late", seq=len(heard)), durable=False)
+        except (BankDetached, Moved) as error:
+            heard.append(type(error))
+        await asyncio.sleep(0)
+    await leaving
+    assert BankDetached in heard
+    # rows that were accepted and lost would be told here
+    await host.close()
