@@ -133,15 +133,21 @@ def explain(error: ValidationError) -> InvalidInput:
 
 def invalid(problems: Sequence[Any]) -> InvalidInput:
     """What pydantic found, as one sentence about the innermost problem; the others are in the details."""
-    told = [
-        {"where": ".".join(str(part)[:_LONGEST] for part in it["loc"]) or "body", "problem": str(it["msg"])[:_LONGEST]}
-        for it in problems[:20]
-    ]
+    told = [{"where": _where(it["loc"]), "problem": _problem(str(it["msg"]))} for it in problems[:20]]
     # a value that may have several shapes is refused as each of them; the one that it is like gets furthest
     depths = [len(it["loc"]) for it in problems[:20]]
     main = told[depths.index(max(depths))]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return InvalidInput(f"{main['where']}: {main['problem']}{more}", problems=told)
+
+
+def _where(loc: Sequence[Any]) -> str:
+    return ".".join(str(part)[:_LONGEST] for part in loc) or "body"
+
+
+def _problem(said: str) -> str:
+    # of our own domains pydantic says first that a value is wrong
+    return said.removeprefix("Value error, ")[:_LONGEST]
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

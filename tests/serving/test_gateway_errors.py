@@ -149,7 +149,7 @@ BODIES = [
     ({"hidden": {"dtype": "bfloat16", "shape": [1, 2, 24], "base64": "AAAA"}}, "invalid_trace", "3 bytes"),
     ({"hidden": {"dtype": "bfloat16", "shape": [1, 2, 24], "base64": "A!"}}, "invalid_trace", "base64"),
     ({"hidden": {"dtype": "int8", "shape": [1], "base64": "AA=="}}, "invalid_input", "dtype"),
-    ({"hidden": [[[1.0] * 24] * 2], "k": 5000}, "invalid_input", "5000"),
+    ({"hidden": [[[1.0] * 24] * 2], "k": 5000}, "invalid_input", "k: 5000; give a whole number"),
     ({"hidden": [[[1.0] * 24] * 2], "start": -1}, "invalid_input", "-1"),
 ]
 
