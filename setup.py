@@ -5,5 +5,5 @@ from pathlib import Path
 
 from setuptools import setup
 
-runpy.run_path(str(Path(__file__).parent / "raymem" / "_layout.py"))["check"]()
+runpy.run_path(str(Path(__file__).parent / "raymem" / "__init__.py"))
 setup()

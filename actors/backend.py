@@ -14,14 +14,14 @@ from raymem.actors import cluster, placement
 from raymem.actors.calls import Remote, ask_all
 from raymem.actors.placement import node_prefix
 from raymem.actors.routing import Router, running_spec
-from raymem.actors.shard import ClusterSpec, open_shared
+from raymem.actors.shard import ClusterSpec, open_cas
 from raymem.actors.transfer import pack, pack_fields, unpack_fields
-from raymem.backend import ColdBackend, shard_info
-from raymem.cold.store import ColdStore
-from raymem.cold.vanished import telling
 from raymem.config import Settings
 from raymem.errors import BankDetached, BankNotFound, ConfigError, Conflict, NotShared, RaymemError
-from raymem.limits import Limiter, caller
+from raymem.host.admission import Limiter, caller
+from raymem.host.backend import ColdBackend, shard_info
+from raymem.storage.store import ColdStore
+from raymem.storage.vanished import telling
 from raymem.types import Ack, BankInfo, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
 
 
@@ -270,7 +270,7 @@ def _plain(shard: str, answer: Any) -> dict[str, Any]:
 
 def _same_store(spec: ClusterSpec, cold: str | None) -> ColdStore:
     try:
-        return open_shared(dataclasses.replace(spec, cold=cold or spec.cold), "this process")
+        return open_cas(dataclasses.replace(spec, cold=cold or spec.cold), "this process")
     except NotShared as error:
         if cold is None:
             raise

@@ -13,10 +13,10 @@ from typing import Protocol
 from raymem.actors.calls import Peer
 from raymem.actors.placement import Node, ShardInfo, Topology, node_prefix, shard_name
 from raymem.actors.rehoming import Rehoming
-from raymem.actors.shard import ClusterSpec, open_shared
-from raymem.cold.store import ColdStore, Entry
+from raymem.actors.shard import ClusterSpec, open_cas
 from raymem.errors import RaymemError, Unavailable
 from raymem.logs import get_logger
+from raymem.storage.store import ColdStore, Entry
 
 log = get_logger("raymem.directory")
 _REFRESH_S = 5.0
@@ -64,7 +64,7 @@ class Directory:
         self._owners: dict[str, str] = {}
         self._ensuring = asyncio.Lock()
         self._cold: ColdStore | None = None
-        self._upkeep: asyncio.Task[None] | None = None
+        self._maintenance: asyncio.Task[None] | None = None
         self._rehoming: asyncio.Task[None] | None = None
 
     async def spec(self) -> ClusterSpec:
@@ -107,7 +107,7 @@ class Directory:
 
     def _store(self) -> ColdStore:
         if self._cold is None:
-            self._cold = open_shared(self._spec, "the directory")
+            self._cold = open_cas(self._spec, "the directory")
         return self._cold
 
     async def _ensure_node(self, node: Node) -> None:
@@ -135,8 +135,8 @@ class Directory:
 
     def _watch(self) -> None:
         # not in the constructor: a plain object may be made where no loop runs
-        if self._upkeep is None or self._upkeep.done():
-            self._upkeep = asyncio.create_task(self._keep_up())
+        if self._maintenance is None or self._maintenance.done():
+            self._maintenance = asyncio.create_task(self._keep_up())
         if self._rehoming is None or self._rehoming.done():
             self._rehoming = asyncio.create_task(self._rehome())
 

@@ -6,7 +6,7 @@ import time
 
 from raymem.actors.calls import Peer, ask, watched
 from raymem.errors import Unavailable
-from raymem.moving import MovingHost
+from raymem.host.handover import MovingHost
 from raymem.types import MigrationReport
 
 # a tail this short is applied in the time that a hand-over takes anyway

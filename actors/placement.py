@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raymem.cold.catalog import part_of, part_prefix
 from raymem.errors import BackendUnavailable, Conflict, InvalidInput, RaymemError
+from raymem.storage.catalog import part_of, part_prefix
 
 _PREFIX = 12
 

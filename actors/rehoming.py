@@ -12,10 +12,10 @@ from typing import Any
 
 from raymem.actors.calls import Peer, ask_all
 from raymem.actors.placement import ShardInfo, choose, node_prefix
-from raymem.cold.store import ColdStore, Entry
 from raymem.errors import BackendUnavailable, Conflict, Moved, RaymemError
-from raymem.lease import Watch
+from raymem.host.lease import Watch
 from raymem.logs import get_logger
+from raymem.storage.store import ColdStore, Entry
 
 log = get_logger("raymem.rehoming")
 _AT_ONCE = 4
@@ -45,7 +45,7 @@ class Rehoming:
         self._shards = shards
         self._peer = peer
         self._restart = restart
-        self._leases = Watch(cold.incarnations)
+        self._leases = Watch(cold.lease_table)
         self._moving: asyncio.Task[None] | None = None
 
     async def keep_up(self) -> None:

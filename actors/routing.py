@@ -13,11 +13,11 @@ from raymem.actors import cluster
 from raymem.actors.calls import Remote, ask, ask_all
 from raymem.actors.placement import ShardInfo, Topology, choose, node_prefix
 from raymem.actors.shard import ClusterSpec
-from raymem.backend import detached
-from raymem.cold.store import ColdStore, Entry
+from raymem.client.local import over
 from raymem.config import ActorSettings
 from raymem.errors import BackendUnavailable, Conflict, Moved, NotOwner, RaymemError, Unavailable
-from raymem.local import over
+from raymem.host.backend import detached
+from raymem.storage.store import ColdStore, Entry
 
 T = TypeVar("T")
 # only its owner answers these, however long it takes
@@ -25,7 +25,7 @@ _SERVED = {"write", "read", "digest"}
 # the directory only saves a look into the catalog: nobody waits long for it
 _DIRECTORY_S = 5.0
 # after this long without an answer, the catalog may say that somebody else has the bank
-_PATIENCE_S = 1.0
+_RETRY_S = 1.0
 # how often to look whether a lease moves
 _POLL_S = 0.2
 # a head that is only busy has answered long before
@@ -233,7 +233,7 @@ class Router:
     async def _answer(self, bank: str, shard: str, method: str, args: Sequence[Any]) -> Any:
         call = asyncio.ensure_future(self.remote(shard).call(method, bank, *args))
         try:
-            while not (await asyncio.wait({call}, timeout=_PATIENCE_S))[0]:
+            while not (await asyncio.wait({call}, timeout=_RETRY_S))[0]:
                 if method in _SERVED and await asyncio.to_thread(self._has_lost, bank, shard):
                     raise Moved(f"{shard} was silent and no longer has bank {bank!r}", to="")
             return call.result()
@@ -263,7 +263,7 @@ class Router:
     async def _may_be_taken(self, bank: str, owner: str) -> bool:
         if not await self._has_left(owner):
             return False
-        if not await over(self._cold.incarnations, owner, _POLL_S):
+        if not await over(self._cold.lease_table, owner, _POLL_S):
             raise _gone(bank, owner)
         return True
 

@@ -13,11 +13,11 @@ from raymem.actors.calls import Peer
 from raymem.actors.migration import move
 from raymem.actors.placement import draining, node_prefix
 from raymem.actors.transfer import Packed, pack_fields, unpack, unpack_fields
-from raymem.cold.store import ColdStore
 from raymem.config import Settings
 from raymem.errors import NotShared, RaymemError
+from raymem.host.handover import MovingHost, Yielded
 from raymem.logs import get_logger
-from raymem.moving import MovingHost, Yielded
+from raymem.storage.store import ColdStore
 from raymem.types import Ack, EraseReceipt, MigrationReport, Selection, Trace
 
 log = get_logger("raymem.shard")
@@ -181,7 +181,7 @@ class Shard:
         return await asyncio.shield(self._opening)
 
     async def _open(self) -> MovingHost:
-        cold = await asyncio.to_thread(open_shared, self._spec, self.name)
+        cold = await asyncio.to_thread(open_cas, self._spec, self.name)
         host = MovingHost(cold, self._spec.settings, owner=self.name, device=self._device)
         self._recovery = asyncio.create_task(self._recover(host))
         return host
@@ -198,7 +198,7 @@ class Shard:
                 raise outcome
 
 
-def open_shared(spec: ClusterSpec, who: str) -> ColdStore:
+def open_cas(spec: ClusterSpec, who: str) -> ColdStore:
     """The cluster's cold store as this node sees it.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from raymem.bench.contest import Bench, Contest
+from raymem.bench.comparison import Bench, Comparison
 from raymem.kernels.delta_update import chunk_delta_update, recurrent_delta_update, transition
 from raymem.kernels.topk_cosine import topk_cosine
 from raymem.kernels.vocab_scatter import vocab_scatter
@@ -21,7 +21,7 @@ from raymem.memory import build, kinds
 from raymem.memory.base import Dims, Memory, Rows
 from raymem.memory.dnc_cell import DncCell
 from raymem.memory.ntm_cell import NtmCell
-from raymem.memory.packing import STORED, pack, unpack
+from raymem.memory.quantize import STORED, pack, unpack
 
 
 def _unit(*shape: int) -> Tensor:
@@ -35,7 +35,7 @@ def _rows(count: int, width: int, vocabulary: int = 4000) -> Rows:
     )
 
 
-def search(rows: int, width: int, queries: int, dtype: str, k: int = 32) -> Contest:
+def search(rows: int, width: int, queries: int, dtype: str, k: int = 32) -> Comparison:
     """Exact top-k by cosine over packed rows; faiss and plain torch search float32 rows, or roughly in fewer bits."""
     packed, scale = pack(_unit(rows, width), STORED[dtype])
     order, asked, unit = torch.arange(rows), _unit(queries, width), unpack(packed, scale)
@@ -55,7 +55,7 @@ def search(rows: int, width: int, queries: int, dtype: str, k: int = 32) -> Cont
         for name, (scores, _) in found.items():
             torch.testing.assert_close(scores, found["raymem"][0], rtol=0, atol=close[name])
 
-    return Contest(runs, check, queries, "query")
+    return Comparison(runs, check, queries, "query")
 
 
 def _faiss(unit: Tensor, asked: Tensor, k: int) -> Any:
@@ -82,7 +82,7 @@ def _rough(asked: Tensor, packed: Tensor, scale: Tensor, k: int) -> Any:
     return (products * scale).topk(k)
 
 
-def delta_update(steps: int, key: int, value: int, chunk: int = 32) -> Contest:
+def delta_update(steps: int, key: int, value: int, chunk: int = 32) -> Comparison:
     """The linear Titans recurrence with momentum and decay: by chunks, and token by token."""
     weight, moment = torch.zeros(1, key, value), torch.zeros(1, key, value)
     keys, values = _unit(1, steps, key), torch.randn(1, steps, value)
@@ -106,10 +106,10 @@ def delta_update(steps: int, key: int, value: int, chunk: int = 32) -> Contest:
     runs = {"raymem by chunk": by_chunk, "torch token by token": by_token("torch")}
     if keys.is_cuda:
         runs = {"raymem token by token": by_token("triton"), **runs}
-    return Contest(runs, check, steps, "token")
+    return Comparison(runs, check, steps, "token")
 
 
-def scatter(queries: int, k: int, vocabulary: int) -> Contest:
+def scatter(queries: int, k: int, vocabulary: int) -> Comparison:
     """Weights of neighbours summed by token; torch adds with atomics, in no fixed order."""
     tokens, weights = torch.randint(-1, vocabulary, (queries, k)), torch.softmax(torch.randn(queries, k), 1)
 
@@ -122,10 +122,10 @@ def scatter(queries: int, k: int, vocabulary: int) -> Contest:
             1, tokens.clamp_min(0), weights * (tokens >= 0)
         ),
     }
-    return Contest(runs, check, queries, "query")
+    return Comparison(runs, check, queries, "query")
 
 
-def titans_peer(steps: int, width: int) -> Contest:
+def titans_peer(steps: int, width: int) -> Comparison:
     """A linear memory with momentum and decay, one gradient a token, beside titans-pytorch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -148,18 +148,18 @@ def titans_peer(steps: int, width: int) -> Contest:
         torch.testing.assert_close(got, expected.reshape(got.shape), rtol=1e-4, atol=1e-5)
 
     runs = {"raymem": ours, "titans-pytorch": lambda: peer(x)}
-    return Contest(runs, check, steps, "token")
+    return Comparison(runs, check, steps, "token")
 
 
-def write(rows: int, width: int, budget: int) -> Contest:
+def write(rows: int, width: int, budget: int) -> Comparison:
     """Absorbing rows, each kind in a bank of the same bytes; the baseline adds up their outer products."""
     taken = _rows(rows, width)
     runs: dict[str, Any] = {kind: _writing(kind, taken, width, budget) for kind in kinds()}
     runs["torch matmul"] = lambda: taken.keys_NK.T @ taken.keys_NK
-    return Contest(runs, _in_budget(budget), rows, "row")
+    return Comparison(runs, _in_budget(budget), rows, "row")
 
 
-def read(rows: int, width: int, budget: int, queries: int) -> Contest:
+def read(rows: int, width: int, budget: int, queries: int) -> Comparison:
     """Reading full banks of the same bytes; the baseline scores and ranks as many float32 keys as fit in them."""
     taken, asked = _rows(rows, width), _unit(queries, width)
     keys = taken.keys_NK[-(budget // (4 * width)) :]
@@ -171,7 +171,7 @@ def read(rows: int, width: int, budget: int, queries: int) -> Contest:
             # what was written comes back: every query is answered with something
             assert bool((found[kind].tokens_Qk[:, 0] >= 0).all()), kind
 
-    return Contest(runs, check, queries, "query")
+    return Comparison(runs, check, queries, "query")
 
 
 def _built(kind: str, dims: Dims, options: dict[str, Any], budget: int) -> Memory:
@@ -197,7 +197,7 @@ def _in_budget(budget: int) -> Any:
     return check
 
 
-def learn(length: int, batch: int) -> Contest:
+def learn(length: int, batch: int) -> Comparison:
     """One training step on the copy task: the NTM's and the DNC's cells beside an LSTM."""
     with torch.device("cpu"):
         batch_drawn = small_tasks.copy(batch, length, torch.Generator().manual_seed(0))
@@ -222,7 +222,7 @@ def learn(length: int, batch: int) -> Contest:
         "dnc": step(DncCell(9, 8, slots=32, word=16, heads=1, hidden=64)),
         "torch LSTM": step(small_tasks.Lstm(9, 8, hidden=128)),
     }
-    return Contest(runs, check, 1, "update")
+    return Comparison(runs, check, 1, "update")
 
 
 REGISTRY = [

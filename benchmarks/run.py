@@ -17,7 +17,7 @@ import torch
 from registry import REGISTRY
 from torch.profiler import ProfilerActivity, profile
 
-from raymem.bench.contest import Bench, measure
+from raymem.bench.comparison import Bench, measure
 
 
 def run_bench(bench: Bench, sizes: dict[str, Any], repeats: int, device: str = "cpu") -> list[dict[str, Any]]:
@@ -25,9 +25,9 @@ def run_bench(bench: Bench, sizes: dict[str, Any], repeats: int, device: str = "
     torch.manual_seed(0)
     # naming the device where it is the default anyway would be a part of what is timed
     with torch.no_grad(), nullcontext() if device == "cpu" else torch.device(device):
-        contest = bench.make(**sizes)
-        taken = measure(contest, repeats)
-        busy = {name: {} if device == "cpu" else {"gpu_ms": _busy_ms(run)} for name, run in contest.runs.items()}
+        comparison = bench.make(**sizes)
+        taken = measure(comparison, repeats)
+        busy = {name: {} if device == "cpu" else {"gpu_ms": _busy_ms(run)} for name, run in comparison.runs.items()}
     *_, last = taken
     return [
         {
@@ -36,7 +36,7 @@ def run_bench(bench: Bench, sizes: dict[str, Any], repeats: int, device: str = "
             "run": name,
             "ms": 1e3 * seconds,
             **busy[name],
-            f"us_per_{contest.unit}": 1e6 * seconds / contest.work,
+            f"us_per_{comparison.unit}": 1e6 * seconds / comparison.work,
             f"times {last}": seconds / taken[last],
         }
         for name, seconds in taken.items()

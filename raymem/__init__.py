@@ -1,21 +1,41 @@
-"""raymem: hidden-state memory banks for fleets of LLM agents."""
+"""raymem: hidden-state memory banks for fleets of LLM agents. Standard library only: the build runs this file too."""
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from raymem import _layout
-
-_layout.check()
 
 __version__ = "0.1.0"
 
+ROOMS = ("actors", "kernels", "serving")
+
+
+def check_rooms(package: Path = Path(__file__).parent) -> None:
+    """Raise unless every linked room of the package is a folder.
+
+    Args:
+        package: The folder of the `raymem` package to look at.
+
+    Raises:
+        ImportError: A room is a plain file or missing, as in a checkout without symlink support.
+    """
+    hollow = [room for room in ROOMS if not (package / room).is_dir()]
+    if hollow:
+        raise ImportError(
+            f"raymem was checked out without symlinks: {', '.join(hollow)} in {package} should be links to the folders "
+            "beside it. Fix: `git config core.symlinks true`, then `git checkout -- raymem` (on Windows, switch on "
+            "developer mode first), or install the wheel."
+        )
+
+
+check_rooms()
+
 if TYPE_CHECKING:
+    from raymem.client.store import AsyncStore, Bank, Store, connect
     from raymem.config import Settings
     from raymem.encode.calibration import Calibration
     from raymem.errors import RaymemError
-    from raymem.store import AsyncStore, Bank, Store, connect
     from raymem.types import (
         Ack,
         BankInfo,
@@ -33,8 +53,8 @@ if TYPE_CHECKING:
 # importing torch takes longer than everything else together: names resolve on first use
 _HOME = {
     "Ack": "types",
-    "AsyncStore": "store",
-    "Bank": "store",
+    "AsyncStore": "client.store",
+    "Bank": "client.store",
     "BankInfo": "types",
     "BankSpec": "types",
     "Calibration": "encode.calibration",
@@ -46,10 +66,10 @@ _HOME = {
     "Readout": "types",
     "RowRef": "types",
     "Settings": "config",
-    "Store": "store",
+    "Store": "client.store",
     "SweepReport": "types",
     "Trace": "types",
-    "connect": "store",
+    "connect": "client.store",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ import re
 import types
 import typing
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from numbers import Real
 from pathlib import Path
@@ -423,3 +423,23 @@ def _check_of(hint: Any) -> Check | None:
         if isinstance(part, BeforeValidator):
             return typing.cast(Check, part.func)
     return None
+
+
+class Known:
+    """Names of runs, (stream, run), of which some are spelled as raymem no longer does."""
+
+    def __init__(self, names: Iterable[tuple[str, str]] = ()) -> None:
+        self._odd: dict[tuple[str, str], tuple[str, str]] = {}
+        for name in names:
+            self.add(name)
+
+    def add(self, name: tuple[str, str]) -> None:
+        """Remember a name, if it is spelled in another way."""
+        if not (name[0].isascii() and name[1].isascii()):
+            usual = (composed(name[0]), composed(name[1]))
+            if usual != name:
+                self._odd[usual] = name
+
+    def get(self, name: tuple[str, str]) -> tuple[str, str]:
+        """The name under which the rows of a run are there already, or the name itself."""
+        return self._odd.get(name, name)

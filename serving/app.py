@@ -14,16 +14,16 @@ from fastapi.security import HTTPBearer
 from pydantic.json_schema import models_json_schema
 
 import raymem
+from raymem.client.store import AsyncStore
 from raymem.config import Settings
-from raymem.locks import Locks
+from raymem.host.locks import Locks
 from raymem.serving import docs, errors
-from raymem.serving.door import DOCS, Door
+from raymem.serving.auth import DOCS, Auth
 from raymem.serving.intake import SLOW_AT_ONCE, Budget, Transfers
 from raymem.serving.metrics import Counted, Metrics
 from raymem.serving.recall import Reader
 from raymem.serving.routes import banks, history, rows, store
 from raymem.serving.schemas import ReadBody, WriteBody
-from raymem.store import AsyncStore
 
 Opener = Callable[[], Awaitable[AsyncStore]]
 _REF = "#/components/schemas/{model}"
@@ -61,7 +61,7 @@ def create_app(store_or_opener: AsyncStore | Opener, settings: Settings | None =
         app.include_router(router, dependencies=keyed)
     app.include_router(store.probes)
     errors.install(app)
-    app.add_middleware(Door, settings=settings.gateway)
+    app.add_middleware(Auth, settings=settings.gateway)
     app.add_middleware(Counted, metrics=app.state.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     app.add_route(DOCS, lambda _request: HTMLResponse(docs.page(app.openapi())))

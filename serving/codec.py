@@ -8,12 +8,12 @@ from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from raymem import routes, wire
+from raymem.client import routes, wire
+from raymem.client.store import AsyncBank
 from raymem.errors import InvalidInput, TooLarge
 from raymem.serving.errors import explain, unreadable
 from raymem.serving.intake import ROWS, check_json, read_aside
 from raymem.serving.schemas import ReadAnswer, ReadBody, WriteBody
-from raymem.store import AsyncBank
 from raymem.types import Readout, Trace
 
 _MOMENTS = (str, int, float, type(None))

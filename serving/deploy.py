@@ -11,10 +11,10 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from raymem.client.store import AsyncStore
 from raymem.config import Settings
 from raymem.errors import ConfigError
 from raymem.serving.app import create_app
-from raymem.store import AsyncStore
 
 _ARGUMENTS = {"cold", "replicas"}
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from raymem import routes
+from raymem.client import routes
 from raymem.errors import (
     InvalidInput,
     NotFound,

@@ -15,10 +15,10 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from raymem import routes
+from raymem.client import routes
 from raymem.config import GatewaySettings
 from raymem.errors import InvalidInput, Overloaded, TooLarge
-from raymem.limits import caller
+from raymem.host.admission import caller
 from raymem.serving.errors import NOT_HTTP, Carried
 
 T = TypeVar("T")

@@ -6,11 +6,11 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING
 
+from raymem.client.store import AsyncBank
 from raymem.errors import FingerprintMismatch, MissingExtra, TooLarge
 from raymem.logs import get_logger
+from raymem.serving.passages import Piece, pieces
 from raymem.serving.schemas import Candidate, RecallAnswer, Span
-from raymem.serving.spans import Piece, pieces
-from raymem.store import AsyncBank
 from raymem.types import DTYPES, Fingerprint, Readout
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from contextlib import suppress
 import uvicorn
 from fastapi import FastAPI
 
+from raymem.client.store import AsyncStore
 from raymem.config import Settings
 from raymem.errors import ConfigError
 from raymem.serving.app import create_app
+from raymem.serving.auth import check_bind
 from raymem.serving.connections import BoundedConfig, Limits, watch
-from raymem.serving.door import check_bind
 from raymem.serving.quiet import keep_quiet
-from raymem.store import AsyncStore
 
 Listening = Callable[[str, str], None]
 # requests that are being worked on may end; a caller that doesn't take its answer is not waited for

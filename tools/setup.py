@@ -68,7 +68,7 @@ def check_python() -> None:
 def check_links() -> None:
     """Refuse a checkout whose links are plain files, before minutes go into installing around it."""
     try:
-        runpy.run_path(str(ROOT / "raymem" / "_layout.py"))["check"]()
+        runpy.run_path(str(ROOT / "raymem" / "__init__.py"))
     except ImportError as error:
         raise SetupError(str(error)) from None
 

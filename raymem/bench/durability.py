@@ -1,7 +1,7 @@
 """The registry of durability figures, and what runs it.
 
-A figure is a function of a `Bed` in a module of its own; it measures LanceDB's or Ray's own way of doing the same work
-in the same run, and says both.
+A figure is a function of a `Fixture` in a module of its own; it measures LanceDB's or Ray's own way of doing the same
+work in the same run, and says both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from raymem.bench.bed import Bed, bed
+from raymem.bench.fixture import Fixture, fixture
 from raymem.errors import InvalidInput
 
 # what the document of figures always has; a figure that was not asked for is null there
@@ -46,13 +46,13 @@ class Figure:
     module: str
     function: str = "measure"
 
-    def measure(self, on: Bed) -> Measured:
+    def measure(self, on: Fixture) -> Measured:
         """Measure it.
 
         Raises:
             ModuleNotFoundError: what it needs (Ray) is not installed.
         """
-        function: Callable[[Bed], Measured] = getattr(importlib.import_module(self.module), self.function)
+        function: Callable[[Fixture], Measured] = getattr(importlib.import_module(self.module), self.function)
         return function(on)
 
 
@@ -99,7 +99,7 @@ def run(
     details = {}
     for done, figure in enumerate(chosen):
         report(done, len(chosen))
-        with bed(folder, sync, small=small, repeats=repeats) as on:
+        with fixture(folder, sync, small=small, repeats=repeats) as on:
             found = figure.measure(on)
         document |= found.figures
         details[figure.name] = found.details

@@ -15,15 +15,15 @@ import lancedb
 import numpy as np
 import pyarrow as pa
 
-from raymem.bench.bed import ROW_BYTES, Bed
 from raymem.bench.durability import Measured
-from raymem.cold.durable import FolderSync
-from raymem.cold.rows import JournalRows
-from raymem.cold.store import ColdStore, Entry
-from raymem.cold.tables import snapshot_table
+from raymem.bench.fixture import ROW_BYTES, Fixture
 from raymem.config import HostSettings, Settings
 from raymem.errors import StorageError
-from raymem.host import Host
+from raymem.host.host import Host
+from raymem.rows import JournalRows
+from raymem.storage.store import ColdStore, Entry
+from raymem.storage.tables.fsync import FolderSync
+from raymem.storage.tables.tables import snapshot_table
 from raymem.types import Trace
 
 _WRITERS, _BATCH_ROWS = 64, 1000
@@ -34,12 +34,13 @@ _ROOM = Settings(host=HostSettings(caller_requests=4096, caller_bytes=2**31))
 class Plain:
     """LanceDB alone: tables that a commit is added to and, with sync="disk", synced."""
 
-    def __init__(self, bed: Bed, name: str, tables: int, rows: pa.Table) -> None:
-        folder = bed.folder / name
+    def __init__(self, fixture: Fixture, name: str, tables: int, rows: pa.Table) -> None:
+        folder = fixture.folder / name
         connection = lancedb.connect(str(folder))
         self._tables = [connection.create_table(f"t{number}", rows.slice(0, 0)) for number in range(tables)]
         self._syncs: list[FolderSync | None] = [
-            FolderSync(Path(folder) / f"t{number}.lance") if bed.sync == "disk" else None for number in range(tables)
+            FolderSync(Path(folder) / f"t{number}.lance") if fixture.sync == "disk" else None
+            for number in range(tables)
         ]
         for sync in self._syncs:
             if sync:
@@ -73,20 +74,20 @@ class Plain:
         return _seconds(self._tables[0].to_arrow)
 
 
-def journal(bed: Bed) -> Measured:
+def journal(fixture: Fixture) -> Measured:
     """Rows a second of 64 concurrent writers of 1,000-row batches to one bank, over those of LanceDB alone."""
-    writers, batches = bed.size(_WRITERS, 4), bed.size(4, 2)
+    writers, batches = fixture.size(_WRITERS, 4), fixture.size(4, 2)
     rows = writers * batches * _BATCH_ROWS
     traces = [
-        [bed.trace(_BATCH_ROWS, run=f"{writer}", seq=batch * _BATCH_ROWS) for batch in range(batches)]
+        [fixture.trace(_BATCH_ROWS, run=f"{writer}", seq=batch * _BATCH_ROWS) for batch in range(batches)]
         for writer in range(writers)
     ]
     tables = [JournalRows.of(trace, 0, 0).to_arrow() for run in traces for trace in run]
-    cold, ours, alone, fragments = bed.cold(), [], [], 0
-    for turn in range(bed.repeats):
-        plain = Plain(bed, f"plain-{turn}", 1, tables[0])
+    cold, ours, alone, fragments = fixture.cold(), [], [], 0
+    for turn in range(fixture.repeats):
+        plain = Plain(fixture, f"plain-{turn}", 1, tables[0])
         alone.append(_seconds(lambda plain=plain: plain.add_all(tables)))  # type: ignore[misc]
-        taken, left = asyncio.run(_write_all(bed, cold, f"bench/bank-{turn}", traces))
+        taken, left = asyncio.run(_write_all(fixture, cold, f"bench/bank-{turn}", traces))
         ours.append(taken)
         fragments = max(fragments, left)
     ours_s, alone_s = statistics.median(ours), statistics.median(alone)
@@ -94,40 +95,40 @@ def journal(bed: Bed) -> Measured:
     return Measured({"journal_ratio": alone_s / ours_s}, details | {"most_fragments": fragments})
 
 
-def many_banks(bed: Bed) -> Measured:
+def many_banks(fixture: Fixture) -> Measured:
     """How much faster one row goes to each of 1,000 attached banks than to LanceDB's table for each.
 
     The banks and the tables are there before; what making and attaching the banks took is told beside it, and what the
     first read of all of them takes afterwards, for that applies the rows.
     """
-    banks = bed.size(1000, 10)
-    row = JournalRows.of(bed.trace(1), 0, 0).to_arrow()
-    plain = Plain(bed, "plain", banks, row)
-    ours, beside = asyncio.run(_one_row_each(bed, banks))
-    alone = [_seconds(lambda: plain.add_everywhere(row)) for _ in range(bed.repeats)]
+    banks = fixture.size(1000, 10)
+    row = JournalRows.of(fixture.trace(1), 0, 0).to_arrow()
+    plain = Plain(fixture, "plain", banks, row)
+    ours, beside = asyncio.run(_one_row_each(fixture, banks))
+    alone = [_seconds(lambda: plain.add_everywhere(row)) for _ in range(fixture.repeats)]
     ours_s, alone_s = statistics.median(ours), statistics.median(alone)
     details = {"seconds": ours_s, "lancedb_seconds": alone_s, "banks": banks}
     return Measured({"many_banks_ratio": alone_s / ours_s}, details | beside)
 
 
-def attach(bed: Bed) -> Measured:
+def attach(fixture: Fixture) -> Measured:
     """Bytes a second of a bank of 500 MB that a host at work attaches, over those of LanceDB reading the same rows.
 
     LanceDB's batches are dropped as they come; beside it, LanceDB keeping them all, as a bank does, and a bank that has
     no snapshot and encodes its whole journal. A virtual machine that gives unused memory back to its host may take
     longer to get as much again than anybody does to read: it has it before, and how long that took is told as well.
     """
-    rows = bed.size(434_000, 2_000)
-    cold = bed.cold()
-    traces = [[bed.trace(2 * _BATCH_ROWS, seq=seq) for seq in range(0, rows, 2 * _BATCH_ROWS)]]
-    plain = Plain(bed, "plain", 1, JournalRows.of(traces[0][0], 0, 0).to_arrow())
+    rows = fixture.size(434_000, 2_000)
+    cold = fixture.cold()
+    traces = [[fixture.trace(2 * _BATCH_ROWS, seq=seq) for seq in range(0, rows, 2 * _BATCH_ROWS)]]
+    plain = Plain(fixture, "plain", 1, JournalRows.of(traces[0][0], 0, 0).to_arrow())
     for trace in traces[0]:
         plain.add(0, JournalRows.of(trace, 0, 0).to_arrow())
-    asyncio.run(_write_all(bed, cold, "bench/bank", traces))
-    cold.catalog.create(_OTHER, bed.spec())
+    asyncio.run(_write_all(fixture, cold, "bench/bank", traces))
+    cold.catalog.create(_OTHER, fixture.spec())
     entry = cold.catalog.get("bench/bank")
     size, times = rows * ROW_BYTES, []
-    for _ in range(bed.repeats):
+    for _ in range(fixture.repeats):
         memory_s = _seconds(lambda: np.ones(size, np.uint8))
         times.append((memory_s, asyncio.run(_attach_s(cold, entry.name)), plain.scan_s(), plain.keep_s()))
     cold.tables.drop(snapshot_table(entry.id, entry.generation))
@@ -138,7 +139,7 @@ def attach(bed: Bed) -> Measured:
     return Measured({"attach_ratio": alone_s / ours_s}, details | {"rows": rows})
 
 
-async def _write_all(bed: Bed, cold: ColdStore, name: str, traces: list[list[Trace]]) -> tuple[float, int]:
+async def _write_all(fixture: Fixture, cold: ColdStore, name: str, traces: list[list[Trace]]) -> tuple[float, int]:
     """Seconds in which concurrent writers, each with its own run, get all their Acks; the fragments they leave."""
 
     async def writer(run: list[Trace]) -> None:
@@ -146,7 +147,7 @@ async def _write_all(bed: Bed, cold: ColdStore, name: str, traces: list[list[Tra
             await host.write(name, trace)
 
     host = Host(cold, _ROOM, "bench")
-    cold.catalog.create(name, bed.spec())
+    cold.catalog.create(name, fixture.spec())
     await host.attach(name)
     taken = await _timed(lambda: asyncio.gather(*map(writer, traces)))
     fragments = int((await host.stats())["banks"][name]["journal"]["fragments"])
@@ -157,23 +158,23 @@ async def _write_all(bed: Bed, cold: ColdStore, name: str, traces: list[list[Tra
     return taken, fragments
 
 
-async def _one_row_each(bed: Bed, banks: int) -> tuple[list[float], dict[str, float]]:
+async def _one_row_each(fixture: Fixture, banks: int) -> tuple[list[float], dict[str, float]]:
     """Seconds of each round of one row to every bank; and what came before and after, with commits of a round."""
-    cold = bed.cold()
+    cold = fixture.cold()
     host = Host(cold, _ROOM, "bench")
     names = [f"bench/bank-{number}" for number in range(banks)]
-    entries = [Entry(id=uuid.uuid4().hex, name=name, spec=bed.spec(), created=time.time()) for name in names]
+    entries = [Entry(id=uuid.uuid4().hex, name=name, spec=fixture.spec(), created=time.time()) for name in names]
     made_s = _seconds(lambda: cold.catalog.add_together(entries))
     attached_s = await _timed(lambda: asyncio.gather(*map(host.attach, names)))
     taken = []
-    for seq in range(bed.repeats):
-        trace = bed.trace(1, seq=seq)
+    for seq in range(fixture.repeats):
+        trace = fixture.trace(1, seq=seq)
         taken.append(await _timed(lambda: asyncio.gather(*(host.write(name, trace) for name in names))))  # noqa: B023
     beside = {"made_s": made_s, "attached_s": attached_s}
-    beside["commits"] = (await host.stats())["log"]["commits"] / bed.repeats
-    query = bed.trace(1).hidden
+    beside["commits"] = (await host.stats())["log"]["commits"] / fixture.repeats
+    query = fixture.trace(1).hidden
     beside["first_read_s"] = await _timed(lambda: asyncio.gather(*(host.read(name, query, 1) for name in names)))
-    if cold.journal(cold.catalog.get(names[-1])).end() != bed.repeats:
+    if cold.journal(cold.catalog.get(names[-1])).end() != fixture.repeats:
         raise StorageError(f"{names[-1]} does not have the rows that were acknowledged")
     await host.close()
     return taken, beside

@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raymem.cold.store import ColdStore
+from raymem.client.store import Bank, Store, connect
 from raymem.config import ColdSettings, Settings
 from raymem.encode.calibration import Calibration, Range
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.models import LanguageModel
-from raymem.store import Bank, Store, connect
+from raymem.storage.store import ColdStore
 from raymem.types import BankSpec, KeySpec, Trace
 
 Report = Callable[[int, int], None]

@@ -15,8 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raymem
 from raymem.actors.cluster import living_nodes, local_nodes
-from raymem.bench.bed import ROW_BYTES, Bed
 from raymem.bench.durability import Measured
+from raymem.bench.fixture import ROW_BYTES, Fixture
 from raymem.config import ColdSettings, HostSettings, Settings
 from raymem.errors import StorageError
 from raymem.types import MigrationReport
@@ -26,19 +26,19 @@ _WRITER_ROWS = 4
 _STORE_BYTES = 1536 * 2**20
 
 
-def measure(bed: Bed) -> Measured:
+def measure(fixture: Fixture) -> Measured:
     """Pause and total time for a bank of 500 MB and one of 5 MB; beside it Ray's copy of as many bytes.
 
     Both have a snapshot of what was written before the moves, and are written to, row by row, during them.
     """
-    large, small = (bed.size(count * 2**20, count * 2**14) for count in (500, 5))
-    settings = Settings(cold=ColdSettings(sync=bed.sync), host=HostSettings(threads=2))
+    large, small = (fixture.size(count * 2**20, count * 2**14) for count in (500, 5))
+    settings = Settings(cold=ColdSettings(sync=fixture.sync), host=HostSettings(threads=2))
     with local_nodes(2, cpus=1, object_store_bytes=_STORE_BYTES):
-        bed.cold()
-        with raymem.connect("ray", cold=str(bed.folder / "memory"), settings=settings) as store:
-            reports, gap_s = _moves(bed, store, "bench/large", large)
-            small_reports, small_gap_s = _moves(bed, store, "bench/small", small)
-        copies = [_copy_s(large) for _ in range(bed.repeats)]
+        fixture.cold()
+        with raymem.connect("ray", cold=str(fixture.folder / "memory"), settings=settings) as store:
+            reports, gap_s = _moves(fixture, store, "bench/large", large)
+            small_reports, small_gap_s = _moves(fixture, store, "bench/small", small)
+        copies = [_copy_s(large) for _ in range(fixture.repeats)]
     total_s, copy_s = _median([report.total_ms / 1e3 for report in reports]), _median(copies)
     figures = {
         "migration_pause_ms": _median([report.pause_ms for report in reports]),
@@ -59,16 +59,16 @@ def _median(values: list[float]) -> float:
     return float(statistics.median(values))
 
 
-def _moves(bed: Bed, store: raymem.Store, name: str, nbytes: int) -> tuple[list[MigrationReport], float]:
-    bank = store.create(name, bed.spec())
+def _moves(fixture: Fixture, store: raymem.Store, name: str, nbytes: int) -> tuple[list[MigrationReport], float]:
+    bank = store.create(name, fixture.spec())
     rows = max(_BATCH_ROWS, nbytes // ROW_BYTES)
     for seq in range(0, rows, _BATCH_ROWS):
-        bank.write(bed.trace(min(_BATCH_ROWS, rows - seq), seq=seq))
+        bank.write(fixture.trace(min(_BATCH_ROWS, rows - seq), seq=seq))
     bank.detach()
     bank.attach()
     reports = []
-    with _writer(bed, bank) as waits:
-        for _ in range(bed.repeats):
+    with _writer(fixture, bank) as waits:
+        for _ in range(fixture.repeats):
             here = bank.info().node
             reports.append(bank.migrate(next(node for node in store.nodes() if node != here)))
     if bank.info().rows != rows + _WRITER_ROWS * len(waits):
@@ -77,7 +77,7 @@ def _moves(bed: Bed, store: raymem.Store, name: str, nbytes: int) -> tuple[list[
 
 
 @contextmanager
-def _writer(bed: Bed, bank: raymem.Bank) -> Iterator[list[float]]:
+def _writer(fixture: Fixture, bank: raymem.Bank) -> Iterator[list[float]]:
     """Somebody who writes all the time; the list has how long each write waited, in seconds."""
     stop, waits = threading.Event(), [0.0]
     waits.clear()
@@ -85,7 +85,7 @@ def _writer(bed: Bed, bank: raymem.Bank) -> Iterator[list[float]]:
     def write() -> None:
         while not stop.is_set():
             began = time.perf_counter()
-            bank.write(bed.trace(_WRITER_ROWS, run="writer", seq=_WRITER_ROWS * len(waits)))
+            bank.write(fixture.trace(_WRITER_ROWS, run="writer", seq=_WRITER_ROWS * len(waits)))
             waits.append(time.perf_counter() - began)
             # a steady stream, not a flood that competes with the move for the processor
             stop.wait(0.005)

@@ -15,37 +15,37 @@ import ray
 
 import raymem
 from raymem.actors.cluster import local_nodes
-from raymem.bench.bed import Bed
 from raymem.bench.durability import Measured
-from raymem.cold.rows import JournalRows
+from raymem.bench.fixture import Fixture
 from raymem.config import ActorSettings, ColdSettings, Settings
 from raymem.errors import RaymemError, StorageError
+from raymem.rows import JournalRows
 
 _GIVE_UP_S = 120.0
 _Wait = Callable[[], Any]
 
 
-def measure(bed: Bed) -> Measured:
+def measure(fixture: Fixture) -> Measured:
     """Seconds to bring back a shard with 100 banks; beside it Ray's restart of an empty actor and LanceDB's reading."""
-    banks, rows = bed.size(100, 3), bed.size(200, 20)
-    cold = ColdSettings(sync=bed.sync)
+    banks, rows = fixture.size(100, 3), fixture.size(200, 20)
+    cold = ColdSettings(sync=fixture.sync)
     settings = Settings(cold=cold, actors=ActorSettings(cpus_per_shard=0.1))
     with local_nodes(1, cpus=2):
-        bed.cold()
-        with raymem.connect("ray", cold=str(bed.folder / "memory"), settings=settings) as store:
-            recovery_s = _recovery(bed, store, banks, rows)
+        fixture.cold()
+        with raymem.connect("ray", cold=str(fixture.folder / "memory"), settings=settings) as store:
+            recovery_s = _recovery(fixture, store, banks, rows)
         restart_s = _empty_restart()
-    scan_s = _lancedb(bed, banks, rows)
+    scan_s = _lancedb(fixture, banks, rows)
     details = {"ray_restart_s": restart_s, "lancedb_scan_s": scan_s, "banks": banks, "rows_per_bank": rows}
     return Measured({"recovery_s": recovery_s}, details)
 
 
-def _recovery(bed: Bed, store: raymem.Store, banks: int, rows: int) -> float:
-    made = [store.create(f"bench/bank-{number}", bed.spec()) for number in range(banks)]
+def _recovery(fixture: Fixture, store: raymem.Store, banks: int, rows: int) -> float:
+    made = [store.create(f"bench/bank-{number}", fixture.spec()) for number in range(banks)]
     for bank in made:
-        bank.write(bed.trace(rows, stream=bank.name))
+        bank.write(fixture.trace(rows, stream=bank.name))
     digests = [bank.digest() for bank in made[:3]]
-    query = bed.trace(1).hidden
+    query = fixture.trace(1).hidden
     began = time.perf_counter()
     _kill(int(store.stats()["shards"][0]["pid"]))
     for bank in made:
@@ -73,9 +73,9 @@ def _empty_restart() -> float:
     return taken
 
 
-def _lancedb(bed: Bed, banks: int, rows: int) -> float:
-    connection = lancedb.connect(str(bed.folder / "lancedb"))
-    plain = JournalRows.of(bed.trace(rows), 0, 0).to_arrow()
+def _lancedb(fixture: Fixture, banks: int, rows: int) -> float:
+    connection = lancedb.connect(str(fixture.folder / "lancedb"))
+    plain = JournalRows.of(fixture.trace(rows), 0, 0).to_arrow()
     for number in range(banks):
         connection.create_table(f"bank-{number}", plain)
     began = time.perf_counter()

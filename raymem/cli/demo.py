@@ -14,6 +14,6 @@ def demo(json_: FileOption = None) -> None:
 
         raymem demo --json figures.json
     """
-    from raymem.demo import run
+    from raymem.cli.play import run
 
     run(json_)

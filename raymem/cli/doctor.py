@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _MARKS = {"ok": "[green]ok[/]", "optional": "[yellow]–[/]", "missing": "[red]missing[/]"}
 
 # an object store's client goes on trying for longer than anyone looks
-_PATIENCE_S = 20.0
+_RETRY_S = 20.0
 _FIX = (
     "start it, or name another: --store or RAYMEM_STORE; a gateway may want a key, RAYMEM_API_KEY, and an object store "
     "its credentials"
@@ -40,7 +40,7 @@ try:
         with connect(uri, api_key=api_key(uri)) as store:
             store.nodes()
     else:
-        from raymem.cold.tables import Tables
+        from raymem.storage.tables.tables import Tables
         Tables(uri, None).look()
 except RaymemError as error:
     print(" ".join(str(error).split()))
@@ -107,13 +107,13 @@ def _vllm() -> Finding:
 
 
 def _links() -> Finding:
-    from raymem import _layout
+    import raymem
 
     try:
-        _layout.check()
+        raymem.check_rooms()
     except ImportError as error:
         return Finding("rooms", "missing", "hollow checkout", str(error))
-    return Finding("rooms", "ok", ", ".join(_layout.ROOMS))
+    return Finding("rooms", "ok", ", ".join(raymem.ROOMS))
 
 
 def _gpu() -> Finding:
@@ -158,9 +158,9 @@ def _answers(uri: str) -> Finding:
     """Whether a gateway, a cluster or an object store is there: a process of its own asks, which can be ended."""
     asked = [sys.executable, "-c", _ASK, uri]
     try:
-        ran = subprocess.run(asked, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+        ran = subprocess.run(asked, capture_output=True, text=True, timeout=_RETRY_S, check=False)
     except subprocess.TimeoutExpired:
-        return Finding("store", "missing", f"{uri} gave no answer within {_PATIENCE_S:g} s", _FIX)
+        return Finding("store", "missing", f"{uri} gave no answer within {_RETRY_S:g} s", _FIX)
     if ran.returncode == 0:
         return Finding("store", "ok", f"{uri} answers; `raymem status --store {uri}` looks inside")
     said = ran.stdout.strip() or next(reversed(ran.stderr.strip().splitlines()), "no answer")

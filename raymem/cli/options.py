@@ -16,7 +16,7 @@ from raymem.errors import InvalidSpec, NotFound
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from raymem.store import Store
+    from raymem.client.store import Store
 
 M = TypeVar("M", bound="BaseModel")
 DEFAULT_STORE = "./memory"
@@ -54,7 +54,7 @@ def opened(uri: str, cold: str | None = None, *, make: bool = False) -> Iterator
     """
     if not make:
         require_store(uri)
-    from raymem.store import connect
+    from raymem.client.store import connect
 
     with connect(uri, cold=cold, api_key=api_key(uri)) as store:
         yield store

@@ -61,16 +61,16 @@ def recall(
 async def _recall(
     name: str, text: str, k: int, as_of: str | None, allow_partial: bool, model: str, store: str, cold: str | None
 ) -> RecallAnswer:
+    from raymem.client.store import AsyncStore
     from raymem.serving.recall import Reader, recall
     from raymem.serving.schemas import RecallAnswer
-    from raymem.store import AsyncStore
 
     require_store(store)
     memory = await AsyncStore.connect(store, cold=cold, api_key=api_key(store))
     try:
         bank = memory.bank(name)
         if is_http(store):
-            from raymem.remote import HttpBackend
+            from raymem.client.http import HttpBackend
 
             assert isinstance(memory.backend, HttpBackend)
             return RecallAnswer.model_validate(await memory.backend.recall(name, text, k, as_of, allow_partial))

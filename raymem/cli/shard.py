@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from raymem.store import Store
+    from raymem.client.store import Store
     from raymem.types import DrainReport, ShardInfo
 
 app = typer.Typer(no_args_is_help=True, help="See the shards that banks are hot in, and empty a node of them.")

@@ -64,8 +64,8 @@ def train(
     if store.startswith("ray") and cold is None:
         raise InvalidInput(f"--store {store} needs --cold: training reads the cold store that the nodes share")
     require_store(store)
-    from raymem.cold.store import ColdStore
     from raymem.lm.identity import cache_folder
+    from raymem.storage.store import ColdStore
     from raymem.train import TrainSettings
     from raymem.train import train as fit
 

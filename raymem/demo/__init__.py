@@ -1,5 +1,1 @@
-"""`raymem demo`: what one agent read helps another, which never saw it, on real parts on this machine."""
-
-from raymem.demo.play import Figures, run
-
-__all__ = ["Figures", "run"]
+"""The parts of `raymem demo`: the engine and the gateway that it starts, and the agent that reads."""

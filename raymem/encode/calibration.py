@@ -17,10 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from raymem import safefile
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec, RaymemError
 from raymem.inputs import shown
-from raymem.tensors import is_dense
+from raymem.tensors import is_dense, read_object, read_safetensors
 from raymem.types import KeySpec
 
 _FORMAT = "raymem-calibration-1"
@@ -139,11 +138,11 @@ class Calibration:
         Raises:
             Corrupt: not such a file, or its contents do not match its hash.
         """
-        metadata, tensors = safefile.read(data, "the calibration")
+        metadata, tensors = read_safetensors(data, "the calibration")
         try:
             if odd := set(tensors) - _PARTS:
                 raise ValueError(f"it has {str(sorted(odd))[:80]}, which no calibration has")
-            found = _build(safefile.plain(metadata.get("head"), "the calibration's head"), tensors)
+            found = _build(read_object(metadata.get("head"), "the calibration's head"), tensors)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             if isinstance(error, RaymemError):
                 raise Corrupt(f"not a calibration ({error.message[:200]}); make it again") from error

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raymem.cold.rows import JournalRows
-from raymem.cold.spellings import Known
 from raymem.encode.calibration import Calibration
 from raymem.encode.keys import Floats
 from raymem.encode.maker import KeyMaker
 from raymem.encode.merge import Batch, Ints, Merged, merge
-from raymem.encode.tails import Sizes, Tails, checked
+from raymem.encode.open_runs import OpenRuns, Sizes, checked
 from raymem.errors import Corrupt, FingerprintMismatch, InvalidTrace
+from raymem.inputs import Known
 from raymem.memory.base import Rows
+from raymem.rows import JournalRows
 from raymem.types import DTYPES, BankSpec
 
 _TAIL_ROWS = 2**16
@@ -60,7 +60,7 @@ class Encoder:
         self.key_width = self._maker.width
         self.value_width = spec.fingerprint.width if spec.fingerprint.values else 0
         self._span = self._maker.window if spec.key.function == "span" else 1
-        self._tails = Tails(
+        self._open_runs = OpenRuns(
             min(max_open_runs, max(_FEWEST_RUNS, _TAIL_ROWS // self._maker.window)),
             Sizes(
                 layers=len(self.key.layers),
@@ -82,7 +82,7 @@ class Encoder:
     @property
     def nbytes(self) -> int:
         """Bytes of the states and values kept for open runs."""
-        return self._tails.nbytes
+        return self._open_runs.nbytes
 
     def next_seq(self, stream: str, run: str) -> int:
         """The seq that continues a run without a gap; 0 for a new run."""
@@ -113,7 +113,7 @@ class Encoder:
         """
         value_TV, bits_TLD = self._values(rows), self._maker.pick(rows.hidden_TLD)
         source_T = self._register(rows)
-        carried, fresh_T = self._tails.walk(source_T)
+        carried, fresh_T = self._open_runs.walk(source_T)
         merged = merge(
             carried,
             Batch(
@@ -132,7 +132,7 @@ class Encoder:
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The whole state: tensors, and plain data for JSON; `load` gives the same bits back."""
-        tensors = {"next_seq": torch.tensor(self._next_seq, dtype=torch.int64), **self._tails.dump()}
+        tensors = {"next_seq": torch.tensor(self._next_seq, dtype=torch.int64), **self._open_runs.dump()}
         return tensors, {"sources": [list(source) for source in self._sources]}
 
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ class Encoder:
         """
         sources = _sources(meta)
         next_seq = checked(tensors, "next_seq", torch.int64, (len(sources),)).tolist()
-        self._tails.load(tensors, len(sources))
+        self._open_runs.load(tensors, len(sources))
         self._sources, self._next_seq, self._known = sources, next_seq, Known(sources)
 
     def _values(self, rows: JournalRows) -> Floats:
@@ -178,8 +178,8 @@ class Encoder:
     def _keep(self, merged: Merged) -> None:
         for source, last in merged.ends():
             self._next_seq[source] = int(merged.rows.seq_T[last]) + 1
-            if source in self._tails:
-                self._tails.keep(source, merged.tail(last, self._maker.window))
+            if source in self._open_runs:
+                self._open_runs.keep(source, merged.tail(last, self._maker.window))
 
 
 def _require(spec: BankSpec, calibration: Calibration) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymem.encode import keys
-from raymem.encode.tails import Tail
+from raymem.encode.open_runs import OpenRun
 
 Ints = NDArray[np.int64]
 
@@ -61,17 +61,17 @@ class Merged:
         last_S = np.flatnonzero(np.append(source_M[1:] != source_M[:-1], True)[: len(source_M)])
         return list(zip(source_M[last_S].tolist(), last_S.tolist(), strict=True))
 
-    def tail(self, last: int, window: int) -> Tail:
+    def tail(self, last: int, window: int) -> OpenRun:
         """The tail that ends with this row: a copy."""
         rows = self.rows
         first = last + 1 - min(int(self.ages_M[last]), window)
         bits_nLD, value_V = rows.bits_TLD[first : last + 1].copy(), rows.value_TV[last].copy()
-        return Tail(bits_nLD, int(rows.seq_T[last]), int(rows.pos_T[last]), value_V)
+        return OpenRun(bits_nLD, int(rows.seq_T[last]), int(rows.pos_T[last]), value_V)
 
 
-def merge(tails: Mapping[int, Tail], batch: Batch) -> Merged:
+def merge(open_runs: Mapping[int, OpenRun], batch: Batch) -> Merged:
     """Lay a batch behind the tails that it continues."""
-    parts = [*(_of_tail(source, tail) for source, tail in tails.items()), batch]
+    parts = [*(_of_tail(source, tail) for source, tail in open_runs.items()), batch]
     rows = parts[0] if len(parts) == 1 else _joined(parts)
     kept = len(rows.source_T) - len(batch.source_T)
     order_M = np.arange(len(rows.source_T))
@@ -84,7 +84,7 @@ def merge(tails: Mapping[int, Tail], batch: Batch) -> Merged:
     return Merged(rows, order_M, kept, breaks_M, keys.ages(breaks_M, rows.seq_T == 0))
 
 
-def _of_tail(source: int, tail: Tail) -> Batch:
+def _of_tail(source: int, tail: OpenRun) -> Batch:
     rows = len(tail)
     # tokens of kept rows, and values and positions of all but the last one, have been used already
     value_nV = np.zeros((rows, len(tail.value_V)), dtype=np.float32)

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from raymem.errors import InvalidTrace
 from raymem.memory.base import State
-from raymem.memory.scope import hash62
+from raymem.memory.key_reservoir import hash62
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch
 from raymem.memory.table import seat

@@ -23,9 +23,9 @@ from raymem.kernels.content_address import cosines
 from raymem.memory.base import Dims, MergeRule, Options, State
 from raymem.memory.compressors import CompressorName, compressor
 from raymem.memory.eviction import EvictionOptions
+from raymem.memory.key_reservoir import joined_scopes
 from raymem.memory.merging import bank_by_bank, interleaved
-from raymem.memory.packing import Projection
-from raymem.memory.scope import joined_scopes
+from raymem.memory.quantize import Projection
 from raymem.memory.slots import SlotOptions, narrowed, put, row_spec, rows_of, widened
 from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory

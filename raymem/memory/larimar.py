@@ -22,10 +22,10 @@ from raymem.kernels.rls_update import information_update, leverage, ridge_factor
 from raymem.memory.base import Dims, MergeRule, Options, Rows, Seed, State
 from raymem.memory.columns import take_columns
 from raymem.memory.discriminant import log_posterior
+from raymem.memory.key_reservoir import joined_scopes
 from raymem.memory.merging import check_states
-from raymem.memory.packing import Projection, pack
+from raymem.memory.quantize import Projection, pack
 from raymem.memory.reference import Addressing, Reference
-from raymem.memory.scope import joined_scopes
 from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 

@@ -13,12 +13,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from raymem import safefile
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec
 from raymem.inputs import json_value, named, shown
 from raymem.memory import class_of, option_names
 from raymem.memory.base import Memory
-from raymem.tensors import is_dense
+from raymem.tensors import is_dense, read_object, read_safetensors, require_finite
 
 _FORMAT = "raymem-params-1"
 _KEY = "raymem"
@@ -58,8 +57,8 @@ class Learned:
         """
         if name_of(data) != name:
             raise Corrupt(f"params {name} have other bytes than their name says ({name_of(data)}); train again")
-        metadata, tensors = safefile.read(data, f"params {name}")
-        head = safefile.plain(metadata.get(_KEY), f"what params {name} say of themselves")
+        metadata, tensors = read_safetensors(data, f"params {name}")
+        head = read_object(metadata.get(_KEY), f"what params {name} say of themselves")
         if head.get("format") != _FORMAT:
             said = str(head.get("format"))[:80]
             raise Corrupt(f"params {name} are of format {said!r}; this raymem reads {_FORMAT!r}: train again")
@@ -100,7 +99,7 @@ class Learned:
                     f"{self.kind} bank learns; there are floats named {', '.join((*known, _GATE))}… Train again"
                 )
         try:
-            safefile.require_finite(self.tensors, "the params")
+            require_finite(self.tensors, "the params")
         except Corrupt as error:
             raise InvalidSpec(f"{error.message}; train again") from error
         return self

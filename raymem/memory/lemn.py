@@ -20,10 +20,10 @@ from raymem.errors import InvalidSpec
 from raymem.kernels.content_address import cosines
 from raymem.memory.base import Dims, MergeRule, Options, State
 from raymem.memory.eviction import make_room, policy_part, policy_spec, survivors
+from raymem.memory.key_reservoir import joined_scopes
 from raymem.memory.merging import bank_by_bank, interleaved
-from raymem.memory.packing import Projection
 from raymem.memory.policies import Entries, PolicyName, policy
-from raymem.memory.scope import joined_scopes
+from raymem.memory.quantize import Projection
 from raymem.memory.slots import SlotOptions, answered, narrowed, put, row_spec, rows_of
 from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory

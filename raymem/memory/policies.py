@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from raymem.memory.base import State
-from raymem.memory.scope import hash62
+from raymem.memory.key_reservoir import hash62
 from raymem.memory.spec import StateSpec, TensorSpec
 
 PolicyName = Literal["fifo", "lifo", "uniform", "reservoir", "lru", "im", "s", "st"]

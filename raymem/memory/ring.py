@@ -18,7 +18,7 @@ from raymem.errors import InvalidSpec, InvalidTrace
 from raymem.kernels.content_address import cosines
 from raymem.memory.base import Dims, Options, Seed, State
 from raymem.memory.eviction import EvictionOptions
-from raymem.memory.packing import STORED, KeyDtype, Projection, pack
+from raymem.memory.quantize import STORED, KeyDtype, Projection, pack
 from raymem.memory.slots import answered, put
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory

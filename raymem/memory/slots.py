@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, pad
 
 from raymem.errors import InvalidTrace
 from raymem.memory.base import Dims, Options, Seed, State
-from raymem.memory.packing import STORED, KeyDtype, pack
+from raymem.memory.quantize import STORED, KeyDtype, pack
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch
 

@@ -18,7 +18,7 @@ from raymem.errors import InvalidTrace
 from raymem.kernels.topk_cosine import topk_cosine
 from raymem.memory.base import Dims, Found, MergeRule, Options, Rows, Seed, State
 from raymem.memory.eviction import EvictionOptions
-from raymem.memory.packing import STORED, KeyDtype, Projection, pack, unpack
+from raymem.memory.quantize import STORED, KeyDtype, Projection, pack, unpack
 from raymem.memory.rows import RowMemory, RowState
 from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 

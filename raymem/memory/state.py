@@ -13,8 +13,8 @@ from torch import Tensor
 
 from raymem.errors import InvalidSpec
 from raymem.memory.base import Dims, Found, Memory, Options, Rows, State
-from raymem.memory.packing import Projection
-from raymem.memory.scope import SCOPE_ROWS, sample, similarity
+from raymem.memory.key_reservoir import SCOPE_ROWS, sample, similarity
+from raymem.memory.quantize import Projection
 from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec, check_state
 
 

@@ -27,9 +27,9 @@ from raymem.kernels.delta_update import (
 from raymem.memory import nets
 from raymem.memory.base import Dims, MergeRule, Options, Seed, State
 from raymem.memory.codes import OneHotCode, SignCode, SoftmaxCode, TokenCode, ValueCode, VectorCode
+from raymem.memory.key_reservoir import joined_scopes
 from raymem.memory.merging import bank_by_bank, interleaved
-from raymem.memory.packing import Projection
-from raymem.memory.scope import joined_scopes
+from raymem.memory.quantize import Projection
 from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 

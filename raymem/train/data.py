@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raymem.cold.store import ColdStore, Entry
 from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import Encoder
 from raymem.errors import Conflict, InvalidInput
 from raymem.memory.base import Memory, Rows
+from raymem.storage.store import ColdStore, Entry
 
 LEARNED_SHARE = 0.8
 # candidates among which the next token must be

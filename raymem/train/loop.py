@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from raymem.cold.durable import fsync
 from raymem.errors import Corrupt, StorageError
 from raymem.memory.base import Memory
+from raymem.storage.tables.fsync import fsync
 
 Progress = Callable[[int, int], None]
 _KEY = "raymem"

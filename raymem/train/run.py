@@ -8,11 +8,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raymem.assembly import assemble
-from raymem.cold.store import ColdStore, Entry
+from raymem.encode.assembly import assemble
 from raymem.encode.calibration import Calibration
 from raymem.errors import FingerprintMismatch, InvalidSpec
 from raymem.memory.learned import Learned
+from raymem.storage.store import ColdStore, Entry
 from raymem.train.data import Lessons, lessons_of, require_same
 from raymem.train.loop import Loop, Progress, Task, read_checkpoint
 from raymem.types import BankSpec

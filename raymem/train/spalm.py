@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from raymem.cold.journal import Journal
 from raymem.encode.encoder import Encoder
 from raymem.errors import InvalidInput
 from raymem.lm.gate import Gate, features, shares, shipped_gates, taus_of
 from raymem.lm.mixing import NEIGHBOURS
 from raymem.lm.models import Pass
 from raymem.memory.base import Memory
+from raymem.storage.journal.journal import Journal
 from raymem.train.data import Lessons, part_of
 from raymem.train.loop import Task
 from raymem.types import Readout

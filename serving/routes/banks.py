@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from starlette.background import BackgroundTask
 
-from raymem import routes
+from raymem.client import routes
 from raymem.errors import (
     BankDetached,
     BankExists,
@@ -26,7 +26,7 @@ from raymem.errors import (
     StorageError,
     Unsupported,
 )
-from raymem.limits import caller
+from raymem.host.admission import caller
 from raymem.serving.intake import Intake
 from raymem.serving.routes.common import BankDep, NameDep, StoreDep, TransfersDep, serve
 from raymem.serving.schemas import Attach, Create, Digest, Erase, Grow, Migrate, Pin, Tag, Tags, Ttl

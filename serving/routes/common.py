@@ -8,14 +8,14 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Path, Request
 
+from raymem.client.routes import Route
+from raymem.client.store import AsyncBank, AsyncStore
 from raymem.config import GatewaySettings
 from raymem.errors import BankNotFound, Conflict, RaymemError, Unsupported
-from raymem.limits import caller
-from raymem.routes import Route
+from raymem.host.admission import caller
 from raymem.serving.errors import documented
 from raymem.serving.intake import Transfers
 from raymem.serving.recall import Reader
-from raymem.store import AsyncBank, AsyncStore
 
 # a verb on a bank may find it gone, changed under its hands, or of a kind that refuses
 _OF_A_BANK = (BankNotFound, Conflict, Unsupported)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from raymem import routes
+from raymem.client import routes
 from raymem.errors import (
     BankExists,
     BankNotFound,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import pydantic_core
 from fastapi import APIRouter, Query, Request, Response
 
-from raymem import routes
+from raymem.client import routes
 from raymem.errors import (
     BankDetached,
     BankNotFound,

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
 import raymem
-from raymem import routes
+from raymem.client import routes
 from raymem.encode.calibration import Calibration
 from raymem.errors import CalibrationNotFound, Conflict, Corrupt, InvalidInput, NotFound, StorageError
 from raymem.memory.learned import Learned, name_of

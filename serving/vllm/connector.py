@@ -22,7 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from raymem.errors import ConfigError, InvalidInput, RaymemError, Unauthorized
 from raymem.logs import get_logger
-from raymem.serving.vllm import insides
+from raymem.serving.vllm import vllm_internals as vllm_internals
 from raymem.serving.vllm.copier import RowCopier
 from raymem.serving.vllm.counters import Counters, growth
 from raymem.serving.vllm.fingerprint import engine_fingerprint
@@ -53,13 +53,13 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        self.layers = insides.streamed_layers(vllm_config)
+        self.layers = vllm_internals.streamed_layers(vllm_config)
         self.config = ConnectorConfig.parse(self._kv_transfer_config.kv_connector_extra_config)
         if role is KVConnectorRole.WORKER:
-            insides.mend_vllm()
+            vllm_internals.mend_vllm()
         else:
             self._say_policy()
-        self._group, self._block_size = insides.hidden_group(kv_cache_config)
+        self._group, self._block_size = vllm_internals.hidden_group(kv_cache_config)
         self._tracker = Tracker(self._group, self._block_size)
         self._refused: list[tuple[str, RaymemError]] = []
         self._fingerprint: Fingerprint | None = None
@@ -170,8 +170,8 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         width = int(self._vllm_config.model_config.get_hidden_size())
-        self._cache = insides.hidden_cache(kv_caches, self._block_size, len(self.layers), width)
-        if insides.writes_rows():
+        self._cache = vllm_internals.hidden_cache(kv_caches, self._block_size, len(self.layers), width)
+        if vllm_internals.writes_rows():
             self._copier = RowCopier(self._cache)
             self.sender = Sender(self.open_sink, self.config)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from raymem.errors import ConfigError
 from raymem.lm.identity import Changes, identity, tokenizer_identity
-from raymem.serving.vllm import insides
+from raymem.serving.vllm import vllm_internals as vllm_internals
 from raymem.types import DTYPES, Fingerprint
 
 
@@ -24,10 +24,10 @@ def engine_fingerprint(vllm_config: Any, layers: tuple[int, ...]) -> Fingerprint
     dtype: Any = str(model.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(f"the engine computes in {dtype}; banks hold {', '.join(DTYPES)}: set dtype= to one of those")
-    found = identity(insides.model_folder(vllm_config), _changes(vllm_config, dtype))
+    found = identity(vllm_internals.model_folder(vllm_config), _changes(vllm_config, dtype))
     tokenizer, legacy = found.tokenizer, found.legacy
     if model.tokenizer not in (None, model.model):
-        tokenizer, legacy_tokenizer = tokenizer_identity(insides.tokenizer_folder(vllm_config))
+        tokenizer, legacy_tokenizer = tokenizer_identity(vllm_internals.tokenizer_folder(vllm_config))
         legacy = (legacy[0], legacy_tokenizer)
     return Fingerprint(
         model=str(model.model),

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from raymem.backend import detached
-from raymem.cold.store import ColdStore, Entry
+from raymem.bank.replica import Replica
 from raymem.errors import BankNotFound, RaymemError
+from raymem.host.backend import detached
 from raymem.logs import get_logger
-from raymem.runtime import Replica
+from raymem.storage.store import ColdStore, Entry
 from raymem.types import Fingerprint, Readout
 
 log = get_logger("raymem.vllm")

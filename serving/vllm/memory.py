@@ -29,7 +29,7 @@ class Bank(Protocol):
 
 
 class Step(Protocol):
-    """What is asked of a step, see `insides.Step`."""
+    """What is asked of a step, see `vllm_internals.Step`."""
 
     requests: list[str]
     starts: list[int]

@@ -8,7 +8,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_
 
 from raymem.errors import ConfigError, RaymemError
 from raymem.logs import get_logger
-from raymem.serving.vllm import insides
+from raymem.serving.vllm import vllm_internals as vllm_internals
 from raymem.serving.vllm.connector import RaymemConnector
 from raymem.serving.vllm.memory import MemoryMixer
 from raymem.types import check_bank_name
@@ -74,7 +74,7 @@ class _WorkerMemory:
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._banks: dict[str, Follower] = {}
-        self._tap: insides.LogitsTap | None = None
+        self._tap: vllm_internals.LogitsTap | None = None
         self._mixer: MemoryMixer | None = None
 
     def attach(self, name: str, store: str | None) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class _WorkerMemory:
         from raymem.lm.mixing import NEIGHBOURS, Mixer
 
         mixer = Mixer()
-        tap = insides.LogitsTap(self._worker.model_runner, self._change)
+        tap = vllm_internals.LogitsTap(self._worker.model_runner, self._change)
 
         def earlier(request: int, start: int, stop: int) -> Tensor:
             cache, group = connector.paged_states()

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
+from raymem.client.store import AsyncBank, AsyncStore
 from raymem.serving.vllm.params import ConnectorConfig
-from raymem.store import AsyncBank, AsyncStore
 from raymem.types import Fingerprint, Trace
 
 # a handle that was let go is made again with the next write

@@ -8,9 +8,9 @@ import pytest
 
 from raymem import Settings
 from raymem.actors.shard import ClusterSpec, Shard
-from raymem.cold.store import ColdStore
 from raymem.config import HostSettings
 from raymem.errors import BackendUnavailable
+from raymem.storage.store import ColdStore
 
 
 class Direct:

@@ -18,9 +18,9 @@ from raymem import Settings, Store
 from raymem.actors import cluster
 from raymem.actors.calls import NAMESPACE
 from raymem.actors.cluster import local_nodes
-from raymem.cold.store import ColdStore
 from raymem.config import ColdSettings, HostSettings
 from raymem.errors import BackendUnavailable, RaymemError
+from raymem.storage.store import ColdStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 SETTINGS = Settings(cold=ColdSettings(sync="none"), host=HostSettings(lease_s=2.0))

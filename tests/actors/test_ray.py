@@ -24,8 +24,7 @@ from raymem.actors import backend as backend_module
 from raymem.actors import cluster
 from raymem.actors.calls import NAMESPACE, Remote, ask_all
 from raymem.actors.cluster import LocalNodes, local_nodes
-from raymem.cold.partitions import Place
-from raymem.cold.store import ColdStore
+from raymem.bank.replica import Runtime
 from raymem.config import ColdSettings, HostSettings
 from raymem.errors import (
     BackendUnavailable,
@@ -39,9 +38,10 @@ from raymem.errors import (
     Overloaded,
     SequenceConflict,
 )
-from raymem.limits import caller
+from raymem.host.admission import caller
 from raymem.memory import kinds
-from raymem.runtime import Runtime
+from raymem.storage.partitions import Place
+from raymem.storage.store import ColdStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 # a commit that waits for the disk is the cold room's to test
@@ -418,9 +418,9 @@ def assert_every_row_once(folder: Path, bank: raymem.Bank, acknowledged: set[tup
     assert len(rows) == len(set(rows))
     assert set(rows) == acknowledged
     # a run is a stream here
-    homes = [{run for run, _ in journal} for journal in journals]
-    assert sum(map(len, homes)) == len(set().union(*homes))
-    assert all(homes)
+    assignments = [{run for run, _ in journal} for journal in journals]
+    assert sum(map(len, assignments)) == len(set().union(*assignments))
+    assert all(assignments)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def rehoming(shards, cold, restarted):
 async def stop(shards, name: str) -> None:
     """As SIGSTOP would: it answers nobody and its lease is not renewed."""
     host = await shards.peers[name].shard._host()
-    host.tenure.lease.beat = lambda: None
+    host.ownership.lease.beat = lambda: None
     shards.peers[name].dies = dict.fromkeys(["bytes", "attach"], "silent")
 
 
@@ -70,8 +70,8 @@ async def test_banks_of_a_silent_shard_are_spread_by_bytes_without_anybody_askin
     await until_owned(cold, large + small, one.name)
 
     assert {cold.catalog.get(name).owner for name in large} == {shard.name for shard in others}
-    homes = {name: shards.peers[cold.catalog.get(name).owner].shard for name in large + small}
-    assert {name: await homes[name].digest(name) for name in homes} == digests
+    assignments = {name: shards.peers[cold.catalog.get(name).owner].shard for name in large + small}
+    assert {name: await assignments[name].digest(name) for name in assignments} == digests
     async with asyncio.timeout(10):
         while restarted != [one.name]:
             await asyncio.sleep(0.02)

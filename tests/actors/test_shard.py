@@ -8,9 +8,6 @@ from raymem import MigrationReport, Readout, Settings
 from raymem.actors.calls import watched
 from raymem.actors.shard import ClusterSpec, Shard
 from raymem.actors.transfer import pack, pack_fields, unpack_fields
-from raymem.cold.log_rows import read_log
-from raymem.cold.store import ColdStore
-from raymem.cold.tables import journal_table
 from raymem.config import HostSettings
 from raymem.errors import (
     BackendUnavailable,
@@ -23,6 +20,9 @@ from raymem.errors import (
     Overloaded,
 )
 from raymem.memory import kinds
+from raymem.storage.journal.log_rows import read_log
+from raymem.storage.store import ColdStore
+from raymem.storage.tables.tables import journal_table
 from raymem.types import Selection
 
 
@@ -283,7 +283,7 @@ async def test_an_erasure_right_after_a_move_is_complete(shards, bank, cold, tin
     receipt = await two.erase(name, Selection(stream="s", run="r", seq_from=3, seq_to=9), rebuild=False)
 
     assert (receipt.rows, receipt.status, receipt.proves) == (6, "complete", True)
-    log = (await one._host()).tenure.lease.id
+    log = (await one._host()).ownership.lease.id
     assert [len(rows) for rows in read_log(cold.tables, log, cold.catalog.get(other))] == [50]
 
 
@@ -331,7 +331,7 @@ async def test_a_target_that_comes_too_late_gets_nothing(shards, bank, cold):
 
 
 async def test_a_copy_that_nobody_comes_back_for_is_dropped(shards, bank, monkeypatch):
-    monkeypatch.setattr("raymem.moving._ARRIVAL_S", 0.05)
+    monkeypatch.setattr("raymem.host.handover._ARRIVAL_S", 0.05)
     one, two = shards.start("one"), shards.start("two")
     name = await bank(one)
     await two.prepare(name)
@@ -354,7 +354,7 @@ async def test_a_copy_that_could_not_be_made_ready_stands_in_nobodys_way(shards,
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr("raymem.runtime.Replica.catch_up", fails)
+        patched.setattr("raymem.bank.replica.Replica.catch_up", fails)
         with pytest.raises(OSError, match="the disk is gone"):
             await two.prepare(name)
         with pytest.raises(OSError, match="the disk is gone"):

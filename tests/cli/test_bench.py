@@ -5,12 +5,12 @@ import json
 import pytest
 
 from raymem.bench import durability
-from raymem.bench.bed import Bed
 from raymem.bench.durability import KEYS, Figure, Measured
+from raymem.bench.fixture import Fixture
 
 
 def test_the_document_has_every_key_and_null_for_what_was_not_measured(raymem, tmp_path, monkeypatch):
-    def measure(on: Bed) -> Measured:
+    def measure(on: Fixture) -> Measured:
         assert on.sync == "none"
         assert on.folder.parent == tmp_path
         return Measured({"fork_s": 0.5}, {"lancedb_s": 1.25})

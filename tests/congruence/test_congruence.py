@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from raymem import Ack, AsyncStore, Bank, BankInfo, Calibration, EraseReceipt, MigrationReport, Readout, Store, Trace
+from raymem.client.store import AsyncBank
 from raymem.errors import RaymemError
 from raymem.memory import kinds
 from raymem.memory.learned import Learned
-from raymem.store import AsyncBank
 from raymem.types import FileCheck, RebalanceReport
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

@@ -6,7 +6,7 @@ import pytest
 
 import raymem
 from raymem import BankSpec, Calibration, Fingerprint, KeySpec, Settings, Store, Trace
-from raymem.cold.store import ColdStore
+from raymem.storage.store import ColdStore
 
 
 @pytest.fixture

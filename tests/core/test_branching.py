@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from raymem.cold.branching import require_no_past
-from raymem.cold.partitions import Place
-from raymem.cold.store import ColdStore
 from raymem.config import ColdSettings, Settings
 from raymem.errors import BankExists, Conflict, InvalidInput, Partitioned, RaymemError, StorageError, TagNotFound
+from raymem.storage.branching import require_no_past
+from raymem.storage.partitions import Place
+from raymem.storage.store import ColdStore
 
 
 @pytest.fixture

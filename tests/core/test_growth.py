@@ -10,7 +10,7 @@ import pytest
 
 from raymem import Settings
 from raymem.errors import BankNotFound, Moved
-from raymem.host import Host
+from raymem.host.host import Host
 
 WRITES = """
 import sys; sys.path.insert(0, sys.argv[2])

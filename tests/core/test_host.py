@@ -11,22 +11,22 @@ import pytest
 
 import raymem
 from raymem import BankSpec, Calibration, Settings, Trace
-from raymem.cold.fenced import FencedTable
-from raymem.cold.log import Log
-from raymem.cold.store import ColdStore
-from raymem.cold.sweeper import sweep
-from raymem.cold.tables import journal_table, log_table
+from raymem.bank.replica import Replica
 from raymem.config import ColdSettings
 from raymem.errors import BankDetached, Moved, NotOwner, StorageError, StoreClosed, TooLarge
-from raymem.host import Host
-from raymem.runtime import Replica
+from raymem.host.host import Host
+from raymem.storage.journal.log import Log
+from raymem.storage.store import ColdStore
+from raymem.storage.sweeper import sweep
+from raymem.storage.tables.single_writer_table import SingleWriterTable
+from raymem.storage.tables.tables import journal_table, log_table
 
 Make = Callable[..., Trace]
 
 
 @pytest.fixture(autouse=True)
 def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymem.host._TICK_S", 0.05)
+    monkeypatch.setattr("raymem.host.host._TICK_S", 0.05)
 
 
 async def attached(host: Host, spec: BankSpec, *names: str) -> None:
@@ -35,7 +35,7 @@ async def attached(host: Host, spec: BankSpec, *names: str) -> None:
         await host.attach(name)
 
 
-def settled_rows(cold: ColdStore, name: str) -> int:
+def flushed_rows(cold: ColdStore, name: str) -> int:
     return int(cold.tables.open(journal_table(cold.catalog.get(name).id)).count_rows())
 
 
@@ -57,7 +57,7 @@ async def test_writers_of_many_banks_share_few_commits(cold: ColdStore, bank_spe
     assert (log["held_banks"], log["rows"]) == (60, 120)
     await host.close()
     # closing settles all, and the log is gone
-    assert all(settled_rows(cold, name) == 2 for name in names[::50])
+    assert all(flushed_rows(cold, name) == 2 for name in names[::50])
     assert not list(Path(cold.uri).glob("log-*"))
 
 
@@ -97,11 +97,11 @@ async def test_a_follower_sees_rows_that_have_not_settled(cold: ColdStore, bank_
     follower = Replica(elsewhere, elsewhere.catalog.get("lab/a"))
     follower.recover()
     await host.write("lab/a", make_trace(20))
-    assert settled_rows(cold, "lab/a") == 0
+    assert flushed_rows(cold, "lab/a") == 0
     assert follower.catch_up() == 20
     assert follower.digest() == await host.digest("lab/a")
     await host.detach("lab/a")
-    assert settled_rows(cold, "lab/a") == 20
+    assert flushed_rows(cold, "lab/a") == 20
     assert follower.catch_up() == 0
 
 
@@ -111,8 +111,8 @@ async def test_rows_settle_by_size_and_by_age(cold: ColdStore, bank_spec: BankSp
     host = Host(cold, Settings(cold=ColdSettings(**{what: value})), "me")
     await attached(host, bank_spec, "lab/a")
     await host.write("lab/a", make_trace(15))
-    await until(lambda: settled_rows(cold, "lab/a") == 15)
-    await until(lambda: host.tenure.committer.log.stats()["held_bytes"] == 0)
+    await until(lambda: flushed_rows(cold, "lab/a") == 15)
+    await until(lambda: host.ownership.group_commit.log.stats()["held_bytes"] == 0)
     assert (await host.stats())["log"]["settles"] == 1
 
 
@@ -194,7 +194,7 @@ async def test_what_is_queued_before_a_detach_is_written_and_what_comes_later_re
     await detach
     assert [ack.end for ack in acks] == list(range(1, 21))
     entry = cold.catalog.get("lab/a")
-    assert (entry.log, entry.state, settled_rows(cold, "lab/a")) == (None, "cold", 21)
+    assert (entry.log, entry.state, flushed_rows(cold, "lab/a")) == (None, "cold", 21)
 
 
 def test_a_store_opened_again_by_another_process_has_what_the_log_held(
@@ -235,7 +235,7 @@ async def test_a_log_that_an_upkeep_alone_finds_fenced_off_ends_the_incarnation(
     await host.write("lab/b", make_trace(3))
     first = cold.catalog.get("lab/a").log
     assert first is not None
-    FencedTable(cold.tables, log_table(first), "log", 1).fence()
+    SingleWriterTable(cold.tables, log_table(first), "log", 1).fence()
     # its rows settle, and the upkeep that follows finds the log lost
     await host.detach("lab/b")
     async with asyncio.timeout(10):
@@ -258,13 +258,13 @@ async def test_a_host_that_was_away_for_longer_than_its_lease_names_no_log_that_
     await attached(host, bank_spec, "lab/a")
     await host.write("lab/a", make_trace(3))
     await host.detach("lab/a")
-    first = host.tenure.lease
+    first = host.ownership.lease
     # idle and out of reach: another process sees the lease run out, and sweeps what no bank names
     assert first._begun is not None
     first._begun -= first.lease_s
     other = ColdStore.open(cold.uri)
-    for id in other.incarnations.list():
-        other.incarnations.expire(id)
+    for id in other.lease_table.list():
+        other.lease_table.expire(id)
     assert log_table(first.id) in sweep(other, 0.0).deleted
 
     await host.attach("lab/a")
@@ -287,7 +287,7 @@ async def test_an_upkeep_of_the_log_that_fails_unforeseen_keeps_nobody_waiting(
         with monkeypatch.context() as patched:
             patched.setattr(Log, "maintain", fails)
             await host.detach("lab/a")
-        assert (await host.stats())["log"]["upkeep_errors"] == 1
+        assert (await host.stats())["log"]["maintenance_errors"] == 1
         await host.write("lab/b", make_trace(3))
         await host.close()
 

@@ -13,11 +13,11 @@ import pytest
 
 import raymem
 from raymem import Settings
-from raymem import lease as lease_module
-from raymem.cold.store import ColdStore
 from raymem.config import ColdSettings, HostSettings
 from raymem.errors import Conflict, Moved, NotOwner
-from raymem.host import Host
+from raymem.host import lease as lease_module
+from raymem.host.host import Host
+from raymem.storage.store import ColdStore
 
 SETTINGS = Settings(cold=ColdSettings(sync="none"), host=HostSettings(lease_s=1.0))
 
@@ -47,7 +47,7 @@ async def host(cold: ColdStore, now) -> AsyncIterator[Host]:
 
 
 async def test_rows_committed_under_a_lease_that_ran_out_are_not_acknowledged(host, cold, now, tiny, monkeypatch):
-    from raymem.runtime import Runtime
+    from raymem.bank.replica import Runtime
 
     finish = Runtime.finish
 
@@ -67,7 +67,7 @@ async def test_rows_committed_under_a_lease_that_ran_out_are_not_acknowledged(ho
 
 
 async def test_a_read_that_outlasts_the_lease_is_refused(host, cold, now, tiny, monkeypatch):
-    from raymem.runtime import Runtime
+    from raymem.bank.replica import Runtime
 
     await host.write("a/b", tiny.trace(10))
     read = Runtime.read
@@ -84,7 +84,7 @@ async def test_a_read_that_outlasts_the_lease_is_refused(host, cold, now, tiny, 
 async def test_an_owner_whose_lease_ran_out_gives_every_bank_up_and_begins_anew(host, cold, now, tiny):
     cold.catalog.create("a/c", tiny.spec())
     await host.attach("a/c")
-    first = cold.incarnations.list()
+    first = cold.lease_table.list()
     now[0] += 1.1
 
     with pytest.raises(Moved):
@@ -93,7 +93,7 @@ async def test_an_owner_whose_lease_ran_out_gives_every_bank_up_and_begins_anew(
     await host.reopen("a/b")
 
     assert host.names() == ["a/b"]
-    again = cold.incarnations.list()
+    again = cold.lease_table.list()
     assert [seen.owner for seen in again] == ["one"]
     assert again[0].id != first[0].id
 
@@ -116,7 +116,7 @@ async def test_a_bank_taken_meanwhile_stays_with_its_new_owner(host, cold, now, 
 async def test_a_host_that_closes_has_no_lease_left(host, cold):
     await host.close()
 
-    assert cold.incarnations.list() == []
+    assert cold.lease_table.list() == []
 
 
 ELSEWHERE = """

@@ -7,11 +7,11 @@ from pathlib import Path
 
 SCRIPT = """
 import logging, structlog
-import raymem.host, raymem.worker, raymem.cold.durable, raymem.cold.snapshots, raymem.lease
+import raymem.host.host, raymem.bank.owner, raymem.storage.tables.fsync, raymem.storage.snapshots, raymem.host.lease
 from raymem.logs import get_logger
 assert not logging.getLogger().handlers and not logging.getLogger("raymem").handlers, "an import set up a handler"
-raymem.host.log.warning("bank not settled on close", bank="lab/a", share="100%")
-raymem.lease.log.info("nobody asked for this")
+raymem.host.host.log.warning("bank not settled on close", bank="lab/a", share="100%")
+raymem.host.lease.log.info("nobody asked for this")
 try:
     1 / 0
 except ZeroDivisionError:
@@ -19,7 +19,7 @@ except ZeroDivisionError:
 structlog.configure(logger_factory=structlog.PrintLoggerFactory())
 get_logger("raymem.late").error("the application's own structlog prints elsewhere")
 logging.basicConfig(format="app: %(name)s %(message)s", force=True)
-raymem.worker.log.error("bank lost", bank="lab/b")
+raymem.bank.owner.log.error("bank lost", bank="lab/b")
 """
 
 
@@ -31,7 +31,7 @@ def test_a_library_logs_on_stderr_and_through_the_application_s_handlers():
     assert "ZeroDivisionError" in ran.stderr
     assert "elsewhere" in ran.stderr
     assert "nobody asked" not in ran.stderr
-    assert "app: raymem.worker bank lost bank='lab/b'" in ran.stderr
+    assert "app: raymem.bank.owner bank lost bank='lab/b'" in ran.stderr
 
 
 def test_a_command_logs_each_line_once_and_to_the_stderr_of_now(capsys):

@@ -5,9 +5,6 @@ import pytest
 import torch
 
 from raymem import BankSpec, Store, Trace
-from raymem.cold.interleave import Tally, interleave, merged
-from raymem.cold.rows import JournalRows
-from raymem.cold.store import ColdStore
 from raymem.errors import (
     BankExists,
     BankNotFound,
@@ -19,6 +16,9 @@ from raymem.errors import (
     Unsupported,
 )
 from raymem.memory import keeps_rows, kinds, merge_rule
+from raymem.rows import JournalRows
+from raymem.storage.kway_merge import Tally, interleave, merged
+from raymem.storage.store import ColdStore
 
 # titans merges only where it is linear
 OPTIONS = {"titans": {"depth": 1}}

@@ -10,8 +10,6 @@ import torch
 
 import raymem
 from raymem import BankSpec, Store, Trace
-from raymem.cold.partitions import Place
-from raymem.cold.store import ColdStore
 from raymem.config import ColdSettings, Settings
 from raymem.errors import (
     BankDetached,
@@ -25,7 +23,9 @@ from raymem.errors import (
     Unsupported,
 )
 from raymem.memory import kinds
-from raymem.rebalancing import plan
+from raymem.partition.rebalance import plan
+from raymem.storage.partitions import Place
+from raymem.storage.store import ColdStore
 
 FAST = Settings(cold=ColdSettings(sync="none"))
 
@@ -417,7 +417,7 @@ def test_a_stream_is_written_and_read_while_it_moves(store, tiny):
 
 
 def test_a_mover_that_died_holds_nobody_for_long(store, tiny, monkeypatch):
-    monkeypatch.setattr("raymem.partitioned._HOLD_S", 0.2)
+    monkeypatch.setattr("raymem.partition.backend._HOLD_S", 0.2)
     bank = filled(store, tiny, partitions=2, streams=2)
     partitions = backend(store).cold.partitions
     layout = partitions.get("lab/many")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from raymem import Settings, connect
-from raymem.cold.store import ColdStore
+from raymem.client.store import Store
 from raymem.config import ColdSettings
 from raymem.errors import BankExists, BankNotFound, Conflict, Corrupt, RaymemError, StorageError, Unavailable
-from raymem.store import Store
+from raymem.storage.store import ColdStore
 
 NAME, COPY = "lab/a", "lab/copy"
 # what a caller may hear of what another does

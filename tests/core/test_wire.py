@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raymem.client.wire import _DTYPES, pack, traces_from_arrow, traces_to_arrow, unpack
+from raymem.client.wire_limits import check_msgpack
 from raymem.encode.keys import to_bits
 from raymem.errors import BankNotFound, Corrupt, InvalidInput, Overloaded, TooLarge
 from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
-from raymem.wire import _DTYPES, pack, traces_from_arrow, traces_to_arrow, unpack
-from raymem.wire_limits import check_msgpack
 
 FINGERPRINT = Fingerprint(model="tiny", content="c" * 64, layers=(3, 7), width=5, tokenizer="t" * 64)
 SPEC = BankSpec(kind="spalm", fingerprint=FINGERPRINT, key=KeySpec(function="window"), options={"k": 8, "tau": [0.1]})
@@ -332,14 +332,14 @@ def test_a_stream_has_so_many_rows_and_batches_at_most(monkeypatch: pytest.Monke
     assert len(traces_from_arrow(data)) == 4
     for name in ("MOST_ROWS", "MOST_BATCHES"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"raymem.wire_limits.{name}", 4)
+            patch.setattr(f"raymem.client.wire_limits.{name}", 4)
             with pytest.raises(TooLarge, match="send several"):
                 traces_from_arrow(data)
 
 
 def test_a_stream_has_so_many_traces_and_a_small_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     one, four = traces_to_arrow([trace(4)]), traces_to_arrow([trace(1, run=str(run)) for run in range(4)])
-    monkeypatch.setattr("raymem.wire_limits.MOST_TRACES", 3)
+    monkeypatch.setattr("raymem.client.wire_limits.MOST_TRACES", 3)
     assert len(traces_from_arrow(one)) == 1
     with pytest.raises(TooLarge, match="3 traces at most"):
         traces_from_arrow(four)

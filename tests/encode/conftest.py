@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from raymem.cold.rows import JournalRows
 from raymem.encode import Calibration, Encoder
 from raymem.encode.fit import Sample, fit
+from raymem.rows import JournalRows
 from raymem.types import BankSpec, Fingerprint, KeySpec
 
 LAYERS, WIDTH = (3, 7), 13

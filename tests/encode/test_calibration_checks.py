@@ -8,10 +8,10 @@ import torch
 
 import raymem
 from raymem import Calibration, KeySpec
-from raymem.cold.store import ColdStore
 from raymem.encode.calibration import Range
 from raymem.encode.fit import Sample, fit
 from raymem.errors import CalibrationNotFound, Corrupt, InvalidInput, InvalidSpec
+from raymem.storage.store import ColdStore
 
 LAYERS, WIDTH = (3, 5), 24
 EYES = torch.eye(WIDTH).expand(2, -1, -1).contiguous()

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymem.cold.rows import JournalRows
 from raymem.encode import Calibration, Encoder
 from raymem.encode.keys import to_bits
 from raymem.errors import Corrupt, FingerprintMismatch, InvalidSpec, InvalidTrace
 from raymem.memory.base import Rows
+from raymem.rows import JournalRows
 from raymem.types import KeySpec
 
 KEYS = [

@@ -230,7 +230,7 @@ async def main():
 
 
 def test_a_store_belongs_to_its_loop_and_says_so(tmp_path: Path, tiny: Any):
-    async def first() -> tuple[AsyncStore, raymem.store.AsyncBank]:
+    async def first() -> tuple[AsyncStore, raymem.client.store.AsyncBank]:
         store = await AsyncStore.connect(tmp_path / "m", settings=SETTINGS)
         await store.put_calibration(tiny.calibration)
         bank = await store.create("lab/a", tiny.spec())

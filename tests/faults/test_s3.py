@@ -11,9 +11,9 @@ from faultkit.s3 import s3_server
 from faultkit.schedule import Schedule
 
 import raymem
-from raymem.cold.rows import JournalRows
-from raymem.cold.store import ColdStore
 from raymem.errors import NotOwner, StorageError
+from raymem.rows import JournalRows
+from raymem.storage.store import ColdStore
 
 pytestmark = pytest.mark.timeout(120)
 

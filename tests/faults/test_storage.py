@@ -8,10 +8,11 @@ from faultkit import made
 from faultkit.double import MODES, Double, Doubles, doubles
 from faultkit.ledger import Ledger, check
 
-from raymem import AsyncStore, Settings, local
-from raymem.cold import journal
+from raymem import AsyncStore, Settings
+from raymem.client import local
+from raymem.client.store import AsyncBank
 from raymem.errors import BankDetached, BankExists, RaymemError
-from raymem.store import AsyncBank
+from raymem.storage.journal import journal
 
 BANK, RUN = "lab/a", ("agent", "run")
 STEPS = ("create", "write", "write", "snapshot", "write", "detach", "attach", "tag", "write")

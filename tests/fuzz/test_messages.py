@@ -12,7 +12,8 @@ from fuzzing import SCALE, bounded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymem import BankSpec, KeySpec, Trace, connect, routes, wire
+from raymem import BankSpec, KeySpec, Trace, connect
+from raymem.client import routes, wire
 from raymem.errors import Corrupt, InvalidInput
 
 MIB = 2**20

@@ -17,7 +17,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from raymem import Settings, routes
+from raymem import Settings
+from raymem.client import routes
 from raymem.serving.app import create_app
 
 CHECKS = [

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from raymem.errors import ConfigError, InvalidInput
 from raymem.kernels.topk_cosine import coarse, topk_cosine, topk_cosine_reference
-from raymem.memory.packing import STORED, pack, unpack
+from raymem.memory.quantize import STORED, pack, unpack
 
 DTYPES = sorted(STORED)
 

@@ -7,8 +7,8 @@ from torch.nn.functional import normalize
 from raymem.memory import build
 from raymem.memory.base import Dims, Rows
 from raymem.memory.dnc import next_usage, tape_step
+from raymem.memory.key_reservoir import hash62
 from raymem.memory.policies import Entries, policy
-from raymem.memory.scope import hash62
 
 WIDTH, ROOM, COUNT = 16, 12, 60
 # not "uniform": its draws go by slots, and memories place rows differently

@@ -154,7 +154,7 @@ def test_u5_a_sink_row_changes_nothing(case):
 
 
 def journaled(hidden: torch.Tensor, value: int):
-    from raymem.cold.rows import JournalRows
+    from raymem.rows import JournalRows
     from raymem.types import Trace
 
     values = torch.ones(len(hidden), value) if value else None

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import normalize
 
-from raymem.memory.scope import SCOPE_ROWS, hash62, sample, similarity
+from raymem.memory.key_reservoir import SCOPE_ROWS, hash62, sample, similarity
 
 
 def filled(count, calls=1, banks=1, slots=SCOPE_ROWS):

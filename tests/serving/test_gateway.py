@@ -7,7 +7,9 @@ import httpx
 import pytest
 import torch
 
-from raymem import Calibration, KeySpec, Store, Trace, connect, wire
+from raymem import Calibration, KeySpec, Store, Trace, connect
+from raymem.client import wire
+from raymem.client.http import HttpBackend
 from raymem.errors import (
     BankDetached,
     BankExists,
@@ -21,7 +23,6 @@ from raymem.errors import (
     SequenceConflict,
     StorageError,
 )
-from raymem.remote import HttpBackend
 
 KINDS = ["spalm", "titans"]
 
@@ -290,9 +291,9 @@ def test_key_functions_and_options_survive_the_way(store, gateway_spec, bank_nam
 
 
 async def test_slow_requests_of_one_caller_take_turns(tmp_path, monkeypatch):
+    from raymem.client.store import AsyncBank, AsyncStore
     from raymem.config import Settings
     from raymem.serving.app import create_app
-    from raymem.store import AsyncBank, AsyncStore
 
     running = most = 0
 

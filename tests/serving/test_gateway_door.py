@@ -10,7 +10,7 @@ import pytest
 from raymem import Settings, connect
 from raymem.config import GatewaySettings
 from raymem.errors import BackendUnavailable, ConfigError, TooLarge, Unauthorized
-from raymem.serving.door import Door, check_bind, is_loopback
+from raymem.serving.auth import Auth, check_bind, is_loopback
 from raymem.serving.server import bind
 
 KEY = "correct horse battery stäple"
@@ -124,7 +124,7 @@ async def test_without_keys_other_machines_are_turned_away(client):
     async def app(scope, receive, send):
         raise AssertionError("let in")
 
-    door = Door(app, GatewaySettings())
+    door = Auth(app, GatewaySettings())
     sent = []
 
     async def receive():

@@ -6,10 +6,11 @@ import pytest
 from fastapi import FastAPI
 from jsonschema import validate
 
-from raymem import Settings, routes, wire
+from raymem import Settings
+from raymem.client import routes, wire
+from raymem.client.routes import Route
 from raymem.config import GatewaySettings
 from raymem.errors import Overloaded, RaymemError, TooLarge
-from raymem.routes import Route
 from raymem.serving import errors
 from raymem.serving.app import create_app
 from raymem.serving.intake import COMMAND, ROWS, Budget, check_json

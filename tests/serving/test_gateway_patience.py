@@ -7,7 +7,8 @@ import httpx
 import pytest
 from starlette.responses import PlainTextResponse
 
-from raymem import AsyncStore, Settings, connect, routes, wire
+from raymem import AsyncStore, Settings, connect
+from raymem.client import routes, wire
 from raymem.config import GatewaySettings, HostSettings
 from raymem.errors import Overloaded
 

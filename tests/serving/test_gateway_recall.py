@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from raymem import BankSpec, KeySpec, Readout, Settings, Trace, connect
+from raymem.client.local import LocalBackend
 from raymem.config import HostSettings
 from raymem.encode.fit import bundled_texts, fit, read_sample
 from raymem.errors import FingerprintMismatch, MissingExtra, TooLarge
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.models import LanguageModel
-from raymem.local import LocalBackend
+from raymem.serving.passages import AFTER, BEFORE, LONGEST, pieces
 from raymem.serving.recall import MAX_TOKENS, Reader, _candidates
-from raymem.serving.spans import AFTER, BEFORE, LONGEST, pieces
 
 FACT = "The locker code assigned to Miriam is 4817, and she keeps the spare key under the blue flower pot."
 STORY = (

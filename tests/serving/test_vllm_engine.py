@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import raymem
-from raymem.cold.store import ColdStore
 from raymem.encode.calibration import Calibration, Range, measured_keys
 from raymem.errors import ConfigError
 from raymem.lm.fingerprint import fingerprint_of
 from raymem.lm.models import LanguageModel, model_path
 from raymem.serving.vllm import engine_args, raymem_params
+from raymem.storage.store import ColdStore
 from raymem.types import BankSpec, Trace
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -415,7 +415,7 @@ def test_an_engine_without_the_speculative_method_is_refused_with_the_fix():
 def test_layers_the_model_does_not_have_are_refused_by_name():
     from types import SimpleNamespace
 
-    from raymem.serving.vllm import insides
+    from raymem.serving.vllm import vllm_internals as vllm_internals
 
     hf_config = SimpleNamespace(eagle_aux_hidden_state_layer_ids=[26, 99])
     config = SimpleNamespace(
@@ -425,4 +425,4 @@ def test_layers_the_model_does_not_have_are_refused_by_name():
         model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 30),
     )
     with pytest.raises(ConfigError, match=r"\[26, 99\].*1 to 30"):
-        insides.streamed_layers(config)
+        vllm_internals.streamed_layers(config)

@@ -18,11 +18,11 @@ import torch
 from scipy.stats import chi2, chisquare
 
 import raymem
-from raymem.cold.store import ColdStore
 from raymem.encode.calibration import Calibration, Range, measured_keys
 from raymem.lm.fingerprint import fingerprint_of
 from raymem.lm.models import LanguageModel, model_path
 from raymem.serving.vllm import engine_args, raymem_params
+from raymem.storage.store import ColdStore
 from raymem.types import BankSpec
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]

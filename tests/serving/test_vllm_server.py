@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import raymem
-from raymem.cold.store import ColdStore
 from raymem.encode.calibration import Calibration, Range, measured_keys
 from raymem.lm.fingerprint import fingerprint_of
 from raymem.lm.models import LanguageModel, model_path
+from raymem.storage.store import ColdStore
 from raymem.types import BankSpec
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]

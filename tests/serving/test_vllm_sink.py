@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 
+from raymem.client.store import AsyncBank, AsyncStore
 from raymem.errors import BankNotFound, FingerprintMismatch
 from raymem.serving.vllm import sink as sinks
 from raymem.serving.vllm.params import ConnectorConfig
 from raymem.serving.vllm.sink import StoreSink
-from raymem.store import AsyncBank, AsyncStore
 
 
 @pytest.fixture

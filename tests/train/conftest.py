@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 import raymem
 from raymem import Store, Trace
-from raymem.cold.store import ColdStore
+from raymem.storage.store import ColdStore
 from raymem.train import TrainReport, TrainSettings, train
 
 ROWS = 2400

@@ -50,8 +50,8 @@ def _stopped(method, before="", after="", blocking=False):
 
 
 def _install(moving):
-    from raymem.cold.catalog import Catalog
-    from raymem.runtime import Runtime
+    from raymem.bank.replica import Runtime
+    from raymem.storage.catalog import Catalog
 
     # what nobody comes back for is to go while the test looks
     moving._ARRIVAL_S = 3.0
@@ -65,7 +65,7 @@ def _install(moving):
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "raymem.moving":
+        if name != "raymem.host.handover":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

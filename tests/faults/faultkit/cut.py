@@ -32,7 +32,7 @@ BANKS = {"cut/left": ("spalm", "left"), "cut/right": ("spalm", "right"), "cut/de
 LEFT, RIGHT = "left", "right"
 LEASE_S = 3.0
 # Ray needs a while to hear that it is back, and longer where others need the processor
-_PATIENCE_S = 90.0
+_RETRY_S = 90.0
 _HEARS_S = 10.0
 
 
@@ -83,7 +83,7 @@ class CutSchedule:
             await self._together()
         finally:
             self._stop.set()
-            await asyncio.wait(work, timeout=_PATIENCE_S)
+            await asyncio.wait(work, timeout=_RETRY_S)
         digests = {bank: await self._sides.ask(LEFT, "digest", bank) for bank in BANKS}
         scratch = self._folder / "undisturbed"
         self.outcome.verdict = await asyncio.to_thread(check, self._uri, self.ledger, scratch, digests)
@@ -115,7 +115,7 @@ class CutSchedule:
         self._taken = True
         await self._read()
         self._cut = False
-        await asyncio.wait(alone, timeout=_PATIENCE_S)
+        await asyncio.wait(alone, timeout=_RETRY_S)
 
     async def _stand_still(self) -> None:
         """The right shard stops, as a machine that swaps does, for longer than its lease, and wakes."""
@@ -136,7 +136,7 @@ class CutSchedule:
             commands += [("attach", "cut/left"), ("nodes",)]
         for answer in [self._sides.ask(RIGHT, *command) for command in commands]:
             try:
-                self.outcome.reads.append(str(await asyncio.wait_for(answer, _PATIENCE_S)))
+                self.outcome.reads.append(str(await asyncio.wait_for(answer, _RETRY_S)))
             except Refused as error:
                 self.outcome.reads.append(error.kind)
 
@@ -192,10 +192,10 @@ class CutSchedule:
         return lambda: all(self._acks.get((side, bank), 0.0) > since for side in sides for bank in banks)
 
     async def _until(self, what: str, reached: Callable[[], bool] | Callable[[], Awaitable[bool]]) -> None:
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _RETRY_S
         while not (await found if isinstance(found := reached(), Awaitable) else found):
             if self.ledger.wrong or time.monotonic() > deadline:
-                raise TimeoutError(f"{what}: not within {_PATIENCE_S:g} s; {self.ledger.wrong}; {self.outcome}")
+                raise TimeoutError(f"{what}: not within {_RETRY_S:g} s; {self.ledger.wrong}; {self.outcome}")
             await asyncio.sleep(0.05)
         self._passed(what)
 

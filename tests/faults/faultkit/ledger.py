@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from faultkit import made
 
-from raymem.cold.catalog import Entry
-from raymem.cold.files import Files
-from raymem.cold.rows import JournalRows
-from raymem.cold.store import ColdStore
-from raymem.cold.sweeper import sweep
-from raymem.cold.tables import journal_table, snapshot_table
+from raymem.bank.replica import Replica, Runtime
 from raymem.errors import RaymemError
-from raymem.runtime import Replica, Runtime
+from raymem.rows import JournalRows
+from raymem.storage.catalog import Entry
+from raymem.storage.store import ColdStore
+from raymem.storage.sweeper import sweep
+from raymem.storage.tables.files import Files
+from raymem.storage.tables.tables import journal_table, snapshot_table
 
 Run = tuple[str, str]
 # states that hold rows are the same bit by bit; of the others, a state cut at other places differs by rounding

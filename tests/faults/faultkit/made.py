@@ -6,8 +6,8 @@ from zlib import crc32
 import torch
 
 from raymem import BankSpec, Calibration, Fingerprint, KeySpec, Trace
-from raymem.cold.store import ColdStore
 from raymem.encode.calibration import Range
+from raymem.storage.store import ColdStore
 
 LAYERS, WIDTH = (3, 5), 16
 LONGEST = 2048

@@ -19,7 +19,7 @@ def acknowledge_before_the_commit(host: Any) -> None:
 
 def skip_the_fence(fenced: Any) -> None:
     """Take a journal and a log over without stopping their old owner."""
-    fenced.FencedTable._bar = lambda self, handle, dataset: self._is_latest(handle, dataset.version)
+    fenced.SingleWriterTable._bar = lambda self, handle, dataset: self._is_latest(handle, dataset.version)
 
 
 def never_let_go(lease: Any) -> None:
@@ -30,9 +30,9 @@ def never_let_go(lease: Any) -> None:
 # what each does to which module, once that is loaded and not while it loads others
 MUTATIONS = {
     "": {},
-    "early": {"raymem.host": acknowledge_before_the_commit},
-    "unfenced": {"raymem.cold.fenced": skip_the_fence},
-    "unleased": {"raymem.cold.fenced": skip_the_fence, "raymem.lease": never_let_go},
+    "early": {"raymem.host.host": acknowledge_before_the_commit},
+    "unfenced": {"raymem.storage.tables.single_writer_table": skip_the_fence},
+    "unleased": {"raymem.storage.tables.single_writer_table": skip_the_fence, "raymem.host.lease": never_let_go},
 }
 
 

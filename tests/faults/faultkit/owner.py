@@ -15,9 +15,10 @@ from typing import Any
 from faultkit import made, mutations, sabotage
 from faultkit.commands import Run, serve
 
-from raymem import AsyncStore, Settings, local
-from raymem.cold import journal, log
+from raymem import AsyncStore, Settings
+from raymem.client import local
 from raymem.config import ColdSettings, HostSettings
+from raymem.storage.journal import journal, log
 
 # soon enough that a short schedule meets it
 journal._COMPACT_EVERY = log._COMPACT_EVERY = int(os.environ.get("FAULTS_COMPACT_EVERY", "12"))

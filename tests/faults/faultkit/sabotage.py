@@ -163,7 +163,7 @@ def install(steps_of: Callable[[Any], Steps], tables_class: Any = None) -> Calla
         steps_of: who hears of the writes of a `Tables`.
         tables_class: raymem's `Tables`, while its module is still being imported.
     """
-    wrapped = tables_class or importlib.import_module("raymem.cold.tables").Tables
+    wrapped = tables_class or importlib.import_module("raymem.storage.tables.tables").Tables
     init, folder_sync = wrapped.__init__, wrapped.folder_sync
 
     def hit(tables: Any, name: str) -> Callable[[str], _Write]:

@@ -14,8 +14,8 @@ from raymem.actors import cluster
 from raymem.actors.calls import Remote, ask
 from raymem.actors.shard import ClusterSpec
 from raymem.actors.transfer import pack, pack_fields
-from raymem.cold.store import ColdStore
 from raymem.config import ActorSettings, ColdSettings, HostSettings
+from raymem.storage.store import ColdStore
 
 # a client whose calls end soon, so that it is seen what they end with
 RETRY_S = 5.0

@@ -20,7 +20,7 @@ def changes():
     from faultkit import mutations
 
     found = dict(mutations.MUTATIONS[os.environ.get("FAULTS_MUTATION", "")])
-    return found | {"raymem.cold.tables": break_storage} if "FAULTS_PLANS" in os.environ else found
+    return found | {"raymem.storage.tables.tables": break_storage} if "FAULTS_PLANS" in os.environ else found
 
 
 class Change(MetaPathFinder):

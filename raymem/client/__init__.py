@@ -1,0 +1,1 @@
+"""What a program holds: stores and banks, blocking and async, over three backends."""

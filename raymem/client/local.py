@@ -1,0 +1,222 @@
+"""The backend for one process: a folder with the cold store, a host with the hot banks."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import psutil
+from torch import Tensor
+
+from raymem.config import Settings
+from raymem.errors import Conflict, InvalidInput, Moved, NotOwner
+from raymem.host.admission import caller
+from raymem.host.backend import ColdBackend, detached, shard_info
+from raymem.host.host import Host
+from raymem.host.lease import Watch
+from raymem.storage.store import ColdStore, LeaseTable
+from raymem.storage.vanished import telling
+from raymem.types import Ack, BankInfo, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
+
+T = TypeVar("T")
+NODE = "local"
+_OWNER = re.compile(r"process (?P<pid>\d+) since (?P<since>[\d.]+) on (?P<host>\S+) as \w+")
+
+
+@telling
+class LocalBackend(ColdBackend):
+    """Banks in this process.
+
+    A bank that another living process holds is refused; one whose process has died is taken over. On this machine the
+    process table tells, elsewhere the owner's lease.
+    """
+
+    def __init__(self, uri: str, settings: Settings) -> None:
+        super().__init__(ColdStore.open(uri, settings.cold.sync), settings)
+        self.host = Host(self.cold, settings, owner=_this_process())
+
+    async def attach(self, name: str, node: str | None) -> BankInfo:
+        """Load a bank into this process."""
+        _check_node(node)
+        if not self.host.has(name):
+            owner = (await asyncio.to_thread(self.cold.catalog.get, name)).owner
+            await self._take(name, owner)
+        return await self.info(name)
+
+    async def detach(self, name: str) -> BankInfo:
+        """Settle, snapshot, free."""
+        await self._ensure(name)
+        await self.host.detach(name)
+        return await self.info(name)
+
+    async def discard(self, name: str, owner: str | None) -> None:
+        """Free a bank that is about to be removed."""
+        if owner and owner != self.host.owner:
+            await self._require_over(name, owner)
+        await self.host.discard(name)
+
+    async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
+        """Journal and apply a copy of a trace: whoever made its tensors may go on to change them."""
+        mine = trace.copy()
+        return await self._owned(name, lambda: self.host.write(name, mine, durable=durable, caller=caller.get()))
+
+    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
+        """Read a bank, or what it was."""
+        asks = caller.get()
+        return await self._owned(name, lambda: self.host.read(name, hidden_QLD, k, start, as_of=as_of, caller=asks))
+
+    async def migrate(self, name: str, to: str) -> MigrationReport:
+        """There is one node here: a move to it moves nothing."""
+        _check_node(to)
+        await self._ensure(name)
+        return MigrationReport(name, NODE, NODE, rows=0, pause_ms=0.0, total_ms=0.0)
+
+    async def digest(self, name: str) -> str:
+        """sha256 of the bank's state."""
+        return await self._owned(name, lambda: self.host.digest(name))
+
+    async def mark(self, name: str, tag: str) -> dict[str, int]:
+        """Tag a hot bank."""
+        return await self._owned(name, lambda: self.host.mark(name, tag))
+
+    async def materialise_hot(self, name: str) -> None:
+        """Copy what a hot fork inherited."""
+        await self._owned(name, lambda: self.host.materialise(name))
+
+    async def erase_hot(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
+        """Erase rows."""
+        return await self._owned(name, lambda: self.host.erase(name, what, rebuild=rebuild))
+
+    async def release(self, name: str, stream: str | None) -> None:
+        """Finish writes, and look up where streams live before later ones."""
+        await self._owned(name, lambda: self.host.release(name, stream))
+
+    async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
+        """Copy a stream from another bank's journal."""
+        return await self._owned(name, lambda: self.host.pull(name, source, stream, start))
+
+    async def nodes(self) -> list[str]:
+        """This process."""
+        return [NODE]
+
+    async def shards(self) -> list[ShardInfo]:
+        """This process."""
+        entries = await asyncio.to_thread(self.cold.catalog.list)
+        return [shard_info(self.host.owner, NODE, entries, self.host.bytes(), self.host.memory_bytes, draining=False)]
+
+    async def drain(self, node: str, undo: bool) -> DrainReport:
+        """There is nowhere else to go."""
+        _check_node(node)
+        if not undo:
+            raise Conflict(f"node {node!r} is the only one: no other can take its banks; detach them: bank.detach()")
+        return DrainReport(node, (), {}, total_ms=0.0, draining=False)
+
+    async def stats(self) -> dict[str, Any]:
+        """The host's counters, as those of the only shard."""
+        return {"backend": "local", "cold": self.cold.uri, "sync": self.cold.sync, "shards": [await self.host.stats()]}
+
+    async def close(self) -> None:
+        """Settle every bank."""
+        await self.host.close()
+
+    def abandon(self) -> None:
+        """Close after the event loop has ended: write what was accepted, and let the banks go."""
+        self.host.end()
+
+    async def hot_bytes(self) -> dict[str, int]:
+        """Bytes of each hot bank here."""
+        return self.host.bytes()
+
+    def node_of(self, owner: str) -> str | None:
+        """All owners of a local store are processes of this machine."""
+        return NODE
+
+    async def _owned(self, name: str, once: Callable[[], Awaitable[T]]) -> T:
+        await self._ensure(name)
+        try:
+            return await once()
+        except (Moved, NotOwner):
+            # the worker or the lease was lost: the catalog says who has the bank now
+            await self._ensure(name)
+            return await once()
+
+    async def _ensure(self, name: str) -> None:
+        if self.host.has(name):
+            return
+        entry = (await asyncio.to_thread(self.cold.catalog.get, name)).whole()
+        if entry.state == "cold":
+            raise detached(name)
+        if entry.owner and not _OWNER.fullmatch(entry.owner):
+            raise Conflict(
+                f'bank {name!r} is hot on {entry.owner} of a Ray cluster: raymem.connect("ray"); if that cluster is '
+                f"gone, take the bank: bank.attach() or `raymem bank attach {name}`",
+                owner=entry.owner,
+            )
+        await self._take(name, entry.owner)
+
+    async def _take(self, name: str, owner: str | None) -> None:
+        if owner and owner != self.host.owner:
+            await self._require_over(name, owner)
+        # another host may have taken it meanwhile: take it only from the owner that we know of
+        await self.host.attach(name, take_from=owner or "")
+
+    async def _require_over(self, name: str, owner: str) -> None:
+        if not await over(self.cold.lease_table, owner, self._poll_s):
+            raise Conflict(
+                f"bank {name!r} is held by {owner}; close it there, or share it: "
+                "`raymem serve` and connect to its http:// address",
+                owner=owner,
+            )
+
+    @property
+    def _poll_s(self) -> float:
+        return self.host.settings.host.lease_s / 10
+
+
+def _check_node(node: str | None) -> None:
+    if node not in (None, NODE):
+        raise InvalidInput(f"there is no node {node!r} in a local store; its only node is {NODE!r}")
+
+
+def _this_process() -> str:
+    process = psutil.Process()
+    # the last word tells two stores of one process apart
+    return (
+        f"process {process.pid} since {process.create_time():.2f} on {socket.gethostname()} as {uuid.uuid4().hex[:8]}"
+    )
+
+
+async def over(lease_table: LeaseTable, owner: str, poll_s: float) -> bool:
+    """Whether an owner, as the catalog names it, has ended: known at once of a process here, else by its lease.
+
+    Args:
+        lease_table: where its lease is.
+        owner: the name.
+        poll_s: how often to look whether it moves; it takes a third of its lease to say no, all of it to say yes.
+    """
+    known = _OWNER.fullmatch(owner)
+    if known is not None and known["host"] == socket.gethostname():
+        if not _runs(known):
+            return True
+        # a process may have closed its store and live on, or have its lease on the store that this is a copy of
+        held = await asyncio.to_thread(lease_table.held, owner)
+        if held is not None:
+            return not held
+    watch, stood = Watch(lease_table), 0.0
+    while (now := (await asyncio.to_thread(watch.living)).get(owner)) is not None:
+        if now < stood:
+            return False
+        stood = now
+        await asyncio.sleep(poll_s)
+    return True
+
+
+def _runs(known: re.Match[str]) -> bool:
+    try:
+        return f"{psutil.Process(int(known['pid'])).create_time():.2f}" == known["since"]
+    except psutil.NoSuchProcess:
+        return False

@@ -1,1 +1,0 @@
-"""Cold memory: what survives every process, in LanceDB and nowhere else."""

@@ -1,0 +1,1 @@
+"""Many banks in one process: ownership, memory, moving, upkeep."""

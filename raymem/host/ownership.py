@@ -1,0 +1,128 @@
+"""One incarnation of a host: the lease under which it claims banks, and the log that it commits to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from raymem.bank.group_commit import GroupCommit
+from raymem.config import Settings
+from raymem.errors import Moved, NotOwner, RaymemError
+from raymem.executor import Executor
+from raymem.host.lease import Lease
+from raymem.logs import get_logger
+from raymem.storage.journal.log import Log
+from raymem.storage.store import ColdStore, Entry
+
+log = get_logger("raymem.host.ownership")
+
+
+class Ownership:
+    """What a host owns its banks by. When the lease or the log is lost all of it is over, and the next one begins.
+
+    Args:
+        cold: the durable store.
+        settings: of the host.
+        owner: the name under which banks are claimed.
+        crew: the host's threads.
+        over: called, with the reason, when an incarnation ends; whatever was claimed under it is to be dropped.
+    """
+
+    def __init__(
+        self, cold: ColdStore, settings: Settings, owner: str, executor: Executor, over: Callable[[str], None]
+    ) -> None:
+        self.owner = owner
+        self.group_commit: GroupCommit | None = None
+        self._cold = cold
+        self._settings = settings
+        self._executor = executor
+        self._over = over
+        self._opening = asyncio.Lock()
+        self.lease = self._new_lease()
+
+    async def commits(self) -> GroupCommit:
+        """The committer of this incarnation's log, made on first use."""
+        async with self._opening:
+            # seen by a read or an erasure alone, or by nobody while no bank was hot
+            if self.group_commit is not None:
+                self.group_commit.check()
+            if self.lease.over:
+                self.end("its lease ran out")
+            lease = self.lease
+            if self.group_commit is None or self.group_commit.log.id != lease.id:
+                made = Log(self._cold.tables, lease.id, self._settings.cold.log_bytes)
+                # a log whose incarnation is unknown may be swept away
+                await self._executor.run(lease.hold)
+                await self._executor.run(made.create)
+                size = self._settings.host.group_bytes
+                self.group_commit = GroupCommit(made, self._executor, size, lambda: self._fenced(lease))
+            return self.group_commit
+
+    def claim(self, name: str, epoch: int, group_commit: GroupCommit, settled: str | None = None) -> Entry:
+        """Claim a bank in the catalog; see `Catalog.claim`."""
+        self.lease.hold()
+        if self.lease.over:
+            # its log may have been swept: a bank that names it could never be loaded again
+            raise Moved(f"bank {name!r} is being reopened: its owner's lease ran out meanwhile", to="")
+        self.require_same(name, group_commit)
+        return self._cold.catalog.claim(name, self.owner, epoch, group_commit.log.id, settled)
+
+    def require_same(self, name: str, group_commit: GroupCommit) -> None:
+        """Raise Moved unless `group_commit` is still the present incarnation's."""
+        if group_commit.log.id != self.lease.id:
+            raise Moved(f"bank {name!r} is being reopened: its owner began anew meanwhile", to="")
+
+    def check(self) -> None:
+        """End the incarnation if its lease ran out."""
+        if not self.lease.valid:
+            self.end("its lease ran out")
+
+    def confirm(self, name: str, lease: Lease) -> None:
+        """Refuse an outcome that another owner may know nothing of, or that one has made old.
+
+        Raises:
+            NotOwner: the lease ran out.
+        """
+        if lease.valid:
+            return
+        if lease is self.lease:
+            self.check()
+        raise NotOwner(
+            f"{self.owner} was silent for longer than its lease of {lease.lease_s:g} s, so bank {name!r} may have "
+            "another owner: ask again, repeating a write is safe"
+        )
+
+    def end(self, why: str) -> None:
+        """Give everything up; a new incarnation claims those banks again that the catalog still says are here."""
+        self._over(why)
+        self.lease.give_up()
+        if self.group_commit is not None:
+            self.group_commit.log.let_go()
+        self.lease = self._new_lease()
+
+    def leave(self) -> None:
+        """End it for everyone, once no bank is claimed under it any more."""
+        last = self.group_commit.log if self.group_commit else None
+        try:
+            if last is not None and not last.lost and not self._cold.catalog.logged(last.id):
+                last.drop()
+            self.lease.release()
+        except RaymemError as error:
+            # it runs out by itself
+            log.warning("lease not released", owner=self.owner, error=str(error))
+        finally:
+            if last is not None:
+                last.let_go()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the log."""
+        return self.group_commit.stats() if self.group_commit else {}
+
+    def _new_lease(self) -> Lease:
+        return Lease(self._cold.lease_table, self.owner, self._settings.host.lease_s)
+
+    def _fenced(self, lease: Lease) -> None:
+        """A bank was taken from this incarnation, and its log with it: no bank can be written through it any more."""
+        if lease is self.lease:
+            self.end("its log was fenced off")

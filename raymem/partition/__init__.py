@@ -1,0 +1,1 @@
+"""A bank in parts: where streams live, answers put together, streams moved."""

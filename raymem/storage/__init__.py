@@ -1,0 +1,1 @@
+"""LanceDB: the catalog, journals, snapshots, histories and erasures of banks."""

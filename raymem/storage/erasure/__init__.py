@@ -1,0 +1,1 @@
+"""Erasing rows: where they lie, removing them, and the receipt."""

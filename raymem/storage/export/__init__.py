@@ -1,0 +1,1 @@
+"""Banks as files: one zip, written and read with every field checked."""

@@ -1,0 +1,437 @@
+"""A bank's journal: the durable, ordered record of the rows that it accepted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raymem.errors import BankNotFound, Corrupt, Overloaded, StorageError
+from raymem.inputs import TIME_END, composed
+from raymem.rows import JournalRows
+from raymem.storage.catalog import Catalog, Entry
+from raymem.storage.journal.log import Log, OldLogs
+from raymem.storage.journal.log_rows import read_log
+from raymem.storage.journal.reader import JournalReader
+from raymem.storage.journal.tombstones import Tombstones, bank_schema
+from raymem.storage.spellings import alike, has_others, same
+from raymem.storage.tables.single_writer_table import SingleWriterTable
+from raymem.storage.tables.tables import Tables, in_memory, journal_table, quote
+
+T = TypeVar("T")
+_NAMES = ["pos", "stream", "run", "seq"]
+_COMPACT_EVERY = 128
+_FRAGMENT_BYTES = 64 * 2**20
+# compaction has fallen behind: from here on a writer waits for it, and from there on it is refused
+_SLOW_FRAGMENTS = 1_000
+_MAX_FRAGMENTS = 1_400
+_RETRY_S = 1.0
+
+
+class _Span(NamedTuple):
+    """Rows of a run, by its exact name or any spelling: seq in [seq_from, seq_to), before `stop` if there is one."""
+
+    stream: str
+    run: str
+    seq_from: int
+    seq_to: int
+    stop: int | None
+    spelled: bool = False
+
+    @property
+    def filter(self) -> str:
+        """The rows as an SQL condition; of any spelling there may be more, for `names` to tell apart."""
+        where = f"stream = {quote(self.stream)} AND run = {quote(self.run)}"
+        if self.spelled:
+            where = f"{alike('stream', self.stream)} AND {alike('run', self.run)}"
+        where = f"{where} AND seq >= {self.seq_from} AND seq < {self.seq_to}"
+        return where if self.stop is None else f"{where} AND pos < {self.stop}"
+
+    def of(self, rows: JournalRows, values_T: Tensor) -> Iterator[tuple[int, int]]:
+        """The seq and the value of each of these rows that belongs here."""
+        rows = rows.until(self.stop)
+        named = zip(rows.streams, rows.runs, rows.seq_T.tolist(), values_T[: len(rows)].tolist(), strict=True)
+        for stream, run, seq, value in named:
+            if self.names(stream, run) and self.seq_from <= seq < self.seq_to:
+                yield seq, value
+
+    def names(self, stream: str, run: str) -> bool:
+        """Whether these are the run's stream and name."""
+        if self.spelled:
+            return same(stream, self.stream) and same(run, self.run)
+        return (stream, run) == (self.stream, self.run)
+
+
+class Journal:
+    """A bank's rows in the order of `pos`: those in its own table, then those that its owner's log still holds.
+
+    It has one writer, the bank's present owner, whose handle on the table is never refreshed so that a later owner's
+    fence stops it. Reading works for anyone: log first, table second, so that rows which settle meanwhile are seen.
+
+    Args:
+        tables, catalog, old_logs: the cold store's.
+        entry: the bank.
+        log: the owner's log for small groups of rows; without one every append goes to the bank's table.
+        log_bytes: rows of more bytes than this go straight to the table.
+    """
+
+    def __init__(
+        self,
+        tables: Tables,
+        catalog: Catalog,
+        entry: Entry,
+        old_logs: OldLogs,
+        log: Log | None = None,
+        log_bytes: int = 2**20,
+    ) -> None:
+        self.entry = entry
+        self.waits = 0
+        self._tables = tables
+        self._catalog = catalog
+        self._old_logs = old_logs
+        self._log = log
+        self._log_bytes = log_bytes
+        self._owned = False
+        self._flushed_end = 0
+        self._writer = SingleWriterTable(
+            tables, journal_table(entry.id, entry.generation), f"bank {entry.name}", _fragment_rows(entry)
+        )
+
+    def claim(self, entry: Entry, log: Log | None) -> None:
+        """`fence` under another entry of the same generation, for an owner with this log."""
+        self.entry, self._log = entry, log
+        self.fence()
+
+    def fence(self) -> None:
+        """Become the journal's only writer, and settle what an earlier owner's log still holds.
+
+        Raises:
+            NotOwner: the catalog has moved on from the epoch of the entry that this journal was opened with.
+            Overloaded: another process writes to it all the time.
+        """
+        self._writer.close()
+        self._owned = False
+        entry = self._catalog.unchanged(self.entry)
+        mine = None if self._log is None else self._log.id
+        left = self._left(entry, mine)
+        self._writer.fence()
+        # a newer owner may have fenced before us: then we have just stopped it and must leave the bank to the next
+        self._catalog.unchanged(self.entry)
+        self._flushed_end = JournalReader(self._tables, entry).end()
+        self._add([rows for part in left if (rows := part.since(self._flushed_end))])
+        if entry.log != mine:
+            entry = self._catalog.change(entry, log=mine)
+        self.entry = entry
+        if self._log is not None:
+            self._log.settled(entry.id, self._flushed_end)
+        self._owned = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether this is the journal's writer, as far as it knows."""
+        return self._owned and self._writer.ready
+
+    def accept(self, rows: JournalRows) -> bool:
+        """Make sure that these are the next rows; say whether they belong in the log, and not in the bank's table.
+
+        Raises:
+            NotOwner: a later owner has fenced. StorageError: the journal does not end where they start because an
+            earlier append was cut short: reopen the bank.
+        """
+        if not self.ready:
+            self.fence()
+        self._require_end(int(rows.pos_T[0]))
+        return self._log is not None and rows.nbytes <= self._log_bytes and not self._log.full
+
+    def append(self, *parts: JournalRows) -> None:
+        """Commit rows to the bank's table, with those the log holds before them, all or none; durable when it returns.
+
+        The first append fences. After an error the handle is gone and the next append fences again.
+
+        Raises:
+            NotOwner: a later owner has fenced. StorageError: the rows were not accepted; see `accept`. Overloaded: not
+            before compaction has caught up.
+        """
+        parts = tuple(part for part in parts if len(part))
+        if parts:
+            self.accept(parts[0])
+            self.settle(*parts)
+
+    def settle(self, *parts: JournalRows) -> None:
+        """Move the rows that the log holds into the bank's table, in one commit with `parts`, which follow them."""
+        if not self.ready:
+            self.fence()
+        held = [] if self._log is None else self._log.rows(self.entry.id)
+        if held or parts:
+            self._make_room()
+        self._add([*held, *parts])
+        if self._log is not None:
+            self._log.settled(self.entry.id, self._flushed_end)
+
+    def let_go(self) -> None:
+        """Settle, for an owner who need not look into this one's log; it takes rows only after another `fence`."""
+        self.settle()
+        self._owned = False
+        self._writer.close()
+
+    def end(self) -> int:
+        """The position that the next row will get."""
+
+        def look() -> int:
+            settled, left = self._look()
+            end = settled.end()
+            return max([end, *(int(rows.pos_T[-1]) + 1 for rows in left)])
+
+        return _again(look)
+
+    def counted(self) -> int:
+        """The same as its owner counts it since the fence, without a look."""
+        logged = None if self._log is None else self._log.end(self.entry.id)
+        return self._flushed_end if logged is None else logged
+
+    def rows(self) -> int:
+        """How many rows there are; positions are more once rows were erased."""
+        return self.end() - len(self.tombstones())
+
+    def scan(self, start: int = 0, stop: int | None = None, batch_rows: int = 4096) -> Iterator[JournalRows]:
+        """Rows from position `start` up to `stop` in order, checked; rows appended meanwhile may be left out.
+
+        Raises:
+            Corrupt: naming the position at which a checksum, the order or the file itself did not hold.
+        """
+        failed_at = (-1, -1)
+        while True:
+            try:
+                for rows in self._scan(start, stop, batch_rows):
+                    yield rows
+                    start = int(rows.pos_T[-1]) + 1
+                return
+            except Corrupt as error:
+                # the owner may have compacted the version that we were reading: the latest one has the same rows; or
+                # have erased rows, and the table is another one
+                place = (start, self._fresh().generation)
+                if not error.details.get("missing") or failed_at == place:
+                    raise
+                failed_at = place
+
+    def of_stream(self, stream: str, start: int = 0) -> Iterator[JournalRows]:
+        """A stream's rows from position `start` on, in order, checked; of a journal that is no fork's."""
+        settled, left = self._look()
+        reached = start
+        for rows in settled.of_stream(stream, start):
+            yield rows
+            reached = int(rows.pos_T[-1]) + 1
+        for part in left:
+            rows = part.since(reached)
+            picked = [row for row, name in enumerate(rows.streams) if same(name, stream)]
+            if picked:
+                yield rows.pick(picked).verify()
+
+    def streams(self, stop: int | None = None) -> dict[str, int]:
+        """The streams that have rows here before position `stop`, all spellings of one together, and how many."""
+        where = "true" if stop is None else f"pos < {stop}"
+
+        def look() -> dict[str, int]:
+            settled, left = self._look()
+            end = settled.end()
+            unsettled = [name for rows in left for name in rows.since(end).until(stop).streams]
+            counted = Counter(settled.select(where, ["stream"])["stream"]) + Counter(unsettled)
+            together = Counter[str]()
+            for stream, count in counted.items():
+                together[composed(stream)] += count
+            return dict(together)
+
+        return _again(look)
+
+    def find(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> dict[int, int]:
+        """Checksums by seq of a run's rows in [seq_from, seq_to) that are there already, before position `stop`."""
+        return self._of_run(_Span(stream, run, seq_from, seq_to, stop), "crc32c", lambda rows: rows.crc_T)
+
+    def tokens(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> Tensor:
+        """Token ids [T] int64 of a run's rows in [seq_from, seq_to), in order; rows that are not there are left out.
+
+        The run may be spelled in any Unicode form; of rows that are there in two, those under the given name count.
+        """
+        spelled = has_others(stream + run)
+        found = self._of_run(_Span(stream, run, seq_from, seq_to, stop, spelled), "token", lambda rows: rows.token_T)
+        return torch.tensor([token for _, token in sorted(found.items())], dtype=torch.int64)
+
+    def before(self, time: float) -> int | None:
+        """The position of the first row whose time is later than `time`, in seconds; None if no row's is."""
+
+        def look() -> int | None:
+            settled, left = self._look()
+            found = settled.select(f"time > {time!r} AND time < {TIME_END}", ["pos"], limit=1)["pos"]
+            later = [int(rows.pos_T[rows.time_T > time][0]) for rows in left if bool((rows.time_T > time).any())]
+            return min([*found, *later], default=None)
+
+        return _again(look)
+
+    def matches(self, where: str) -> Tensor:
+        """Positions [T] int64 of the rows for which an SQL condition on their columns holds, ascending."""
+        return torch.from_numpy(self.named(where)["pos"].to_numpy().copy())
+
+    def named(self, where: str) -> pa.Table:
+        """What the rows are called for which such a condition holds: pos, stream, run and seq, in order."""
+
+        def look() -> pa.Table:
+            settled, left = self._look()
+            unsettled = in_memory([rows.to_arrow() for rows in left])
+            found = [] if unsettled is None else [unsettled.search().where(where).select(_NAMES).to_arrow()]
+            return pa.concat_tables([settled.columns(where, _NAMES), *found])
+
+        found = _again(look)
+        _, first = np.unique(found["pos"].to_numpy(), return_index=True)
+        return found.take(pa.array(first))
+
+    def tombstones(self) -> Tombstones:
+        """The positions whose rows were erased."""
+        return self.noted()
+
+    def noted(self) -> Tombstones:
+        """The erased positions that its own table knows of: a fork's parent may have erased more since."""
+        return JournalReader(self._tables, self._fresh()).tombstones()
+
+    @property
+    def due(self) -> bool:
+        """Whether there is something for `maintain` to do."""
+        return self._writer.ready and self._writer.loose >= _COMPACT_EVERY
+
+    def maintain(self) -> bool:
+        """Compact after every 128 commits, and drop what only old versions need; say whether it did.
+
+        Raises:
+            NotOwner: a later owner has fenced. StorageError: nothing is lost, the next append fences again.
+        """
+        if not self.due:
+            return False
+        self._writer.compact(renew=True)
+        return True
+
+    def stats(self) -> dict[str, int]:
+        """Rows and bytes on disk of the table's latest version, fragments, commits so far, and what the log holds."""
+        table = self._writer.open()
+        found = table.stats()
+        return {
+            "rows": found["num_rows"],
+            "bytes": found["total_bytes"],
+            "fragments": found["fragment_stats"]["num_fragments"],
+            "commits": table.version,
+            "compactions": self._writer.compactions,
+            "waits": self.waits,
+            "log_bytes": 0 if self._log is None else self._log.nbytes(self.entry.id),
+        }
+
+    def _look(self) -> tuple[JournalReader, list[JournalRows]]:
+        """The table to read, and the log's rows, which must be read before it; some of them may be in both."""
+        entry = self._fresh()
+        if self._owned and self._log is not None:
+            return JournalReader(self._tables, entry), self._log.rows(entry.id)
+        try:
+            left = [] if entry.log is None else read_log(self._tables, entry.log, entry)
+        except Corrupt as error:
+            if error.details.get("missing") and self._catalog.by_id(entry.id) is None:
+                raise BankNotFound(f"bank {entry.name!r} was removed while it was read", bank=entry.name) from error
+            raise
+        return JournalReader(self._tables, entry), left
+
+    def _fresh(self) -> Entry:
+        """The catalog's line as it is now: where the rows are changes with the owner."""
+        if self._owned:
+            return self.entry
+        found = self._catalog.by_id(self.entry.id)
+        # a journal that is being made or rewritten is not in the catalog yet
+        return self.entry if found is None or found.generation < self.entry.generation else found
+
+    def _scan(self, start: int, stop: int | None, batch_rows: int) -> Iterator[JournalRows]:
+        settled, left = self._look()
+        reached = max(start, settled.entry.base)
+        for rows in settled.scan(start, stop, batch_rows):
+            yield rows
+            reached = int(rows.pos_T[-1]) + 1
+        tombstones = settled.tombstones() if left else Tombstones()
+        for part in left:
+            rows = part.since(reached).until(stop)
+            if len(rows):
+                settled.require_order(rows, reached, tombstones)
+                yield rows.verify()
+                reached = int(rows.pos_T[-1]) + 1
+
+    def _of_run(self, span: _Span, column: str, of: Callable[[JournalRows], Tensor]) -> dict[int, int]:
+        def look() -> dict[int, int]:
+            settled, left = self._look()
+            found = {seq: value for rows in left for seq, value in span.of(rows, of(rows))}
+            if not span.spelled:
+                there = settled.select(span.filter, ["seq", column])
+                return found | dict(zip(there["seq"], there[column], strict=True))
+            there = settled.select(span.filter, ["stream", "run", "seq", column])
+            rows = sorted(
+                zip(*there.values(), strict=True), key=lambda row: (row[0], row[1]) == (span.stream, span.run)
+            )
+            return found | {seq: value for stream, run, seq, value in rows if span.names(stream, run)}
+
+        return _again(look)
+
+    def _left(self, entry: Entry, mine: str | None) -> list[JournalRows]:
+        """The rows in the log of an earlier owner, if the bank names one that isn't this one's."""
+        if entry.log is None or entry.log == mine:
+            return []
+        try:
+            return self._old_logs.rows(entry.log, entry)
+        except Corrupt:
+            # it is gone if others have the bank by now
+            self._catalog.unchanged(entry)
+            raise
+
+    def _add(self, parts: list[JournalRows]) -> None:
+        if parts:
+            self._writer.add(pa.concat_tables([part.to_arrow() for part in parts]))
+            self._flushed_end = int(parts[-1].pos_T[-1]) + 1
+
+    def _make_room(self) -> None:
+        """Wait for a compaction that is overdue, and refuse rows rather than pile fragments up."""
+        if self._writer.fragments < _SLOW_FRAGMENTS:
+            return
+        self.waits += 1
+        failure: StorageError | None = None
+        if self._writer.loose >= _COMPACT_EVERY:
+            try:
+                self._writer.compact(renew=True)
+            except StorageError as error:
+                failure = error
+                self.fence()
+        if self._writer.fragments >= _MAX_FRAGMENTS:
+            raise Overloaded(
+                f"the journal of {self.entry.name} is in {self._writer.fragments} pieces and takes no more before they "
+                f"are merged{f', which fails: {failure}' if failure else ''}; try again later",
+                retry_after_s=_RETRY_S,
+            )
+
+    def _require_end(self, pos: int) -> None:
+        end = self.counted()
+        if pos != end:
+            raise StorageError(
+                f"the journal of {self.entry.name} ends at position {end}, not {pos}: an earlier append was cut "
+                "short; reopen the bank and write again, rows that are there already are recognised"
+            )
+
+
+def _again(look: Callable[[], T]) -> T:
+    """Look twice if what the first look had found was moved or compacted away before it could be read."""
+    try:
+        return look()
+    except Corrupt as error:
+        if not error.details.get("missing"):
+            raise
+        return look()
+
+
+def _fragment_rows(entry: Entry) -> int:
+    hidden = bank_schema(entry.spec).field("hidden").type
+    row_bytes: int = hidden.list_size * hidden.value_type.bit_width // 8
+    return max(1, _FRAGMENT_BYTES // row_bytes)

@@ -1,0 +1,344 @@
+"""The log: one table in which a host commits small groups of rows of all its banks together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raymem.errors import NotOwner
+from raymem.rows import JournalRows
+from raymem.storage.catalog import Entry
+from raymem.storage.journal.log_rows import LOG_SCHEMA, Part, from_log, read_log, to_log
+from raymem.storage.tables.errors import reading
+from raymem.storage.tables.folder import Held
+from raymem.storage.tables.single_writer_table import SingleWriterTable
+from raymem.storage.tables.tables import Tables, log_table, quote
+
+_COMPACT_EVERY = 128
+# past this many the log is left alone, and rows go to their banks' own tables
+_FRAGMENTS = 1_400
+# everything that is left after compaction fits one fragment
+_FRAGMENT_ROWS = 2**20
+_CACHE_BYTES = 128 * 2**20
+
+
+@dataclass
+class _Held:
+    """One bank's rows that are in the log and not in its own table: by the log's commit, oldest first."""
+
+    parts: list[tuple[int, JournalRows]] = field(default_factory=list)
+    nbytes: int = 0
+    since: float = 0.0
+
+
+class Log:
+    """A host incarnation's log, and in memory the rows in it that have not settled in their banks' own tables.
+
+    It has one writer in all its life: whoever takes a bank over from this incarnation fences the whole log first, and
+    from then on every commit of this one fails.
+
+    Args:
+        tables: the cold store's.
+        id: the incarnation.
+        limit: bytes that may be held; over it `full` is true and rows must go elsewhere.
+    """
+
+    def __init__(self, tables: Tables, id: str, limit: int = 256 * 2**20) -> None:
+        self.id = id
+        self.lost = False
+        self.limit = limit
+        self.settles = 0
+        self._tables = tables
+        self._table = SingleWriterTable(tables, log_table(id), f"log {id}", _FRAGMENT_ROWS)
+        # one commits at a time; the index is read by others meanwhile
+        self._writing = threading.RLock()
+        self._lock = threading.Lock()
+        self._held: dict[str, _Held] = {}
+        self._nbytes = 0
+        # the last commit with rows of a bank, also settled ones, and of those that have left
+        self._last: dict[str, int] = {}
+        self._left: dict[str, int] = {}
+        self._lsn = 0
+        self._pending: Sequence[Part] = ()
+        self._awaited: frozenset[str] = frozenset()
+        self._rows = 0
+        self._claim: Held | None = None
+
+    def create(self) -> None:
+        """Make the table and hold it; no catalog entry may name this log before that."""
+        self._table.create(LOG_SCHEMA)
+        self._claim = self._tables.hold(self._table.name)
+
+    def let_go(self) -> None:
+        """Show everyone on this machine that the incarnation is over."""
+        if self._claim:
+            self._claim.let_go()
+
+    def commit(self, parts: Sequence[Part]) -> None:
+        """Commit rows of many banks, all or none, durable when it returns.
+
+        Raises:
+            NotOwner: a bank was taken over from this incarnation; the log is lost for good.
+            StorageError: some of it may be there all the same: `rows` says so once storage answers again.
+        """
+        with self._writing:
+            self._ensure()
+            table = to_log(self._lsn + 1, parts)
+            self._lsn += 1
+            self._await(parts)
+            try:
+                self._table.add(table)
+            except NotOwner:
+                self.lost = True
+                raise
+            self._hold()
+
+    def rows(self, bank: str) -> list[JournalRows]:
+        """A bank's rows that have not settled, in order.
+
+        Raises:
+            StorageError, NotOwner: a commit failed, and what became of it can't be told now, or ever.
+        """
+        if self._pending or not self._table.ready:
+            with self._writing:
+                self._ensure()
+        with self._lock:
+            held = self._held.get(bank)
+            return [rows for _, rows in held.parts] if held else []
+
+    def end(self, bank: str) -> int | None:
+        """The position after the last of `rows`, None if there are none; other banks' commits are not waited for.
+
+        Raises:
+            As `rows`.
+        """
+        if bank in self._awaited:
+            with self._writing:
+                self._ensure()
+        with self._lock:
+            held = self._held.get(bank)
+            return int(held.parts[-1][1].pos_T[-1]) + 1 if held else None
+
+    def nbytes(self, bank: str | None = None) -> int:
+        """Bytes that are held, of one bank or in all."""
+        with self._lock:
+            if bank is None:
+                return self._nbytes
+            held = self._held.get(bank)
+            return held.nbytes if held else 0
+
+    @property
+    def full(self) -> bool:
+        """Whether rows had better go to their banks' own tables."""
+        return self._nbytes >= self.limit or self._table.fragments >= _FRAGMENTS
+
+    def age_s(self, bank: str) -> float:
+        """Seconds since the oldest row held of a bank came, or 0."""
+        with self._lock:
+            held = self._held.get(bank)
+            return time.monotonic() - held.since if held else 0.0
+
+    def oldest(self, nbytes: int) -> list[str]:
+        """The banks with the oldest rows that together hold `nbytes`, or all."""
+        chosen: list[str] = []
+        with self._lock:
+            for bank, held in sorted(self._held.items(), key=lambda item: item[1].since):
+                if nbytes <= 0:
+                    break
+                chosen.append(bank)
+                nbytes -= held.nbytes
+        return chosen
+
+    def settled(self, bank: str, end: int) -> None:
+        """A bank's own table now holds its rows up to position `end`."""
+        with self._lock:
+            held = self._held.get(bank)
+            if held is None:
+                return
+            kept = [(lsn, rows) for lsn, rows in held.parts if int(rows.pos_T[-1]) >= end]
+            self._nbytes -= held.nbytes
+            del self._held[bank]
+            self.settles += 1
+            if kept:
+                nbytes = sum(rows.nbytes for _, rows in kept)
+                self._held[bank] = _Held(kept, nbytes, held.since)
+                self._nbytes += nbytes
+
+    def forget(self, bank: str) -> None:
+        """Let go of a bank's rows, settled or not."""
+        with self._lock:
+            held = self._held.pop(bank, None)
+            self._nbytes -= 0 if held is None else held.nbytes
+
+    def leave(self, bank: str) -> None:
+        """A bank whose rows have all settled gets another owner, who may erase some: `maintain` drops them here."""
+        with self._lock:
+            if bank in self._last:
+                self._left[bank] = self._last[bank]
+
+    @property
+    def left(self) -> bool:
+        """Whether there may be rows of banks that have left."""
+        return bool(self._left) and not self.lost
+
+    @property
+    def due(self) -> bool:
+        """Whether there have been so many commits that `maintain` is due."""
+        return self._table.loose >= _COMPACT_EVERY
+
+    def maintain(self) -> bool:
+        """After 128 commits, or when banks have left, drop rows that have settled and merge what is left.
+
+        Returns:
+            Whether it did.
+
+        Raises:
+            NotOwner: the log is lost for good. StorageError: nothing is lost.
+        """
+        with self._writing:
+            with self._lock:
+                left = dict(self._left)
+            if not (left or self.due):
+                return False
+            also = [f" OR (bank = {quote(bank)} AND lsn <= {lsn})" for bank, lsn in left.items()]
+            # of those that have left the old versions go as well
+            first = self._shrink("".join(also), timedelta(0) if left else None)
+            with self._lock:
+                self._last = {b: lsn for b, lsn in self._last.items() if lsn >= first and lsn > left.get(b, -1)}
+                self._left = {b: lsn for b, lsn in self._left.items() if b not in left}
+        return True
+
+    def purge(self, bank: str = "") -> None:
+        """Drop rows that have settled from every file now: those of `bank` even where others' older rows have not.
+
+        Raises:
+            As `maintain`.
+        """
+        self._shrink(f" OR (bank = {quote(bank)} AND lsn < {self._first(bank)})", timedelta(0))
+
+    def _shrink(self, and_also: str, keep: timedelta | None) -> int:
+        """Drop rows; from the commit that is returned on all are there but those that were asked for."""
+        with self._writing:
+            self._ensure()
+            # rows that settle meanwhile stay
+            first = self._first()
+            try:
+                self._table.delete(f"lsn < {first}{and_also}")
+                self._table.compact(renew=False, keep=keep)
+            except NotOwner:
+                self.lost = True
+                raise
+            return first
+
+    def drop(self) -> None:
+        """Delete the table; no catalog entry may name this log any more."""
+        with self._writing:
+            self._table.close()
+            self.lost = True
+            self._tables.drop(log_table(self.id))
+
+    def stats(self) -> dict[str, Any]:
+        """What it holds, and what its commits took."""
+        table = self._table
+        with self._lock:
+            banks, nbytes = len(self._held), self._nbytes
+        return {
+            "id": self.id,
+            "held_banks": banks,
+            "held_bytes": nbytes,
+            "fragments": table.fragments,
+            "commits": table.commits,
+            "compactions": table.compactions,
+            "settles": self.settles,
+            "rows": self._rows,
+            "sync_ms": 1e3 * table.sync_s / max(1, table.syncs),
+        }
+
+    def _ensure(self) -> None:
+        """Have a handle, and know what became of the last commit."""
+        if self.lost:
+            raise NotOwner(f"log {self.id} was fenced off: this incarnation of its host can write no more")
+        if self._table.ready:
+            return
+        try:
+            self._look()
+        except NotOwner:
+            self.lost = True
+            raise
+
+    def _look(self) -> None:
+        landed = self._table.reopen()
+        if landed and not (landed == 1 and self._pending and self._is_there(self._lsn)):
+            # its positions are others' by now, who may be told that they are durable
+            raise NotOwner(f"a commit to log {self.id} that had failed landed after a look for it: take its banks over")
+        if landed:
+            self._hold()
+        self._await(())
+
+    def _is_there(self, lsn: int) -> bool:
+        with reading(f"look for commit {lsn} in log {self.id}"):
+            return bool(self._table.open().count_rows(f"lsn = {lsn}"))
+
+    def _await(self, parts: Sequence[Part]) -> None:
+        """These are in a commit that is under way, or of which nobody knows yet what became."""
+        self._pending, self._awaited = parts, frozenset(entry.id for entry, _ in parts)
+
+    def _hold(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            for entry, rows in self._pending:
+                held = self._held.get(entry.id)
+                if held is None:
+                    held = self._held[entry.id] = _Held(since=now)
+                held.parts.append((self._lsn, rows))
+                held.nbytes += rows.nbytes
+                self._last[entry.id] = self._lsn
+                self._nbytes += rows.nbytes
+                self._rows += len(rows)
+        self._await(())
+
+    def _first(self, bank: str | None = None) -> int:
+        """The commit with the oldest row held, of one bank or of all."""
+        with self._lock:
+            of = [held.parts[0][0] for name, held in self._held.items() if bank in (None, name)]
+            return min(of, default=self._lsn + 1)
+
+
+class OldLogs:
+    """Logs of incarnations that banks are taken over from: each fenced once by this process, and read whole once."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._lock = threading.Lock()
+        self._fenced: set[str] = set()
+        self._cached: tuple[str, pa.Table] | None = None
+
+    def rows(self, incarnation: str, entry: Entry) -> list[JournalRows]:
+        """A bank's rows in a log that from now on nobody can add to.
+
+        Raises:
+            Corrupt: the log is gone, or does not fit the bank's spec.
+        """
+        with self._lock:
+            if incarnation not in self._fenced:
+                SingleWriterTable(self._tables, log_table(incarnation), f"log {incarnation}", _FRAGMENT_ROWS).fence()
+                self._cached = self._load(incarnation)
+                self._fenced.add(incarnation)
+            cached = self._cached
+        if cached is None or cached[0] != incarnation:
+            return read_log(self._tables, incarnation, entry)
+        mine = (pc.field("bank") == entry.id) & (pc.field("generation") == entry.generation)
+        return from_log(cached[1].filter(mine), entry)
+
+    def _load(self, incarnation: str) -> tuple[str, pa.Table] | None:
+        table = self._tables.open(log_table(incarnation))
+        with reading(f"read the log {incarnation}"):
+            small = table.stats()["total_bytes"] <= _CACHE_BYTES
+            return (incarnation, table.to_arrow()) if small else None

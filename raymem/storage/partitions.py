@@ -1,0 +1,317 @@
+"""Where a partitioned bank's streams live: one table of all such banks, each change a compare-and-swap.
+
+A stream is known by a hash of its name: what is left of one that was erased says nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from raymem.errors import BankNotFound, Conflict, InvalidInput
+from raymem.storage.catalog import Catalog, Entry, part_name, part_prefix
+from raymem.storage.spellings import spellings
+from raymem.storage.tables.cas_table import CasTable, Change, Find
+from raymem.storage.tables.tables import Tables, quote
+from raymem.types import BankSpec, check_bank_name
+
+_TABLE = "partitions"
+MOST = 256
+_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("bank", pa.string(), nullable=False),
+        pa.field("home", pa.int64()),
+        pa.field("target", pa.int64()),
+        pa.field("held", pa.bool_()),
+        pa.field("stale", pa.int64()),
+        pa.field("streams", pa.list_(pa.int64())),
+        pa.field("version", pa.int64()),
+        pa.field("moved", pa.float64()),
+        pa.field("swaps", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many partitions a bank has; `version` grows with them and when a stream has moved, last at `moved`."""
+
+    id: str
+    name: str
+    spec: BankSpec
+    count: int
+    version: int = 0
+    moved: float = 0.0
+
+    @property
+    def parts(self) -> list[str]:
+        """The partitions' names."""
+        return [part_name(self.name, index) for index in range(self.count)]
+
+    def entry(self) -> Entry:
+        """What the catalog says of the bank besides its partitions."""
+        return Entry(self.id, self.name, self.spec, state="split", created=time.time())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stream lives.
+
+    On its way to another partition that is its `target`, and while it is `held` nobody writes to it. Partition `stale`
+    has rows of it that are to be erased there.
+    """
+
+    home: int
+    target: int | None = None
+    held: bool = False
+    stale: int | None = None
+
+
+class Partitions:
+    """The partitions of one store's banks; the table is made with the first of them."""
+
+    def __init__(self, tables: Tables, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._table = CasTable(tables, _TABLE, "the table of partitions")
+
+    def create(self, name: str, spec: BankSpec, count: int) -> Layout:
+        """Add a bank of `count` cold partitions, whole or not at all.
+
+        Raises:
+            BankExists: the name is taken.
+        """
+        layout = self.lay_out(check_bank_name(name), spec, count, {})
+        self._catalog.add_together([layout.entry(), *_new_parts(layout, set())])
+        return layout
+
+    def lay_out(self, name: str, spec: BankSpec, count: int, assignments: Mapping[str, int]) -> Layout:
+        """Write down where the streams of a bank live that is not there yet; a layout that no bank has harms nobody."""
+        layout = Layout(uuid.uuid4().hex, name, spec, count)
+        loads = [0] * count
+        for home in assignments.values():
+            loads[home] += 1
+        row = {"id": _id(layout.id), "bank": layout.id, "streams": loads, "version": 0, "moved": 0.0, "swaps": 0}
+        rows = [row, *(_stream_row(layout.id, stream, Place(home)) for stream, home in assignments.items())]
+        self._table.create(_SCHEMA.empty_table())
+        self._swap(layout.id, lambda find: (rows, []))
+        return layout
+
+    def copy(self, layout: Layout, name: str) -> tuple[Layout, Layout]:
+        """Write down for a bank that is not there yet that its streams live where those of another do.
+
+        Who reads the other one meanwhile reads it again.
+
+        Returns:
+            The new bank's layout, and the other's as it is now.
+
+        Raises:
+            Conflict: streams are being moved, or were.
+        """
+        made = dataclasses.replace(layout, id=uuid.uuid4().hex, name=name)
+
+        def decide(find: Find) -> Change:
+            row = self._require(find, layout.id)
+            _require_still(find, layout)
+            rows = find(f"bank = {quote(layout.id)}")
+            # both ids are as long
+            copied = [each | {"id": made.id + each["id"][len(made.id) :], "bank": made.id} for each in rows]
+            return [*copied, row | {"version": layout.version + 1}], []
+
+        self._swap(layout.id, decide)
+        return made, dataclasses.replace(layout, version=layout.version + 1)
+
+    def require_still(self, layout: Layout) -> None:
+        """Raise Conflict if a bank is laid out otherwise by now, or streams of it are on their way, or left rows."""
+        _require_still(self._table.rows, layout)
+
+    def get(self, name: str) -> Layout | None:
+        """The layout of a bank as it is now; None if it is not partitioned.
+
+        Raises:
+            BankNotFound: there is no such bank.
+        """
+        entry = self._catalog.get(name)
+        if entry.state != "split":
+            return None
+        rows = self._table.rows(f"id = {quote(_id(entry.id))}")
+        if not rows:
+            raise BankNotFound(f"bank {name} was removed just now")
+        row = rows[0]
+        return Layout(entry.id, name, entry.spec, len(row["streams"]), row["version"], row["moved"])
+
+    def stands(self, layout: Layout) -> bool:
+        """Whether a bank is still laid out so: asked after a read of all partitions, nothing has passed it by."""
+        return bool(self._table.rows(f"id = {quote(_id(layout.id))} AND version = {layout.version}"))
+
+    def find(self, bank: str, stream: str) -> Place | None:
+        """Where a stream of the bank of that id lives; None if it has no row yet."""
+        row = _first(self._table.rows, bank, stream)
+        return None if row is None else _place(row)
+
+    def assign(self, layout: Layout, streams: Collection[str]) -> dict[str, Place]:
+        """Give streams that live nowhere the partition with the fewest; return where all live.
+
+        Of several who ask at once the first decides.
+        """
+        found = self._find_all(self._table.rows, layout, streams)
+
+        def decide(find: Find) -> Change:
+            row, there = self._require(find, layout.id), self._find_all(find, layout, streams)
+            loads, new = row["streams"], dict[str, Place]()
+            for stream in sorted(set(streams) - set(there)):
+                home = loads.index(min(loads))
+                loads[home] += 1
+                new[stream] = Place(home)
+            found.update(there | new)
+            return [row, *(_stream_row(layout.id, stream, place) for stream, place in new.items())], []
+
+        if len(found) < len(set(streams)):
+            self._swap(layout.id, decide)
+        return found
+
+    def _find_all(self, find: Find, layout: Layout, streams: Collection[str]) -> dict[str, Place]:
+        rows = {row["id"]: _place(row) for row in find(_any_of(layout.id, streams))}
+        known = {stream: next((rows[id] for id in _ids(layout.id, stream) if id in rows), None) for stream in streams}
+        return {stream: place for stream, place in known.items() if place is not None}
+
+    def change(self, layout: Layout, stream: str, before: Place, after: Place) -> Place:
+        """Change where a stream lives, if it still lives as looked up; a new home is a new version of the layout.
+
+        Raises:
+            Conflict: it doesn't.
+        """
+
+        def decide(find: Find) -> Change:
+            row = self._require(find, layout.id)
+            there = _first(find, layout.id, stream)
+            if there is None or _place(there) != before:
+                raise Conflict(f"stream {stream!r} of bank {layout.name} was moved or held by somebody else meanwhile")
+            if after.home != before.home:
+                row |= {"version": row["version"] + 1, "moved": time.time()}
+                row["streams"][before.home] -= 1
+                row["streams"][after.home] += 1
+            return [row, {"id": there["id"], "bank": layout.id, "swaps": 0} | dataclasses.asdict(after)], []
+
+        self._swap(layout.id, decide)
+        return after
+
+    def cancel(self, layout: Layout, stream: str | None = None) -> None:
+        """Stop a stream on its way, or all: it stays at home, and what was copied is to be erased."""
+        which = f"bank = {quote(layout.id)}" if stream is None else _any_of(layout.id, [stream])
+
+        def decide(find: Find) -> Change:
+            under_way = find(f"{which} AND target IS NOT NULL")
+            return [row | {"target": None, "held": False, "stale": row["target"]} for row in under_way], []
+
+        if self._table.rows(f"{which} AND target IS NOT NULL"):
+            self._swap(layout.id, decide)
+
+    def unfinished(self, layout: Layout, streams: Iterable[str]) -> list[str]:
+        """Those of the streams that are on their way, or have left rows behind."""
+        ids = {row["id"] for row in self._table.rows(_unfinished(layout))}
+        return [stream for stream in streams if not ids.isdisjoint(_ids(layout.id, stream))]
+
+    def grow(self, layout: Layout, count: int) -> Layout:
+        """Add cold, empty partitions, up to `count`; see `widen`.
+
+        Raises:
+            InvalidInput: there are more already.
+        """
+        if not layout.count <= count <= MOST:
+            raise InvalidInput(f"bank {layout.name} has {layout.count} partitions; grow it to between that and {MOST}")
+        wider = dataclasses.replace(layout, count=count)
+        there = {entry.name for entry in self._catalog.list(part_prefix(layout.name))}
+        new = _new_parts(wider, there)
+        if new:
+            self._catalog.add_together(new, revise=lambda moment, parts: _alike(moment.get(layout.parts[0]), parts))
+        return wider
+
+    def widen(self, layout: Layout) -> None:
+        """Let new streams go to the partitions that were added."""
+
+        def decide(find: Find) -> Change:
+            row = self._require(find, layout.id)
+            loads = row["streams"] + [0] * (layout.count - len(row["streams"]))
+            return [row | {"streams": loads, "version": row["version"] + 1}], []
+
+        self._swap(layout.id, decide)
+
+    def drop(self, bank: str) -> None:
+        """Forget the layout of the bank of that id, and where its streams live."""
+
+        def decide(find: Find) -> Change:
+            return [], [row["id"] for row in find(f"bank = {quote(bank)}")]
+
+        self._table.swap("forget a layout", "false", "swaps", decide)
+
+    def _swap(self, bank: str, decide: Callable[[Find], Change]) -> None:
+        self._table.swap("change where streams live", f"id = {quote(_id(bank))}", "swaps", decide)
+
+    def _require(self, find: Find, bank: str) -> dict[str, Any]:
+        rows = find(f"id = {quote(_id(bank))}")
+        if not rows:
+            raise BankNotFound("the partitioned bank was removed just now")
+        return rows[0]
+
+
+def _alike(first: Entry, parts: Sequence[Entry]) -> list[Entry]:
+    """Partitions that are added, with what the first has; at its tags they had no row."""
+    tags = dict.fromkeys(first.tags, 0)
+    return [dataclasses.replace(part, pinned=first.pinned, ttl_s=first.ttl_s, tags=tags) for part in parts]
+
+
+def _unfinished(layout: Layout) -> str:
+    return f"bank = {quote(layout.id)} AND (target IS NOT NULL OR stale IS NOT NULL)"
+
+
+def _require_still(find: Find, layout: Layout) -> None:
+    if find(_unfinished(layout)):
+        raise Conflict(
+            f"streams of bank {layout.name} are being moved, or a rebalancing was cut short: try again when it is "
+            "over, or finish it: bank.rebalance() (`raymem bank rebalance`)"
+        )
+    if not find(f"id = {quote(_id(layout.id))} AND version = {layout.version}"):
+        raise Conflict(f"the partitions of bank {layout.name} were changed meanwhile; try again")
+
+
+def _key(stream: str) -> str:
+    return hashlib.sha256(stream.encode()).hexdigest()
+
+
+def _id(bank: str, stream: str | None = None) -> str:
+    return f"{bank}/" if stream is None else f"{bank}/{_key(stream)}"
+
+
+def _any_of(bank: str, streams: Collection[str]) -> str:
+    return f"id IN ({', '.join(quote(id) for stream in streams for id in _ids(bank, stream))})"
+
+
+def _ids(bank: str, stream: str) -> list[str]:
+    """Under which a stream may be known: earlier versions took each spelling for a stream of its own."""
+    return [_id(bank, name) for name in spellings(stream)]
+
+
+def _first(find: Find, bank: str, stream: str) -> dict[str, Any] | None:
+    rows = {row["id"]: row for row in find(_any_of(bank, [stream]))}
+    return next((rows[id] for id in _ids(bank, stream) if id in rows), None)
+
+
+def _new_parts(layout: Layout, there: set[str]) -> list[Entry]:
+    made = time.time()
+    return [Entry(uuid.uuid4().hex, name, layout.spec, created=made) for name in layout.parts if name not in there]
+
+
+def _stream_row(bank: str, stream: str, place: Place) -> dict[str, Any]:
+    return {"id": _id(bank, stream), "bank": bank, "swaps": 0} | dataclasses.asdict(place)
+
+
+def _place(row: dict[str, Any]) -> Place:
+    return Place(row["home"], row["target"], bool(row["held"]), row["stale"])

@@ -1,0 +1,1 @@
+"""Tables of LanceDB, and what makes a commit to them durable and exclusive."""

@@ -1,0 +1,161 @@
+"""A small table that many processes change at once, each change a compare-and-swap on its latest version."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from raymem.errors import ConfigError, Conflict, Overloaded, RaymemError, StorageError
+from raymem.storage.tables.errors import reading, writing
+from raymem.storage.tables.tables import Tables, quote
+
+_ATTEMPTS = 12
+# a change that depends on what rows say takes longer than one that does not, and is cut short by each that crosses it
+SWAP_ATTEMPTS = 48
+_COMPACT_EVERY = 16
+# longer than any process takes from opening the table to the end of its read
+_KEEP_VERSIONS = timedelta(minutes=5)
+
+T = TypeVar("T")
+Rows = list[dict[str, Any]]
+# finds rows as they were at one moment
+Find = Callable[[str], Rows]
+# rows to write, and ids of those to drop
+Change = tuple[Rows, list[str]]
+
+
+def tries(count: int, busy: str, retry_after_s: float) -> Iterator[None]:
+    """Loop over the tries of a change that others are in the way of: it breaks off after one that succeeded.
+
+    After each, those others may go first, the longer the more often they were.
+
+    Raises:
+        Overloaded: saying `busy`, after the last.
+    """
+    for attempt in range(count):
+        yield
+        time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 5)))
+    raise Overloaded(f"{busy}; try again", retry_after_s=retry_after_s)
+
+
+class CasTable:
+    """A table without an owner: every change is repeated when another process was first, and durable at its end.
+
+    Args:
+        tables: the store's.
+        name: of the table.
+        what: the table in errors, for example "the catalog".
+        keep: how long versions that were overwritten stay readable.
+    """
+
+    def __init__(self, tables: Tables, name: str, what: str, keep: timedelta = _KEEP_VERSIONS) -> None:
+        self._tables = tables
+        self._name = name
+        self._what = what
+        self._keep = keep
+        self._sync = tables.folder_sync(name)
+        self._turn = threading.Lock()
+
+    def create(self, rows: pa.Table) -> None:
+        """Make the table with these rows, durably, unless it is there already.
+
+        Raises:
+            ConfigError: it lacks columns that these rows have.
+        """
+        table = self._tables.share(self._name, rows)
+        self._make_durable()
+        if missing := set(rows.schema.names) - set(table.schema.names):
+            raise ConfigError(
+                f"an earlier raymem wrote the store at {self._tables.uri}: {self._what} has no "
+                f"{', '.join(sorted(missing))}; export its banks with that version, and import them into a new store"
+            )
+
+    def open(self) -> Any:
+        """A handle on the latest version."""
+        return self._tables.open(self._name)
+
+    def rows(self, where: str = "true") -> list[dict[str, Any]]:
+        """The rows that match, as of now."""
+        with reading(f"read {self._what}"):
+            found: list[dict[str, Any]] = self.open().search().where(where).to_arrow().to_pylist()
+        return found
+
+    def change(self, what: str, change: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
+        """Run a change of one commit until no other process is in its way.
+
+        Raises:
+            Overloaded: the others never ended.
+        """
+        # threads of one process wait for each other: their commits would only cross
+        with self._turn:
+            for _ in tries(attempts, f"{what}: {self._what} is too busy", retry_after_s=0.5):
+                try:
+                    with writing(what):
+                        result = change()
+                    break
+                except Conflict:
+                    continue
+            self._make_durable()
+            self._compact()
+        return result
+
+    def swap(self, what: str, pivot: str, counter: str, decide: Callable[[Find], Change]) -> None:
+        """Change several rows, known by their `id`, depending on what others say: all of it holds at one moment.
+
+        Each such commit is based on the version in which it looked, and rewrites the pivot: of two that cross, the
+        later fails (measured: also when they touch no other row in common) and decides again.
+
+        Args:
+            what: the change in errors.
+            pivot: the condition that finds the row which all changes that may not cross rewrite.
+            counter: its column that counts them.
+            decide: what to change, from rows as they are; what it raises is raised, and nothing changed.
+        """
+
+        def once() -> RaymemError | None:
+            dataset = self.open().to_lance()
+
+            def find(where: str) -> Rows:
+                with reading(f"read {self._what}"):
+                    rows: Rows = dataset.to_table(filter=where).to_pylist()
+                return rows
+
+            try:
+                rows, dropped = decide(find)
+            except RaymemError as error:
+                # what the rows say is no reason to look again
+                return error
+            turned = {row["id"]: row | {counter: row[counter] + 1} for row in find(pivot)}
+            changed = turned | {row["id"]: row for row in rows}
+            merge = dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            if dropped:
+                merge = merge.when_not_matched_by_source_delete(f"id IN ({', '.join(map(quote, dropped))})")
+            merge.conflict_retries(0).execute(pa.Table.from_pylist(list(changed.values()), schema=dataset.schema))
+            return None
+
+        refused = self.change(what, once, SWAP_ATTEMPTS)
+        if refused is not None:
+            raise refused
+
+    def _make_durable(self) -> None:
+        if self._sync:
+            with writing(f"sync {self._what}"):
+                self._sync.sync()
+
+    def _compact(self) -> None:
+        table = self.open()
+        if table.version % _COMPACT_EVERY:
+            return
+        try:
+            with writing(f"compact {self._what}"):
+                table.optimize(cleanup_older_than=self._keep)
+        except (Conflict, StorageError):
+            # somebody changed the table meanwhile: the next multiple comes soon
+            return
+        self._make_durable()

@@ -1,0 +1,124 @@
+"""The gateway's door: who may come in, and how much they may carry. Both are settled before a body is read."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from raymem.client import routes
+from raymem.config import GatewaySettings
+from raymem.errors import ConfigError, InvalidInput, RaymemError, TooLarge, Unauthorized
+from raymem.host.admission import caller
+from raymem.serving.errors import NOT_HTTP, Carried, respond
+from raymem.serving.origin import check_local, is_loopback
+
+DOCS = "/docs"
+# probes know no key, and learn nothing but that the gateway lives
+_OPEN = {routes.HEALTH.path, routes.READY.path, "/openapi.json", DOCS}
+# no page may frame an answer, guess what it is or keep it; nothing is fetched from anywhere
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class Auth:
+    """ASGI middleware: API keys, or loopback callers alone where there are none, and the limit on bodies.
+
+    What is refused is answered at once; the server reads and drops the body that may still come.
+    """
+
+    def __init__(self, app: ASGIApp, settings: GatewaySettings) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in settings.api_keys]
+        self._limit = settings.max_body_bytes
+        self._address = f"http://{settings.host}:{settings.port}"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, guarded = Headers(scope=scope), _guarded(send)
+        try:
+            if scope["path"] not in _OPEN:
+                caller.set(self._check_caller(scope, headers))
+            said = headers.get("content-length", "0")
+            if not (said.isascii() and said.isdecimal()):
+                raise InvalidInput(f"Content-Length {said[:40]!r} is no number of bytes")
+            self._check_size(int(said[:20]))
+        except RaymemError as error:
+            status = NOT_HTTP if type(error) is InvalidInput else None
+            await respond(error, status)(scope, receive, guarded)
+            return
+        await self._app(scope, self._counted(receive), guarded)
+
+    def _check_caller(self, scope: Scope, headers: Headers) -> str:
+        """Who asks, by a name that doesn't give the key away; callers of this machine that need none are one."""
+        if not self._keys:
+            check_local(scope, headers, self._address)
+            return ""
+        said = headers.getlist("authorization")
+        scheme, _, given = said[0].partition(" ") if len(said) == 1 else ("", "", "")
+        # headers are read as latin-1, whatever they hold
+        key = given.strip().encode("latin-1")
+        # every key is compared, so that the time taken says nothing
+        matches = [hmac.compare_digest(known, key) for known in self._keys]
+        if scheme.lower() != "bearer" or not key or not any(matches):
+            raise Unauthorized(
+                "no API key, or one that is not known here; send `Authorization: Bearer KEY`: "
+                "raymem.connect(url, api_key=…), and RAYMEM_API_KEY for the command line"
+            )
+        return f"key {hashlib.sha256(key).hexdigest()[:16]}"
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limit:
+            raise TooLarge(
+                f"a body of {size} bytes is over the limit of {self._limit}; send it in pieces, "
+                "or raise gateway.max_body_bytes"
+            )
+
+    def _counted(self, receive: Receive) -> Receive:
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            try:
+                self._check_size(seen)
+            except TooLarge as error:
+                raise Carried(error) from error
+            return message
+
+        return counted
+
+
+def _guarded(send: Send) -> Send:
+    async def guarded(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in _HEADERS.items():
+                headers.setdefault(name, value)
+        await send(message)
+
+    return guarded
+
+
+def check_bind(settings: GatewaySettings) -> None:
+    """Refuse to listen to other machines without keys.
+
+    Raises:
+        ConfigError: naming the address and the two ways out.
+    """
+    if not settings.api_keys and not is_loopback(settings.host):
+        raise ConfigError(
+            f"gateway.host={settings.host!r} can be reached from other machines, and there are no API keys: set "
+            "RAYMEM_GATEWAY__API_KEYS (comma-separated) or gateway.api_keys, or listen on 127.0.0.1"
+        )
