@@ -14,6 +14,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check_commits.py
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
