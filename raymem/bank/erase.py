@@ -26,7 +26,7 @@ def erase(runtime: Runtime, what: Selection, *, rebuild: bool) -> EraseReceipt:
         NotOwner, StorageError: nothing was erased, or the receipt of what was is in the store, and the bank has to be
             loaded again.
     """
-    runtime.journal.settle()
+    runtime.journal.flush()
     entry = runtime.entry
     evidence = erasure.find(runtime.cold, entry, what.check())
     if not len(evidence.gone):

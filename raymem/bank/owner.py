@@ -272,7 +272,7 @@ class BankWorker:
         try:
             self.runtime.absorb()
             if settle or self._flush_due():
-                self.runtime.journal.settle()
+                self.runtime.journal.flush()
             self.runtime.journal.maintain()
             if self._snapshot_due():
                 self.runtime.snapshot()

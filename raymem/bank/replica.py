@@ -413,7 +413,7 @@ class Runtime(Replica):
 
         A state that can't be written down is made anew from the rows when the bank is loaded.
         """
-        self.journal.settle()
+        self.journal.flush()
         try:
             return self.snapshot()
         except RaymemError as error:

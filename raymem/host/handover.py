@@ -61,7 +61,7 @@ class MovingHost(Host):
     async def settle(self, name: str) -> int:
         """At the source, before the hand-over: move rows from the log to the bank's table; return where it ends now."""
         worker = self._worker(name)
-        await worker.call(worker.runtime.journal.settle)
+        await worker.call(worker.runtime.journal.flush)
         return worker.runtime.end
 
     async def yield_writes(self, name: str, to: str) -> Yielded:

@@ -66,10 +66,10 @@ _EPOCH_END = 2 ** (62 - _EPOCH_BITS)
 class Entry:
     """One bank's line in the catalog; `id` names its tables and never changes, `epoch` counts its owners.
 
-    `generation` grows with each rewriting of its journal. `log` is the incarnation whose log may hold rows that did not
-    settle in that table. A fork names its `parent` by id: positions under `base` are the parent's. `pinned` banks stay
-    hot when room is needed. Rows older than `ttl_s` seconds may be erased. A `split` bank holds nothing itself: its
-    rows are in partitions, banks that nobody can name.
+    `generation` grows with each rewriting of its journal. `log` is the incarnation whose log may hold rows that were
+    not flushed to that table. A fork names its `parent` by id: positions under `base` are the parent's. `pinned` banks
+    stay hot when room is needed. Rows older than `ttl_s` seconds may be erased. A `split` bank holds nothing itself:
+    its rows are in partitions, banks that no user can name.
     """
 
     id: str
@@ -281,7 +281,7 @@ class Catalog:
         return set(found["owner"].to_pylist())
 
     def claim(
-        self, name: str, owner: str, expect_epoch: int, log: str | None = None, settled: str | None = None
+        self, name: str, owner: str, expect_epoch: int, log: str | None = None, flushed: str | None = None
     ) -> Entry:
         """Become the owner of a bank whose epoch is `expect_epoch`: the epoch grows by one, the bank is hot.
 
@@ -293,14 +293,14 @@ class Catalog:
             owner: who claims it.
             expect_epoch: the epoch to claim it from.
             log: the claimer's.
-            settled: the log of the owner at that epoch, if it let the bank go with every row settled.
+            flushed: the log of the owner at that epoch, if it let the bank go with every row in the bank's own table.
 
         Raises:
             NotOwner: the epoch has moved on. BankNotFound: there is no such bank.
         """
         values = {"epoch": str(expect_epoch + 1), "owner": quote(owner), "state": "'hot'"}
         if log is not None:
-            held = "log" if settled is None else f"nullif(log, {quote(settled)})"
+            held = "log" if flushed is None else f"nullif(log, {quote(flushed)})"
             values["log"] = f"coalesce({held}, {quote(log)})"
         self._change(name, expect_epoch, values)
         entry = self.get(name)
@@ -311,7 +311,7 @@ class Catalog:
     def release(self, name: str, epoch: int, state: str = "cold", log: str | None = None) -> None:
         """Give a bank up: it has no owner, keeps its epoch and is `state` ("hot": waiting for its next owner).
 
-        The caller has settled the bank's rows in its own `log`.
+        The caller has flushed the bank's rows from its own `log`.
 
         Raises:
             NotOwner: another epoch owns it. BankNotFound: there is no such bank.

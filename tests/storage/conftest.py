@@ -84,11 +84,11 @@ def worker(root: Path) -> Iterator[Worker]:
 def owned(store: ColdStore, spec: BankSpec) -> Callable[..., Journal]:
     """The journal of a bank that the owner of a log has just claimed; the bank is made if there is none."""
 
-    def claim(log: Log | None, name: str = "lab/a", spec: BankSpec = spec, settled: Log | None = None) -> Journal:
+    def claim(log: Log | None, name: str = "lab/a", spec: BankSpec = spec, flushed: Log | None = None) -> Journal:
         if not store.catalog.list(name):
             store.catalog.create(name, spec)
         entry = store.catalog.get(name)
-        taken = store.catalog.claim(name, "me", entry.epoch, log and log.id, settled and settled.id)
+        taken = store.catalog.claim(name, "me", entry.epoch, log and log.id, flushed and flushed.id)
         journal = store.journal(taken, log)
         journal.fence()
         return journal

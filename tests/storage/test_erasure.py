@@ -590,7 +590,7 @@ def test_a_follower_forgets_what_its_bank_was_made_to_forget(store, tiny, tmp_pa
     assert {row.stream for query in range(33) for row in readout.rows(query)} == {"bob"}
 
 
-def test_rows_that_settled_leave_the_log_though_another_banks_older_ones_wait_in_it(store, tiny):
+def test_rows_that_were_flushed_leave_the_log_though_another_banks_older_ones_wait_in_it(store, tiny):
     fill(store.create("a/other", tiny.spec("spalm")), tiny, "kept")
     bank = store.create("a/one", tiny.spec("spalm"))
     fill(bank, tiny, "kept", "gone")

@@ -59,7 +59,7 @@ def flushed_rows(store: ColdStore, journal: Journal) -> int:
     return int(store.tables.open(f"journal-{journal.entry.id}").count_rows())
 
 
-def test_unsettled_rows_are_seen_by_everyone(store: ColdStore, log: Log, owned: Owned, rows):
+def test_unflushed_rows_are_seen_by_everyone(store: ColdStore, log: Log, owned: Owned, rows):
     journal = owned(log)
     first, second = rows(3, 0), rows(4, 3, run="other")
     logged(log, journal, first)
@@ -81,7 +81,7 @@ def test_a_reader_from_before_the_take_over_looks_where_the_rows_are_now(
     logged(log, journal, rows(3, 0))
     reader = fresh(store)
     assert reader.end() == 3
-    journal.settle()
+    journal.flush()
     store.catalog.release("lab/a", journal.entry.epoch, log=log.id)
     log.drop()
     second = make_log(store, "second")
@@ -112,12 +112,12 @@ def test_rows_of_many_banks_go_into_one_commit_and_come_back_bit_for_bit(store: 
             assert same, name
 
 
-def test_settling_twice_is_harmless(store: ColdStore, log: Log, owned: Owned, rows):
+def test_flushing_twice_is_harmless(store: ColdStore, log: Log, owned: Owned, rows):
     journal = owned(log)
     for pos in (0, 2):
         logged(log, journal, rows(2, pos))
-    journal.settle()
-    journal.settle()
+    journal.flush()
+    journal.flush()
     assert flushed_rows(store, journal) == 4
     assert log.nbytes() == 0
     # the log's table still has the rows: they count once
@@ -147,11 +147,11 @@ def test_a_full_log_is_passed_by(store: ColdStore, log: Log, owned: Owned, rows)
     log.limit = log.nbytes()
     assert not other.accept(rows(1, 0))
     other.append(rows(1, 0))
-    journal.settle()
+    journal.flush()
     assert other.accept(rows(1, 1))
 
 
-def test_a_take_over_settles_and_stops_the_earlier_owner_for_good(store: ColdStore, log: Log, owned: Owned, rows):
+def test_a_take_over_flushes_and_stops_the_earlier_owner_for_good(store: ColdStore, log: Log, owned: Owned, rows):
     old, other = owned(log), owned(log, "lab/b")
     logged(log, old, rows(3, 0))
     logged(log, other, rows(2, 0))
@@ -211,7 +211,7 @@ def test_a_hand_over_leaves_the_log_of_the_source_alone(store: ColdStore, log: L
     journal.let_go()
     assert positions(journal) == [0, 1, 2]
     second = make_log(store, "second")
-    logged(second, owned(second, settled=log), rows(1, 3))
+    logged(second, owned(second, flushed=log), rows(1, 3))
     assert store.catalog.get("lab/a").log == "second"
     logged(log, other, rows(2, 0))
     assert not log.lost
@@ -285,19 +285,19 @@ def test_a_look_for_a_failed_commit_that_fails_itself_is_repeated(
     assert positions(owned(make_log(store, "second"))) == [0, 1, 2, 3]
 
 
-def test_upkeep_drops_what_has_settled_and_keeps_the_rest(store: ColdStore, log: Log, owned: Owned, rows):
+def test_upkeep_drops_what_was_flushed_and_keeps_the_rest(store: ColdStore, log: Log, owned: Owned, rows):
     journal, other = owned(log), owned(log, "lab/b")
     logged(log, journal, rows(2, 0))
-    journal.settle()
+    journal.flush()
     for pos in range(130):
         logged(log, other, rows(1, pos))
         log.maintain()
     table = store.tables.open(log_table(log.id))
-    # the first commit went with what had settled; one piece for what was left, and what came after
+    # the first commit went with what was flushed; one piece for what was left, and what came after
     assert int(table.count_rows(f"bank = '{journal.entry.id}'")) == 0
     assert log.stats()["fragments"] == table.stats()["fragment_stats"]["num_fragments"] <= 5
     assert positions(fresh(store, "lab/b")) == list(range(130))
-    other.settle()
+    other.flush()
     log.purge()
     assert int(store.tables.open(log_table(log.id)).count_rows()) == 0
     assert fresh(store, "lab/b").end() == 130
@@ -317,7 +317,7 @@ def test_rows_of_a_bank_that_left_go_from_every_file_and_others_stay(store: Cold
     for journal in (leaving, staying, back):
         logged(log, journal, rows(3, 0))
     for journal in (leaving, back):
-        journal.settle()
+        journal.flush()
         log.leave(journal.entry.id)
     logged(log, back, rows(2, 3))
     assert log.left
@@ -330,7 +330,7 @@ def test_rows_of_a_bank_that_left_go_from_every_file_and_others_stay(store: Cold
     assert not log.maintain()
     assert [positions(journal) for journal in (leaving, staying, back)] == [[0, 1, 2], [0, 1, 2], [0, 1, 2, 3, 4]]
     # it had come back, and leaves again
-    back.settle()
+    back.flush()
     log.leave(c)
     assert log.maintain()
     assert in_files(store, "first") == {(b, 0), (b, 1), (b, 2)}
@@ -344,7 +344,7 @@ def test_a_log_goes_on_after_an_upkeep_that_failed_at_any_step(
 ):
     gone, journal = owned(log), owned(log, "lab/b")
     logged(log, gone, rows(2, 0))
-    gone.settle()
+    gone.flush()
     # two fragments: compaction merges them in two commits
     logged(log, journal, rows(2, 0))
     logged(log, journal, rows(1, 2))
@@ -372,19 +372,19 @@ def test_a_log_goes_on_after_an_upkeep_that_failed_at_any_step(
     assert positions(fresh(store, "lab/b")) == [0, 1, 2, 3, 4]
 
 
-def test_rows_that_settle_during_an_upkeep_go_once_their_bank_leaves(
+def test_rows_flushed_during_an_upkeep_go_once_their_bank_leaves(
     log: Log, store: ColdStore, owned: Owned, rows, monkeypatch: pytest.MonkeyPatch
 ):
     gone, journal = owned(log), owned(log, "lab/b")
     logged(log, journal, rows(2, 0))
     logged(log, gone, rows(2, 0))
-    gone.settle()
+    gone.flush()
     log.leave(gone.entry.id)
     compact = SingleWriterTable.compact
 
     def meanwhile(table: SingleWriterTable, **options: Any) -> None:
         if table.name == log_table(log.id):
-            journal.settle()
+            journal.flush()
         compact(table, **options)
 
     with monkeypatch.context() as patch:
@@ -401,14 +401,14 @@ def test_a_clean_up_that_was_cut_short_harms_nobody_who_takes_over(
 ):
     gone, journal = owned(log), owned(log, "lab/b")
     logged(log, gone, rows(2, 0))
-    gone.settle()
+    gone.flush()
     folder = Path(store.uri) / f"{log_table(log.id)}.lance" / "data"
-    settled = set(folder.iterdir())
+    flushed = set(folder.iterdir())
     logged(log, journal, rows(3, 0))
 
     def killed(*args: object, **options: object) -> None:
         # the deletion took a whole fragment, so that nothing was compacted: of what it had, files go before versions
-        for file in settled:
+        for file in flushed:
             file.unlink()
         raise KeyboardInterrupt
 
@@ -438,7 +438,7 @@ def test_one_who_reads_a_log_while_a_bank_leaves_it_finds_the_rows_or_hears_that
     def leave_first(*args):
         monkeypatch.setattr(journal_module, "read_log", look)
         opened = store.tables.open(log_table("first"))
-        journal.settle()
+        journal.flush()
         log.leave(journal.entry.id)
         assert log.maintain()
         with reading("read the log"):
@@ -446,7 +446,7 @@ def test_one_who_reads_a_log_while_a_bank_leaves_it_finds_the_rows_or_hears_that
 
     monkeypatch.setattr(journal_module, "read_log", leave_first)
 
-    # the first look fails at files that are gone; the second finds the rows where they settled
+    # the first look fails at files that are gone; the second finds the rows where they were flushed to
     assert positions(reader) == [0, 1, 2]
     with pytest.raises(Corrupt) as caught, reading("read an old version"):
         old.search().to_arrow()
@@ -460,9 +460,9 @@ def test_a_reader_survives_the_upkeep_of_the_log(store: ColdStore, log: Log, own
     read = journal_module.read_log
 
     def late(*args):
-        # everything settles between the look into the catalog and that into the log
+        # everything is flushed between the look into the catalog and that into the log
         monkeypatch.setattr(journal_module, "read_log", read)
-        journal.settle()
+        journal.flush()
         log.purge()
         return read(*args)
 
@@ -481,24 +481,24 @@ def test_a_lost_log_is_an_error_and_not_a_loss(store: ColdStore, log: Log, owned
 def test_rows_that_an_erased_generation_left_in_the_log_do_not_count(store: ColdStore, log: Log, owned: Owned, rows):
     journal = owned(log)
     logged(log, journal, rows(5, 0))
-    journal.settle()
+    journal.flush()
     entry = store.catalog.change(journal.entry, generation=1)
     kept = rows(2, 0)
     store.tables.fill(f"journal-{entry.id}-1", kept.to_arrow().schema, kept.to_arrow().to_batches())
     assert positions(fresh(store)) == [0, 1]
 
 
-def test_a_fork_goes_on_where_its_parent_was_settled_or_not(store: ColdStore, log: Log, owned: Owned, rows):
+def test_a_fork_goes_on_where_its_parent_was_flushed_or_not(store: ColdStore, log: Log, owned: Owned, rows):
     journal = owned(log)
     logged(log, journal, rows(3, 0))
-    journal.settle()
+    journal.flush()
     logged(log, journal, rows(4, 3))
     fork_at(store, "lab/a", "lab/b", None)
     fork = owned(log, "lab/b")
     assert (fork.end(), positions(fork)) == (7, list(range(7)))
     logged(log, fork, rows(2, 7, run="of the fork"))
     assert positions(fresh(store, "lab/b")) == list(range(9))
-    fork.settle()
+    fork.flush()
     assert (fork.end(), flushed_rows(store, fork)) == (9, 2)
     assert positions(fresh(store)) == list(range(7))
 
@@ -538,8 +538,8 @@ def test_a_log_in_too_many_pieces_is_passed_by(log: Log, owned: Owned, rows, mon
     assert journal.accept(rows(1, 5))
 
 
-@pytest.mark.parametrize("where", ["logged", "settled", "between"])
-def test_a_process_killed_at_any_step_of_settling_loses_and_doubles_nothing(
+@pytest.mark.parametrize("where", ["logged", "flushed", "between"])
+def test_a_process_killed_at_any_step_of_flushing_loses_and_doubles_nothing(
     store: ColdStore, spec: BankSpec, worker, owned: Owned, where: str
 ):
     store.catalog.create("lab/a", spec)
@@ -550,7 +550,7 @@ def test_a_process_killed_at_any_step_of_settling_loses_and_doubles_nothing(
     assert store.catalog.get("lab/a").log == f"of-{process.pid}"
     reader = fresh(store)
     assert positions(reader) == list(range(acknowledged))
-    assert flushed_rows(store, reader) == {"logged": 0, "between": acknowledged, "settled": acknowledged}[where]
+    assert flushed_rows(store, reader) == {"logged": 0, "between": acknowledged, "flushed": acknowledged}[where]
     taken = owned(make_log(store, "next"))
     assert positions(taken) == list(range(acknowledged))
     assert flushed_rows(store, taken) == acknowledged
@@ -561,7 +561,7 @@ def test_a_process_killed_at_any_step_of_settling_loses_and_doubles_nothing(
 def test_two_conflicts_of_the_catalog_do_not_lose_a_log(store: ColdStore, log: Log, owned: Owned, rows):
     logged(log, owned(log), rows(1, 0))
     entry = store.catalog.get("lab/a")
-    # whoever claims next keeps the old log's name until it has settled what is in there
+    # whoever claims next keeps the old log's name until it has flushed what is in there
     assert store.catalog.claim("lab/a", "you", entry.epoch, "second").log == "first"
     with pytest.raises(Conflict):
         store.catalog.claim("lab/a", "they", entry.epoch, "third")

@@ -81,7 +81,7 @@ def append(uri: str, name: str) -> None:
 
 
 def log_rows(uri: str, name: str, where: str) -> None:
-    """Rows in a log of this process's own, which stops at one step of settling them and waits to be killed."""
+    """Rows in a log of this process's own, which stops at one step of flushing them and waits to be killed."""
     store = ColdStore.open(uri)
     log = Log(store.tables, f"of-{os.getpid()}")
     log.create()
@@ -99,9 +99,9 @@ def log_rows(uri: str, name: str, where: str) -> None:
 
     if where == "between":
         # the table has them, and nobody has noted that the log is done with them
-        log.settled = stop  # type: ignore[method-assign]
+        log.flushed = stop  # type: ignore[method-assign]
     if where != "logged":
-        journal.settle()
+        journal.flush()
         log.purge()
     stop()
 

@@ -28,7 +28,7 @@ _OF_A_BANK = re.compile(r"(journal|snapshots)-(?P<bank>[0-9a-f]+)(-(?P<generatio
 
 
 def find(cold: ColdStore, entry: Entry, what: Selection) -> Evidence:
-    """Which rows of a settled bank a selection is about, and how they would be known once they are gone.
+    """Which rows of a flushed bank a selection is about, and how they would be known once they are gone.
 
     Of a fork these are also the rows that were erased in its parent since: its own states have them still.
     """

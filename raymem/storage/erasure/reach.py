@@ -85,7 +85,7 @@ def reach(journal: Journal, what: Selection, *, vectors: bool) -> Reach:
     """Which rows an erasure takes, and which of those that stay came after them.
 
     Args:
-        journal: of the bank, settled.
+        journal: of the bank, flushed.
         what: the rows; with the scope "run" also those that followed them in their runs. A run and its first row can be
             named again after they are gone: what followed them goes then.
         vectors: whether rows carry vectors. One is made of the token that comes next, so that of the row before an

@@ -23,7 +23,7 @@ from raymem.storage.tables.tables import Tables
 class ForkJournal(Journal):
     """A fork's journal: it writes its own table, and reads its parent's rows before `base` as if they were there.
 
-    The parent is looked up at each read: its rows may settle, its table may be rewritten, it may have another name.
+    The parent is looked up at each read: its rows may be flushed, its table may be rewritten, it may have another name.
     """
 
     def scan(self, start: int = 0, stop: int | None = None, batch_rows: int = 4096) -> Iterator[JournalRows]:

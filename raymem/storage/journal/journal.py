@@ -71,7 +71,7 @@ class Journal:
     """A bank's rows in the order of `pos`: those in its own table, then those that its owner's log still holds.
 
     It has one writer, the bank's present owner, whose handle on the table is never refreshed so that a later owner's
-    fence stops it. Reading works for anyone: log first, table second, so that rows which settle meanwhile are seen.
+    fence stops it. Reading works for anyone: log first, table second, so that rows flushed meanwhile are seen.
 
     Args:
         tables, catalog, old_logs: the cold store's.
@@ -108,7 +108,7 @@ class Journal:
         self.fence()
 
     def fence(self) -> None:
-        """Become the journal's only writer, and settle what an earlier owner's log still holds.
+        """Become the journal's only writer, and flush what an earlier owner's log still holds.
 
         Raises:
             NotOwner: the catalog has moved on from the epoch of the entry that this journal was opened with.
@@ -128,7 +128,7 @@ class Journal:
             entry = self._catalog.change(entry, log=mine)
         self.entry = entry
         if self._log is not None:
-            self._log.settled(entry.id, self._flushed_end)
+            self._log.flushed(entry.id, self._flushed_end)
         self._owned = True
 
     @property
@@ -160,9 +160,9 @@ class Journal:
         parts = tuple(part for part in parts if len(part))
         if parts:
             self.accept(parts[0])
-            self.settle(*parts)
+            self.flush(*parts)
 
-    def settle(self, *parts: JournalRows) -> None:
+    def flush(self, *parts: JournalRows) -> None:
         """Move the rows that the log holds into the bank's table, in one commit with `parts`, which follow them."""
         if not self.ready:
             self.fence()
@@ -171,11 +171,11 @@ class Journal:
             self._make_room()
         self._add([*held, *parts])
         if self._log is not None:
-            self._log.settled(self.entry.id, self._flushed_end)
+            self._log.flushed(self.entry.id, self._flushed_end)
 
     def let_go(self) -> None:
         """Settle, for an owner who need not look into this one's log; it takes rows only after another `fence`."""
-        self.settle()
+        self.flush()
         self._owned = False
         self._writer.close()
 
@@ -183,8 +183,8 @@ class Journal:
         """The position that the next row will get."""
 
         def look() -> int:
-            settled, left = self._look()
-            end = settled.end()
+            table, left = self._look()
+            end = table.end()
             return max([end, *(int(rows.pos_T[-1]) + 1 for rows in left)])
 
         return _again(look)
@@ -221,9 +221,9 @@ class Journal:
 
     def of_stream(self, stream: str, start: int = 0) -> Iterator[JournalRows]:
         """A stream's rows from position `start` on, in order, checked; of a journal that is no fork's."""
-        settled, left = self._look()
+        table, left = self._look()
         reached = start
-        for rows in settled.of_stream(stream, start):
+        for rows in table.of_stream(stream, start):
             yield rows
             reached = int(rows.pos_T[-1]) + 1
         for part in left:
@@ -237,10 +237,10 @@ class Journal:
         where = "true" if stop is None else f"pos < {stop}"
 
         def look() -> dict[str, int]:
-            settled, left = self._look()
-            end = settled.end()
-            unsettled = [name for rows in left for name in rows.since(end).until(stop).streams]
-            counted = Counter(settled.select(where, ["stream"])["stream"]) + Counter(unsettled)
+            table, left = self._look()
+            end = table.end()
+            unflushed = [name for rows in left for name in rows.since(end).until(stop).streams]
+            counted = Counter(table.select(where, ["stream"])["stream"]) + Counter(unflushed)
             together = Counter[str]()
             for stream, count in counted.items():
                 together[composed(stream)] += count
@@ -265,8 +265,8 @@ class Journal:
         """The position of the first row whose time is later than `time`, in seconds; None if no row's is."""
 
         def look() -> int | None:
-            settled, left = self._look()
-            found = settled.select(f"time > {time!r} AND time < {TIME_END}", ["pos"], limit=1)["pos"]
+            table, left = self._look()
+            found = table.select(f"time > {time!r} AND time < {TIME_END}", ["pos"], limit=1)["pos"]
             later = [int(rows.pos_T[rows.time_T > time][0]) for rows in left if bool((rows.time_T > time).any())]
             return min([*found, *later], default=None)
 
@@ -280,10 +280,10 @@ class Journal:
         """What the rows are called for which such a condition holds: pos, stream, run and seq, in order."""
 
         def look() -> pa.Table:
-            settled, left = self._look()
-            unsettled = in_memory([rows.to_arrow() for rows in left])
-            found = [] if unsettled is None else [unsettled.search().where(where).select(_NAMES).to_arrow()]
-            return pa.concat_tables([settled.columns(where, _NAMES), *found])
+            table, left = self._look()
+            unflushed = in_memory([rows.to_arrow() for rows in left])
+            found = [] if unflushed is None else [unflushed.search().where(where).select(_NAMES).to_arrow()]
+            return pa.concat_tables([table.columns(where, _NAMES), *found])
 
         found = _again(look)
         _, first = np.unique(found["pos"].to_numpy(), return_index=True)
@@ -349,27 +349,27 @@ class Journal:
         return self.entry if found is None or found.generation < self.entry.generation else found
 
     def _scan(self, start: int, stop: int | None, batch_rows: int) -> Iterator[JournalRows]:
-        settled, left = self._look()
-        reached = max(start, settled.entry.base)
-        for rows in settled.scan(start, stop, batch_rows):
+        table, left = self._look()
+        reached = max(start, table.entry.base)
+        for rows in table.scan(start, stop, batch_rows):
             yield rows
             reached = int(rows.pos_T[-1]) + 1
-        tombstones = settled.tombstones() if left else Tombstones()
+        tombstones = table.tombstones() if left else Tombstones()
         for part in left:
             rows = part.since(reached).until(stop)
             if len(rows):
-                settled.require_order(rows, reached, tombstones)
+                table.require_order(rows, reached, tombstones)
                 yield rows.verify()
                 reached = int(rows.pos_T[-1]) + 1
 
     def _of_run(self, span: _Span, column: str, of: Callable[[JournalRows], Tensor]) -> dict[int, int]:
         def look() -> dict[int, int]:
-            settled, left = self._look()
+            table, left = self._look()
             found = {seq: value for rows in left for seq, value in span.of(rows, of(rows))}
             if not span.spelled:
-                there = settled.select(span.filter, ["seq", column])
+                there = table.select(span.filter, ["seq", column])
                 return found | dict(zip(there["seq"], there[column], strict=True))
-            there = settled.select(span.filter, ["stream", "run", "seq", column])
+            there = table.select(span.filter, ["stream", "run", "seq", column])
             rows = sorted(
                 zip(*there.values(), strict=True), key=lambda row: (row[0], row[1]) == (span.stream, span.run)
             )

@@ -39,7 +39,7 @@ class _Held:
 
 
 class Log:
-    """A host incarnation's log, and in memory the rows in it that have not settled in their banks' own tables.
+    """A host incarnation's log, and in memory the rows in it that were not flushed to their banks' own tables.
 
     It has one writer in all its life: whoever takes a bank over from this incarnation fences the whole log first, and
     from then on every commit of this one fails.
@@ -54,7 +54,7 @@ class Log:
         self.id = id
         self.lost = False
         self.limit = limit
-        self.settles = 0
+        self.flushes = 0
         self._tables = tables
         self._table = SingleWriterTable(tables, log_table(id), f"log {id}", _FRAGMENT_ROWS)
         # one commits at a time; the index is read by others meanwhile
@@ -62,7 +62,7 @@ class Log:
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._nbytes = 0
-        # the last commit with rows of a bank, also settled ones, and of those that have left
+        # the last commit with rows of a bank, also flushed ones, and of those that have left
         self._last: dict[str, int] = {}
         self._left: dict[str, int] = {}
         self._lsn = 0
@@ -101,7 +101,7 @@ class Log:
             self._hold()
 
     def rows(self, bank: str) -> list[JournalRows]:
-        """A bank's rows that have not settled, in order.
+        """A bank's rows that were not flushed, in order.
 
         Raises:
             StorageError, NotOwner: a commit failed, and what became of it can't be told now, or ever.
@@ -156,7 +156,7 @@ class Log:
                 nbytes -= held.nbytes
         return chosen
 
-    def settled(self, bank: str, end: int) -> None:
+    def flushed(self, bank: str, end: int) -> None:
         """A bank's own table now holds its rows up to position `end`."""
         with self._lock:
             held = self._held.get(bank)
@@ -165,20 +165,20 @@ class Log:
             kept = [(lsn, rows) for lsn, rows in held.parts if int(rows.pos_T[-1]) >= end]
             self._nbytes -= held.nbytes
             del self._held[bank]
-            self.settles += 1
+            self.flushes += 1
             if kept:
                 nbytes = sum(rows.nbytes for _, rows in kept)
                 self._held[bank] = _Held(kept, nbytes, held.since)
                 self._nbytes += nbytes
 
     def forget(self, bank: str) -> None:
-        """Let go of a bank's rows, settled or not."""
+        """Let go of a bank's rows, flushed or not."""
         with self._lock:
             held = self._held.pop(bank, None)
             self._nbytes -= 0 if held is None else held.nbytes
 
     def leave(self, bank: str) -> None:
-        """A bank whose rows have all settled gets another owner, who may erase some: `maintain` drops them here."""
+        """A bank whose rows were all flushed gets another owner, who may erase some: `maintain` drops them here."""
         with self._lock:
             if bank in self._last:
                 self._left[bank] = self._last[bank]
@@ -194,7 +194,7 @@ class Log:
         return self._table.loose >= _COMPACT_EVERY
 
     def maintain(self) -> bool:
-        """After 128 commits, or when banks have left, drop rows that have settled and merge what is left.
+        """After 128 commits, or when banks have left, drop rows that were flushed and merge what is left.
 
         Returns:
             Whether it did.
@@ -216,7 +216,7 @@ class Log:
         return True
 
     def purge(self, bank: str = "") -> None:
-        """Drop rows that have settled from every file now: those of `bank` even where others' older rows have not.
+        """Drop rows that were flushed from every file now: those of `bank` even where others' older rows were not.
 
         Raises:
             As `maintain`.
@@ -227,7 +227,7 @@ class Log:
         """Drop rows; from the commit that is returned on all are there but those that were asked for."""
         with self._writing:
             self._ensure()
-            # rows that settle meanwhile stay
+            # rows flushed meanwhile stay
             first = self._first()
             try:
                 self._table.delete(f"lsn < {first}{and_also}")
@@ -256,7 +256,7 @@ class Log:
             "fragments": table.fragments,
             "commits": table.commits,
             "compactions": table.compactions,
-            "settles": self.settles,
+            "settles": self.flushes,
             "rows": self._rows,
             "sync_ms": 1e3 * table.sync_s / max(1, table.syncs),
         }

@@ -69,7 +69,7 @@ def to_log(lsn: int, parts: Sequence[Part]) -> pa.Table:
 
 
 def read_log(tables: Tables, incarnation: str, entry: Entry) -> list[JournalRows]:
-    """A bank's rows in an incarnation's log, settled or not, in order.
+    """A bank's rows in an incarnation's log, flushed or not, in order.
 
     Raises:
         Corrupt: the log is gone (`missing` in its details) or does not fit the bank's spec.

@@ -1,4 +1,4 @@
-"""What a bank's own table says: the rows of its journal that have settled there."""
+"""What a bank's own table says: the rows of its journal that were flushed there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class JournalReader:
         return self._tables.open(journal_table(self.entry.id, self.entry.generation))
 
     def end(self) -> int:
-        """The position after the last one that settled or was erased.
+        """The position after the last one that was flushed or erased.
 
         Raises:
             Corrupt: rows are missing.
