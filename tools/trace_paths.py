@@ -1,10 +1,23 @@
 """Count the files and functions of raymem that one write, one read and one attach enter, in process.
 
-    python tools/trace_paths.py [--json FILE] [--list]
+    python tools/trace_paths.py                  the counts
+    python tools/trace_paths.py --list           and every function, in the order of the files
+    python tools/trace_paths.py --json FILE      and the counts in FILE, as one line
 
-Each path is a call of the blocking store on a hot bank: a durable write of one row, a read of one query, an attach of a
-detached bank. It runs several times and what every run entered counts, so that heartbeats beside it do not.
-Comprehensions count as part of the function that they stand in.
+Each path is one call of the blocking store, traced with sys.setprofile from the call until it returns:
+
+    write    one row, durable, to a hot bank
+    read     one query of a hot bank that has applied all its rows
+    attach   a bank that this store has detached before
+
+A path runs several times. A function counts if each run entered it, on any thread. Heartbeats, which some
+runs meet, stay out, as does what the first run alone does: imports, answers that are kept from then on, and in a read
+the rows that earlier writes left to be applied. These are counted apart; --list marks them with how many runs entered
+them.
+
+A coroutine that waited and is resumed counts like one that is entered. A comprehension is part of the function that it
+stands in. Methods that dataclasses make have no source in raymem and are not counted. A thread that Rust or C++ starts
+is not traced.
 """
 
 from __future__ import annotations
@@ -14,6 +27,7 @@ import json
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
@@ -38,14 +52,19 @@ class Tracer:
 
     def run(self, call: Callable[[], Any]) -> set[Function]:
         """The functions entered while `call` runs, as (file, qualified name)."""
-        self._seen = seen = set()
-        call()
-        self._seen = None
+        seen: set[CodeType] = set()
+        self._seen = seen
+        try:
+            call()
+        finally:
+            self._seen = None
         return {function for code in list(seen) if (function := _name(code)) is not None}
 
     def _enter(self, frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and self._seen is not None:
-            self._seen.add(frame.f_code)
+        # another thread may end the run between a look and the next
+        seen = self._seen
+        if event == "call" and seen is not None:
+            seen.add(frame.f_code)
 
 
 def _name(code: CodeType) -> Function | None:
@@ -56,8 +75,8 @@ def _name(code: CodeType) -> Function | None:
     return str(path.relative_to(PACKAGE.parent)), f"{code.co_qualname}:{code.co_firstlineno}"
 
 
-def trace() -> dict[str, set[Function]]:
-    """What each path enters, in a store of its own."""
+def trace() -> dict[str, list[set[Function]]]:
+    """What each run of each path enters, in a store of its own."""
     tracer = Tracer()
     with tempfile.TemporaryDirectory(prefix="raymem-trace-") as folder:
         fixture = Fixture(Path(folder))
@@ -72,23 +91,26 @@ def trace() -> dict[str, set[Function]]:
                 "read": lambda: bank.read(states, k=4),
                 "attach": bank.attach,
             }
-            found = {}
+            found: dict[str, list[set[Function]]] = {name: [] for name in paths}
             for name, call in paths.items():
-                runs = []
                 for _ in range(RUNS):
                     if name == "attach":
                         bank.detach()
-                    runs.append(tracer.run(call))
-                found[name] = set.intersection(*runs)
+                    found[name].append(tracer.run(call))
     return found
 
 
-def counts(found: dict[str, set[Function]]) -> dict[str, dict[str, int]]:
-    """How many files and functions each path enters."""
-    return {
-        name: {"files": len({file for file, _ in entered}), "functions": len(entered)}
-        for name, entered in found.items()
-    }
+def count(runs: list[set[Function]]) -> dict[str, int]:
+    """How many files and functions every run of a path enters."""
+    entered = set.intersection(*runs)
+    return {"files": len({file for file, _ in entered}), "functions": len(entered)}
+
+
+def listing(runs: list[set[Function]]) -> list[str]:
+    """A line for each function that a path enters, with a mark at those that not every run enters."""
+    times = Counter(function for run in runs for function in run)
+    marks = {name: "" if entered == len(runs) else f"~{entered}/{len(runs)} " for name, entered in times.items()}
+    return [f"  {mark}{file} {function}" for (file, function), mark in sorted(marks.items())]
 
 
 def main() -> None:
@@ -98,12 +120,16 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name every function")
     arguments = parser.parse_args()
     found = trace()
-    for name, count in counts(found).items():
-        print(f"{name}: {count['files']} files, {count['functions']} functions")
+    counts = {name: count(runs) for name, runs in found.items()}
+    for name, runs in found.items():
+        more = len(set.union(*runs)) - counts[name]["functions"]
+        print(
+            f"{name}: {counts[name]['files']} files, {counts[name]['functions']} functions ({more} more in some runs)"
+        )
         if arguments.list:
-            print(*(f"  {file} {function}" for file, function in sorted(found[name])), sep="\n")
+            print(*listing(runs), sep="\n")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(counts(found)) + "\n")
+        arguments.json.write_text(json.dumps(counts) + "\n")
 
 
 if __name__ == "__main__":
