@@ -1,25 +1,45 @@
 """Settings: nested, typed, frozen; an unknown key is an error.
 
-Read from a TOML file (`raymem.toml`, or `$RAYMEM_CONFIG`) and from environment variables, which win over the file:
-`RAYMEM_GATEWAY__PORT` is `port` of the section `gateway`.
+`Settings.load` reads a TOML file (`raymem.toml`, or `$RAYMEM_CONFIG`) and environment variables, which win over the
+file: `RAYMEM_GATEWAY__PORT` is `port` of the section `gateway`. `Settings(…)` reads neither.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from raymem.errors import ConfigError
-from raymem.kubernetes import is_service
 
 PREFIX = "RAYMEM_"
-# read elsewhere: where the file is, and where models are unpacked
+# read elsewhere: the settings file, the folder of unpacked models, the command line's key and store
 _OTHER_VARIABLES = {"RAYMEM_CONFIG", "RAYMEM_CACHE", "RAYMEM_API_KEY", "RAYMEM_STORE"}
+# Kubernetes puts variables into every container for each Service: one named raymem gives
+# RAYMEM_PORT=tcp://10.0.0.1:8765, RAYMEM_SERVICE_HOST and more. name and value together tell them from a misspelt
+# setting. no Service's name ends with a hyphen, so RAYMEM_GATEWAY__PORT is never one of these
+_SERVICE = r"RAYMEM(_+[A-Z0-9]+)*"
+_PROTOCOL = r"(TCP|UDP|SCTP)"
+_SERVICE_URL = re.compile(rf"{_SERVICE}_PORT(_\d+_{_PROTOCOL})?")
+_SERVICE_ADDRESS = re.compile(rf"{_SERVICE}_(SERVICE_HOST|PORT_\d+_{_PROTOCOL}_ADDR)")
+_SERVICE_PORT = re.compile(rf"{_SERVICE}_(SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_{_PROTOCOL}_PORT)")
+_SERVICE_PROTOCOL = re.compile(rf"{_SERVICE}_PORT_\d+_{_PROTOCOL}_PROTO")
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
+_URL = re.compile(r"(tcp|udp|sctp)://(\[[0-9a-fA-F:.]+\]|[0-9.]+):\d{1,5}")
 
 
 class _Section(BaseModel):
@@ -27,14 +47,14 @@ class _Section(BaseModel):
 
 
 class ColdSettings(_Section):
-    """The durable store: when a commit is synced, and what happens after so many journal bytes or seconds.
+    """The durable store: whether commits are synced, and after how many journal bytes or seconds work is due.
 
-    A bank's snapshot is due after `snapshot_bytes` or `snapshot_s`; its rows leave the log of its host for its own
+    A bank's snapshot is due after `snapshot_bytes` or `snapshot_s`. Its rows are flushed from its host's log to its own
     table after `settle_bytes` or `settle_s`, or when the log holds `log_bytes` of all banks.
 
-    Owners look for expired rows every `expire_s` seconds; with `expire_scope` "run" a run goes from its first expired
-    row on, as what follows was computed in its context. A table that the catalog doesn't name is deleted when nothing
-    was written to it for `sweep_age_s`: less than the longest import, and a table may go while it is being made.
+    Owners look for expired rows every `expire_s` seconds. With `expire_scope` "run", all rows of a run from its first
+    expired one on are erased, as they were computed with it in context. The sweeper deletes a table that the catalog
+    doesn't name when nothing was written to it for `sweep_age_s`; this must be longer than the longest import takes.
     """
 
     sync: Literal["disk", "none"] | None = None
@@ -51,9 +71,9 @@ class ColdSettings(_Section):
 class HostSettings(_Section):
     """One process with banks: its threads, what a caller may have in flight, the bytes of one commit, its lease.
 
-    Another process takes its banks over when it was silent for `lease_s` seconds. `past_bytes` bounds the banks kept as
-    they were at earlier positions, for reads `as_of`. Banks that were not used for longest leave memory when those that
-    are hot take more than `memory_bytes`, on a GPU `gpu_memory_bytes`.
+    Another process takes its banks over after `lease_s` seconds of silence. `past_bytes` bounds the earlier states of
+    banks that are kept for reads `as_of`. When hot banks take more than `memory_bytes` (on a GPU `gpu_memory_bytes`),
+    the least recently used ones leave memory.
     """
 
     threads: int = Field(default=4, ge=1, le=256)
@@ -68,14 +88,14 @@ class HostSettings(_Section):
 
 
 class GatewaySettings(_Section):
-    """Memory over HTTP. Loopback unless told otherwise; an empty `api_keys` leaves the door to loopback callers.
+    """Memory over HTTP. Loopback unless told otherwise; without `api_keys` only loopback callers are answered.
 
-    A body has `max_body_bytes` at most, one in JSON `max_json_bytes`; all bodies that are held in memory at one time
-    have `max_held_bytes`, those of one caller half of it or one body. A connection is dropped that keeps the gateway
-    waiting for `wait_s` seconds: for the end of a request's head, or for bytes, sent or taken, at `min_rate` a second.
-    When there are `max_connections`, the one that has kept the gateway waiting for longest makes room for the next.
+    A body has `max_body_bytes` at most, one in JSON `max_json_bytes`. All bodies in memory at one time have
+    `max_held_bytes` at most; those of one caller half of that, or one body. The gateway drops a connection that keeps
+    it waiting for `wait_s` seconds: for the end of a head, or for bytes, sent or taken, at `min_rate` a second.
+    At `max_connections`, the connection that has kept the gateway waiting for longest is dropped for the next one.
 
-    A client waits `retry_s` at most for a gateway that says that it has too much to do.
+    A client repeats a request that an overloaded gateway refused for `retry_s` at most.
     """
 
     # what pydantic says of a bad value must not show a key
@@ -89,13 +109,22 @@ class GatewaySettings(_Section):
     max_connections: int = Field(default=1024, ge=8)
     wait_s: float = Field(default=10.0, gt=0)
     min_rate: int = Field(default=4096, ge=1)
-    api_keys: tuple[str, ...] = Field(default=(), repr=False)
+    # in a variable they are comma-separated, not JSON
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(default=(), repr=False)
     retry_s: float = Field(default=30.0, ge=0)
     model: str = "smollm2-135m"
 
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, keys: Any) -> Any:
+        if not isinstance(keys, str):
+            return keys
+        # an empty variable removes the keys that the file has
+        return [key.strip() for key in keys.split(",")] if keys.strip() else []
+
     @field_validator("api_keys")
     @classmethod
-    def _keys_are_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
         for number, key in enumerate(keys, 1):
             check_key(key, f"key {number} of {len(keys)}")
         return keys
@@ -125,13 +154,34 @@ class ActorSettings(_Section):
     retry_s: float = Field(default=60.0, gt=0)
 
 
-class Settings(_Section):
+class Settings(BaseSettings):
     """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        case_sensitive=True,
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        env_nested_max_split=1,
+    )
 
     cold: ColdSettings = ColdSettings()
     host: HostSettings = HostSettings()
     gateway: GatewaySettings = GatewaySettings()
     actors: ActorSettings = ActorSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read nothing for a `Settings(…)` that a program makes: `load` names its sources itself."""
+        return (init_settings,)
 
     @classmethod
     def load(cls, path: str | Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -145,52 +195,65 @@ class Settings(_Section):
             ConfigError: an unreadable file, an unknown key or a value that does not fit, naming it.
         """
         environ = os.environ if environ is None else environ
-        data = _read_file(path, environ)
-        for name, value in environ.items():
-            known = name in _OTHER_VARIABLES or is_service(name, value)
-            if name.startswith(PREFIX) and not known:
-                _put(data, name, value)
+        chosen = Path(path or environ.get("RAYMEM_CONFIG") or "raymem.toml")
         try:
-            return cls.model_validate(data)
+            if not chosen.is_file() and (path is not None or "RAYMEM_CONFIG" in environ):
+                raise FileNotFoundError("there is no such file")
+            file = TomlConfigSettingsSource(cls, chosen)
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"can't read settings from {chosen}: {error}") from error
+        try:
+            return cls(_build_sources=((_Environment(cls, environ), file), {}))  # type: ignore[call-arg]
         except ValidationError as error:
             raise ConfigError(_explain(error, cls)) from error
 
 
-def _read_file(path: str | Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
-    chosen = Path(path or environ.get("RAYMEM_CONFIG") or "raymem.toml")
-    asked_for = path is not None or "RAYMEM_CONFIG" in environ
-    if not chosen.exists() and not asked_for:
-        return {}
-    try:
-        return tomllib.loads(chosen.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"can't read settings from {chosen}: {error}") from error
+class _Environment(EnvSettingsSource):
+    """Variables that begin with `RAYMEM_`; one that names no setting is an error.
+
+    Raises:
+        ConfigError: a variable without a section and a key, with the spelling that was probably meant.
+    """
+
+    def __init__(self, cls: type[Settings], environ: Mapping[str, str]) -> None:
+        super().__init__(cls)
+        ours = {
+            name.removeprefix(PREFIX).lower(): value
+            for name, value in environ.items()
+            if name.startswith(PREFIX) and name not in _OTHER_VARIABLES and not _is_service(name, value)
+        }
+        for name in ours:
+            if not name.partition("__")[2]:
+                raise ConfigError(_correct(f"{PREFIX}{name.upper()}"))
+        self.env_vars = {f"{PREFIX}{name}": value for name, value in ours.items()}
+        self._unknown = {name.partition("__")[0] for name in ours} - cls.model_fields.keys()
+
+    def __call__(self) -> dict[str, Any]:
+        return super().__call__() | {section: {} for section in self._unknown}
 
 
-def _put(data: dict[str, Any], name: str, value: str) -> None:
-    section, _, key = name.removeprefix(PREFIX).lower().partition("__")
-    if not key:
-        meant = next(
-            (right for right in _spellings() if right.replace("__", "_") == name.upper()), f"{PREFIX}GATEWAY__PORT"
-        )
-        raise ConfigError(f"{name} is no setting; write {PREFIX}SECTION__KEY, for example {meant}")
-    target = data.setdefault(section, {})
-    target[key] = _keys(value) if key == "api_keys" else value
+def _correct(variable: str) -> str:
+    known = [f"{PREFIX}{section}__{key}".upper() for section, keys in Settings().model_dump().items() for key in keys]
+    meant = next((right for right in known if right.replace("__", "_") == variable), f"{PREFIX}GATEWAY__PORT")
+    return f"{variable} is no setting; write {PREFIX}SECTION__KEY, for example {meant}"
 
 
-def _spellings() -> list[str]:
-    sections = {name: field.annotation for name, field in Settings.model_fields.items()}
-    return [
-        f"{PREFIX}{section}__{key}".upper()
-        for section, cls in sections.items()
-        if isinstance(cls, type) and issubclass(cls, BaseModel)
-        for key in cls.model_fields
-    ]
+def _is_service(name: str, value: str) -> bool:
+    """Whether Kubernetes made a variable from a Service."""
 
+    def is_address() -> bool:
+        try:
+            return bool(ip_address(value))
+        except ValueError:
+            return False
 
-def _keys(value: str) -> list[str]:
-    # a variable that is set to nothing is how one takes the keys away
-    return [key.strip() for key in value.split(",")] if value.strip() else []
+    # a Service may be called raymem-port-80-tcp: a name can be of two kinds, a value of one
+    return bool(
+        (_SERVICE_URL.fullmatch(name) and _URL.fullmatch(value))
+        or (_SERVICE_ADDRESS.fullmatch(name) and is_address())
+        or (_SERVICE_PORT.fullmatch(name) and _PORT.fullmatch(value))
+        or (_SERVICE_PROTOCOL.fullmatch(name) and value in ("tcp", "udp", "sctp"))
+    )
 
 
 def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
