@@ -18,7 +18,7 @@ from raymem.kernels.delta_update import chunk_delta_update, recurrent_delta_upda
 from raymem.kernels.topk_cosine import topk_cosine
 from raymem.kernels.vocab_scatter import vocab_scatter
 from raymem.memory import build, kinds
-from raymem.memory.base import Dims, Memory, Rows
+from raymem.memory.base import Dims, EncodedRows, Memory
 from raymem.memory.dnc_cell import DncCell
 from raymem.memory.ntm_cell import NtmCell
 from raymem.memory.quantize import STORED, pack, unpack
@@ -28,9 +28,9 @@ def _unit(*shape: int) -> Tensor:
     return normalize(torch.randn(*shape), dim=-1)
 
 
-def _rows(count: int, width: int, vocabulary: int = 4000) -> Rows:
+def _rows(count: int, width: int, vocabulary: int = 4000) -> EncodedRows:
     number = torch.arange(count)
-    return Rows(
+    return EncodedRows(
         _unit(count, width), torch.randint(vocabulary, (count,)), None, number, number, torch.zeros_like(number)
     )
 
@@ -178,12 +178,12 @@ def _built(kind: str, dims: Dims, options: dict[str, Any], budget: int) -> Memor
     return build(kind, dims, options, budget).to(torch.get_default_device()).requires_grad_(False)
 
 
-def _writing(kind: str, taken: Rows, width: int, budget: int) -> Any:
+def _writing(kind: str, taken: EncodedRows, width: int, budget: int) -> Any:
     memory = _built(kind, Dims(width, 0), {}, budget)
     return lambda: memory.nbytes(memory.absorb(memory.empty(), taken))
 
 
-def _reading(kind: str, taken: Rows, asked: Tensor, budget: int) -> Any:
+def _reading(kind: str, taken: EncodedRows, asked: Tensor, budget: int) -> Any:
     memory = _built(kind, Dims(asked.shape[1], 0), {}, budget)
     state = memory.absorb(memory.empty(), taken)
     return lambda: memory.lookup(state, asked, 32)

@@ -21,13 +21,12 @@ from torch import Tensor
 from raymem.bank.apply_queue import SMALL_BYTES, ApplyQueue
 from raymem.bank.dedup import Dedup, Runs
 from raymem.bank.prefetch import prefetch
-from raymem.encode.assembly import assemble
 from raymem.encode.calibration import Calibration
-from raymem.encode.encoder import Encoder
+from raymem.encode.encoder import Encoder, assemble
 from raymem.errors import Corrupt, RaymemError, StoreClosed, TooLarge
 from raymem.logs import get_logger
 from raymem.memory import keeps_rows
-from raymem.memory.base import Found, Rows, State
+from raymem.memory.base import EncodedRows, Found, State
 from raymem.memory.learned import Learned
 from raymem.rows import JournalRows
 from raymem.storage.catalog import part_of
@@ -508,9 +507,9 @@ def _named(
     return index_Qk - first, tuple(known[source] for source in used[first:].tolist())
 
 
-def _to(rows: Rows, device: torch.device) -> Rows:
+def _to(rows: EncodedRows, device: torch.device) -> EncodedRows:
     if device.type == "cpu":
         return rows
     values = None if rows.values_NV is None else rows.values_NV.to(device)
     moved = (rows.pos_N.to(device), rows.seq_N.to(device), rows.source_N.to(device))
-    return Rows(rows.keys_NK.to(device), rows.tokens_N.to(device), values, *moved)
+    return EncodedRows(rows.keys_NK.to(device), rows.tokens_N.to(device), values, *moved)

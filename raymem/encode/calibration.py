@@ -1,4 +1,4 @@
-"""What a model's states look like: the fixed statistics that turn states into keys and similarity into relevance.
+"""Calibrations: statistics of a model's states that turn states into keys and similarity into relevance.
 
 Shape legend: `L` layers, `D` hidden width, `Q` queries.
 """
@@ -23,20 +23,19 @@ from raymem.tensors import is_dense, read_object, read_safetensors
 from raymem.types import KeySpec
 
 _FORMAT = "raymem-calibration-1"
-_PARTS = {"mean", "whiten"}
 _MOST_LAYERS = 256
 _NAME_MAX = 1000
-# states lie around 1 and in the worst known models around 10⁵; what is further out turns sums into Inf
+# states lie around 1 and in the worst known models around 10⁵; larger ones turn sums into Inf
 _LARGEST = 1e12
 # a whitening's scale is one over that of the states
 _SMALLEST_SCALE, _LARGEST_SCALE = 1e-9, 1e9
 _SKEW = 1e-3
-# cosines, and what rounding does to them; a range of matching texts that are all alike ends a little over 1
+# a cosine and its rounding: the range of equal texts ends a little over 1
 _COSINE_MAX = 1.01
 
 
 class Range(NamedTuple):
-    """Best cosines of a key function: `lo` 50th percentile of unrelated, `hi` 99.9th of matching queries."""
+    """Best cosines of a key function: `lo` the 50th percentile of unrelated queries, `hi` the 99.9th of matching."""
 
     lo: float
     hi: float
@@ -47,8 +46,8 @@ class Calibration:
     """Statistics of one model and some of its layers, made once from text that no bank holds; a value.
 
     `model` is the model's content hash, `layers` the 1-based layer ids, `mean_LD` float32, `whiten_LDD` float32 or
-    None (the inverse square root of the covariance, shrunk by `shrink` towards its mean eigenvalue), `ranges` what
-    related and unrelated look like for a few key functions (`key_id` names them).
+    None (the inverse square root of the covariance, shrunk by `shrink` towards its mean eigenvalue), `ranges` the
+    cosines of related and unrelated queries under a few key functions, see `measured_keys`.
     """
 
     model: str
@@ -66,36 +65,31 @@ class Calibration:
     @cached_property
     def hash(self) -> str:
         """SHA-256 over everything above: part of the fingerprint of the banks that use it."""
-        digest = hashlib.sha256(self._head().encode())
-        for tensor in self._tensors().values():
+        head, tensors = self._parts()
+        digest = hashlib.sha256(head.encode())
+        for tensor in tensors.values():
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
-
-    def relevance(self, similarity_Q: Tensor, key: KeySpec) -> Tensor:
-        """How much a query with this best cosine concerns the bank: `clip((s - lo) / (hi - lo), 0, 1)`.
-
-        Args:
-            similarity_Q: highest cosine with the keys held, -1 for an empty bank.
-            key: the bank's key function, see `range_of`.
-        """
-        lo, hi = self.range_of(key)
-        return ((similarity_Q - lo) / (hi - lo)).clamp(0.0, 1.0)
 
     def range_of(self, key: KeySpec) -> Range:
         """The range of a key function, or of the nearest one measured.
 
-        Nearest is: a span counts as a window; the window whose length has the nearest logarithm; for a concatenation
-        that was not measured, the mean over its layers, since its cosine is the mean of theirs.
+        Of those of the same layers, that is the one whose window has the nearest logarithm: a single state counts as a
+        window of 1, a span as a window. For layers that were not measured together it is the mean over the layers,
+        since the cosine of a concatenation is the mean of theirs.
 
         Raises:
             InvalidSpec: the calibration does not know a layer of the key.
         """
+
+        def window(of: KeySpec) -> int:
+            return 1 if of.function == "single" else of.window
+
         layers = key.layers or self.layers
         self.places(layers)
-        window = 1 if key.function == "single" else key.window
         measured = [known for known in self.ranges if sorted(known.layers) == sorted(layers)]
         if measured:
-            return self.ranges[min(measured, key=lambda known: abs(math.log(_window(known) / window)))]
+            return self.ranges[min(measured, key=lambda known: abs(math.log(window(known) / window(key))))]
         if len(layers) == 1:
             raise InvalidSpec(f"the calibration measured no key function of layer {layers[0]}; make it again")
         parts = [self.range_of(key.model_copy(update={"layers": (layer,)})) for layer in layers]
@@ -116,7 +110,7 @@ class Calibration:
         return [self.layers.index(layer) for layer in layers]
 
     def check(self) -> Calibration:
-        """Return this calibration if it is one that keys and relevance can be made with.
+        """Return this calibration if keys and relevance can be made with it.
 
         Raises:
             InvalidInput: naming the field, its value, and the command that makes another.
@@ -128,8 +122,8 @@ class Calibration:
 
     def to_bytes(self) -> bytes:
         """The calibration as one safetensors file that carries its own hash."""
-        metadata = {"format": _FORMAT, "head": self._head(), "sha256": self.hash}
-        return safetensors.torch.save(self._tensors(), metadata)
+        head, tensors = self._parts()
+        return safetensors.torch.save(tensors, {"format": _FORMAT, "head": head, "sha256": self.hash})
 
     @staticmethod
     def from_bytes(data: bytes) -> Calibration:
@@ -140,9 +134,8 @@ class Calibration:
         """
         metadata, tensors = read_safetensors(data, "the calibration")
         try:
-            if odd := set(tensors) - _PARTS:
-                raise ValueError(f"it has {str(sorted(odd))[:80]}, which no calibration has")
-            found = _build(read_object(metadata.get("head"), "the calibration's head"), tensors)
+            head = read_object(metadata.get("head"), "the calibration's head")
+            found = _parsed(head, tensors)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             if isinstance(error, RaymemError):
                 raise Corrupt(f"not a calibration ({error.message[:200]}); make it again") from error
@@ -154,14 +147,9 @@ class Calibration:
             )
         return found
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"mean": self.mean_LD.contiguous()}
-        if self.whiten_LDD is not None:
-            tensors["whiten"] = self.whiten_LDD.contiguous()
-        return tensors
-
-    def _head(self) -> str:
-        ranges = sorted([[*_identity(key), *bounds] for key, bounds in self.ranges.items()])
+    def _parts(self) -> tuple[str, dict[str, Tensor]]:
+        """What the hash is taken of: all but the tensors as JSON, and the tensors."""
+        ranges = sorted([list(key.layers), key.function, key.window, *ends] for key, ends in self.ranges.items())
         head = {
             "model": self.model,
             "layers": self.layers,
@@ -169,7 +157,10 @@ class Calibration:
             "shrink": self.shrink,
             "ranges": ranges,
         }
-        return json.dumps(head, sort_keys=True)
+        tensors = {"mean": self.mean_LD.contiguous()}
+        if self.whiten_LDD is not None:
+            tensors["whiten"] = self.whiten_LDD.contiguous()
+        return json.dumps(head, sort_keys=True), tensors
 
 
 def measured_keys(layers: tuple[int, ...]) -> list[KeySpec]:
@@ -179,15 +170,9 @@ def measured_keys(layers: tuple[int, ...]) -> list[KeySpec]:
     return singles + [KeySpec(function="window", layers=choice, window=8) for choice in choices]
 
 
-def _window(key: KeySpec) -> int:
-    return 1 if key.function == "single" else key.window
-
-
-def _identity(key: KeySpec) -> list[Any]:
-    return [list(key.layers), key.function, key.window]
-
-
-def _build(head: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
+def _parsed(head: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
+    if odd := set(tensors) - {"mean", "whiten"}:
+        raise ValueError(f"it has {str(sorted(odd))[:80]}, which no calibration has")
     ranges = {
         KeySpec.model_validate({"function": function, "layers": layers, "window": window}): Range(float(lo), float(hi))
         for layers, function, window, lo, hi in head["ranges"]
@@ -280,5 +265,5 @@ def _peak(tensor: Tensor) -> float:
 
 
 def _within(tensor: Tensor, most: float) -> bool:
-    # NaN goes through both ends
+    # aminmax gives NaN at both ends where an entry is NaN
     return not tensor.numel() or all(abs(float(end)) <= most for end in torch.aminmax(tensor))

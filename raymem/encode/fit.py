@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raymem.encode.calibration import Calibration, Range, measured_keys
-from raymem.encode.maker import KeyMaker
+from raymem.encode.keys import KeyMaker
 from raymem.errors import InvalidInput
 from raymem.types import KeySpec
 

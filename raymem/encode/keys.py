@@ -1,14 +1,16 @@
-"""From hidden states to unit-length keys: pure functions whose result for a row never depends on how many rows came.
+"""From hidden states to unit keys: centre, mean over a window, whiten, scale to unit length.
 
-Every sum here is a fixed tree of elementwise additions, or exact in float64: a key has the same bits however its run
-was cut into calls. A library's batched reduction or matmul does not promise that. numpy, because its elementwise
-loops stay on one thread: beside a busy model, torch's thread barrier costs a hundred times the work of 1,000 rows.
+Every sum is a fixed tree of elementwise additions, or exact in float64, so that a key has the same bits however its run
+was cut into calls. A library's batched reduction or matmul does not promise that. The arithmetic is numpy's, whose
+elementwise loops stay on one thread: beside a busy model, torch's thread barrier costs a hundred times the work of
+1,000 rows.
 
 Shape legend: `N` rows, `L` layers, `D` hidden width, `K` = L·D key width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,80 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raymem.encode.calibration import Calibration
+from raymem.errors import InvalidSpec
+from raymem.types import KeySpec
+
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
 
 _LARGEST = np.float32(1e30)
 _STATE_BITS = 20
 _EXACT_BITS = 52
+
+
+class KeyMaker:
+    """One key function over one calibration: hidden states in, keys out; holds no state of any run.
+
+    Args:
+        calibration: knows every layer of the key.
+        key: the key function; empty `layers` means all of `layers`.
+        layers: the layers that the states carry, in their order; the calibration's when not given.
+
+    Raises:
+        InvalidSpec: the key wants a layer that the states or the calibration don't have.
+    """
+
+    def __init__(self, calibration: Calibration, key: KeySpec, layers: Sequence[int] | None = None) -> None:
+        carried = tuple(layers or calibration.layers)
+        missing = [layer for layer in key.layers if layer not in carried]
+        if missing:
+            raise InvalidSpec(f"the key wants layers {missing}; the rows carry {list(carried)}: choose among those")
+        if len(set(key.layers)) < len(key.layers):
+            raise InvalidSpec(f"the key names layers {list(key.layers[:20])}, some twice: name each once")
+        self.key = key.model_copy(update={"layers": key.layers or carried})
+        self.window = 1 if key.function == "single" else key.window
+        self.width = len(self.key.layers) * calibration.width
+        self._picked = [carried.index(layer) for layer in self.key.layers]
+        places = calibration.places(self.key.layers)
+        self._mean_LD = calibration.mean_LD[places].numpy()
+        whiten_LDD = calibration.whiten_LDD
+        self._grid_LDD = None if whiten_LDD is None else whitening_grid(whiten_LDD[places])
+
+    def pick(self, hidden_NLD: Tensor) -> Array:
+        """The states of the key's layers, as `to_bits` gives them."""
+        bits_NLD = to_bits(hidden_NLD)
+        return bits_NLD if len(self._picked) == bits_NLD.shape[1] == 1 else bits_NLD[:, self._picked]
+
+    def make(self, bits_NLD: Array, ages_N: NDArray[np.int64], wanted_N: NDArray[np.int64]) -> Tensor:
+        """Keys [wanted, K] of some rows, float32 and of unit length.
+
+        Args:
+            bits_NLD: picked states.
+            ages_N: how far back each row's window may reach, see `ages`.
+            wanted_N: indices of the rows to make keys of.
+        """
+        if self.window == 1:
+            states_NLD = centre(bits_NLD[wanted_N], self._mean_LD)
+        else:
+            states_NLD = window_mean(centre(bits_NLD, self._mean_LD), ages_N, self.window)[wanted_N]
+        if self._grid_LDD is not None:
+            states_NLD = whiten(states_NLD, self._grid_LDD)
+        return torch.from_numpy(unit(states_NLD))
+
+    def of_run(self, hidden_NLD: Tensor, start: int = 0) -> Tensor:
+        """Keys [N, K] of consecutive states of one context; position 0, the attention sink, gives a row of zeros.
+
+        Args:
+            hidden_NLD: states of the carried layers.
+            start: position of the first one in its context.
+        """
+        index_N = np.arange(len(hidden_NLD))
+        sink_N = index_N == -start
+        ages_N = ages(index_N == 0, sink_N)
+        keys_NK = self.make(self.pick(hidden_NLD), ages_N, index_N)
+        keys_NK[torch.from_numpy(sink_N)] = 0
+        return keys_NK
 
 
 def to_bits(hidden: Tensor) -> Array:
@@ -131,20 +201,17 @@ def unit(states_NLD: Floats) -> Floats:
     """
     largest_NL1 = np.abs(states_NLD).max(-1, keepdims=True)
     scaled_NLD = states_NLD / np.where(largest_NL1 > 0, largest_NL1, np.float32(1))
-    length_NL1 = np.sqrt(_sum_last(scaled_NLD * scaled_NLD) * np.float32(states_NLD.shape[1]))
+    # a sum over the last axis by halving it
+    square_NLD = scaled_NLD * scaled_NLD
+    while (width := square_NLD.shape[-1]) > 1:
+        half = width // 2
+        folded_NLD = square_NLD[..., :half] + square_NLD[..., half : 2 * half]
+        if width % 2:
+            folded_NLD[..., :1] += square_NLD[..., -1:]
+        square_NLD = folded_NLD
+    length_NL1 = np.sqrt(square_NLD * np.float32(states_NLD.shape[1]))
     scaled_NLD /= np.where(length_NL1 > 0, length_NL1, np.float32(1))
     # adding zero turns -0 into 0: equal keys are equal bits
     scaled_NLD += np.float32(0)
     keys_NK: Floats = scaled_NLD.reshape(len(scaled_NLD), scaled_NLD.shape[1] * scaled_NLD.shape[2])
     return keys_NK
-
-
-def _sum_last(x_NLD: Floats) -> Floats:
-    """Sum over the last axis by halving it, keeping the axis."""
-    while (width := x_NLD.shape[-1]) > 1:
-        half = width // 2
-        folded_NLD = x_NLD[..., :half] + x_NLD[..., half : 2 * half]
-        if width % 2:
-            folded_NLD[..., :1] += x_NLD[..., -1:]
-        x_NLD = folded_NLD
-    return x_NLD

@@ -378,7 +378,7 @@ class ColdBackend(ABC):
     def complete(self, spec: BankSpec) -> BankSpec:
         """A spec that was checked, with the store's calibration if it names none."""
         from raymem.bank.replica import learned_of
-        from raymem.encode.assembly import assemble
+        from raymem.encode.encoder import assemble
 
         fingerprint = spec.fingerprint
         calibrations = self.cold.calibrations

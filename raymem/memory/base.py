@@ -33,7 +33,7 @@ class Dims(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
+class EncodedRows:
     """Encoded rows of one bank, in the order in which the mechanism must see them.
 
     `keys_NK` float32, unit length; `tokens_N` int64, the token that followed each row; `values_NV` float32 or None;
@@ -100,7 +100,7 @@ class Memory(nn.Module, ABC):
         """The state of a bank that has seen nothing; reads zeros with similarity -1."""
 
     @abstractmethod
-    def absorb(self, state: Any, rows: Rows) -> Any:
+    def absorb(self, state: Any, rows: EncodedRows) -> Any:
         """Write rows in order; cutting them into other calls gives the same state."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec, InvalidTrace, Unsupported
 from raymem.kernels.rls_update import information_update, leverage, ridge_factor, to_grid
-from raymem.memory.base import Dims, MergeRule, Options, Rows, Seed, State
+from raymem.memory.base import Dims, EncodedRows, MergeRule, Options, Seed, State
 from raymem.memory.columns import take_columns
 from raymem.memory.discriminant import log_posterior
 from raymem.memory.key_reservoir import joined_scopes
@@ -163,7 +163,7 @@ class Larimar(StateMemory):
         """The memory M `[B, S, V]` float64."""
         return torch.cholesky_solve(state["cross"].double(), ridge_factor(state["gram"], self.larimar.ridge))
 
-    def forget(self, state: State, rows: Rows) -> State:
+    def forget(self, state: State, rows: EncodedRows) -> State:
         """The state without these rows of one bank, as if they had never been written; `state` is left as it is.
 
         Keys that the scope reservoir holds go too. The count of rows seen stays.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec
-from raymem.memory.base import Dims, Found, Memory, Options, Rows, State
+from raymem.memory.base import Dims, EncodedRows, Found, Memory, Options, State
 from raymem.memory.eviction import make_room, policy_part, policy_spec, survivors
 from raymem.memory.policies import Entries, Policy
 from raymem.memory.spec import StateSpec, TensorSpec, check_state
@@ -75,7 +75,7 @@ class RowMemory(Memory):
         """Shape and dtype of one row's entry in each column; `pos`, `seq` and `source` are among them."""
 
     @abstractmethod
-    def encode(self, rows: Rows) -> State:
+    def encode(self, rows: EncodedRows) -> State:
         """Rows as columns, the leading axis being the row."""
 
     @abstractmethod
@@ -93,11 +93,11 @@ class RowMemory(Memory):
             mask: bool `[N]` or `[Q, N]` over `state.held()`; a row that is False is hidden inside the search.
         """
 
-    def append(self, state: RowState, rows: Rows) -> RowState:
+    def append(self, state: RowState, rows: EncodedRows) -> RowState:
         """Add rows, each over another once the bank is full; changes and returns `state`."""
         return self._append_ring(state, rows) if self.rule is None else self._append_each(state, rows, self.rule)
 
-    def _append_ring(self, state: RowState, rows: Rows) -> RowState:
+    def _append_ring(self, state: RowState, rows: EncodedRows) -> RowState:
         added = len(rows)
         skipped = max(0, added - self.capacity)
         columns = self.encode(_tail(rows, skipped))
@@ -113,7 +113,7 @@ class RowMemory(Memory):
         return state
 
     @torch.no_grad()
-    def _append_each(self, state: RowState, rows: Rows, rule: Policy) -> RowState:
+    def _append_each(self, state: RowState, rows: EncodedRows, rule: Policy) -> RowState:
         """Rows one by one, each asking the policy; if it goes by keys, all are unpacked once a call."""
         new = self.encode(rows)
         held, room = state.count, min(self.capacity, state.count + len(rows))
@@ -214,7 +214,7 @@ class RowMemory(Memory):
             {n: torch.empty(0, *spec.shape, dtype=spec.dtype) for n, spec in self.all_columns_spec().items()}
         )
 
-    def absorb(self, state: RowState, rows: Rows) -> RowState:
+    def absorb(self, state: RowState, rows: EncodedRows) -> RowState:
         """Append the rows."""
         return self.append(state, rows) if len(rows) else state
 
@@ -279,7 +279,7 @@ def _longer(column: Tensor, rows: int) -> Tensor:
     return new
 
 
-def _tail(rows: Rows, start: int) -> Rows:
+def _tail(rows: EncodedRows, start: int) -> EncodedRows:
     values = None if rows.values_NV is None else rows.values_NV[start:]
     origin = (rows.pos_N[start:], rows.seq_N[start:], rows.source_N[start:])
-    return Rows(rows.keys_NK[start:], rows.tokens_N[start:], values, *origin)
+    return EncodedRows(rows.keys_NK[start:], rows.tokens_N[start:], values, *origin)

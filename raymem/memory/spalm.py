@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raymem.errors import InvalidTrace
 from raymem.kernels.topk_cosine import topk_cosine
-from raymem.memory.base import Dims, Found, MergeRule, Options, Rows, Seed, State
+from raymem.memory.base import Dims, EncodedRows, Found, MergeRule, Options, Seed, State
 from raymem.memory.eviction import EvictionOptions
 from raymem.memory.quantize import STORED, KeyDtype, Projection, pack, unpack
 from raymem.memory.rows import RowMemory, RowState
@@ -76,7 +76,7 @@ class Spalm(RowMemory):
         }
         return spec | ({"value": TensorSpec((value,), torch.bfloat16)} if value else {})
 
-    def encode(self, rows: Rows) -> State:
+    def encode(self, rows: EncodedRows) -> State:
         """Project and pack the keys.
 
         Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raymem.errors import InvalidSpec
-from raymem.memory.base import Dims, Found, Memory, Options, Rows, State
+from raymem.memory.base import Dims, EncodedRows, Found, Memory, Options, State
 from raymem.memory.key_reservoir import SCOPE_ROWS, sample, similarity
 from raymem.memory.quantize import Projection
 from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec, check_state
@@ -161,7 +161,7 @@ class StateMemory(Memory):
         """State of an arena of one."""
         return self.init_state(1)
 
-    def absorb(self, state: State, rows: Rows) -> State:
+    def absorb(self, state: State, rows: EncodedRows) -> State:
         """Write one bank's rows."""
         values = None if rows.values_NV is None else rows.values_NV[None]
         return self.write(state, rows.keys_NK[None], values, rows.tokens_N[None])

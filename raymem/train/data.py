@@ -14,7 +14,7 @@ from torch import Tensor
 from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import Encoder
 from raymem.errors import Conflict, InvalidInput
-from raymem.memory.base import Memory, Rows
+from raymem.memory.base import EncodedRows, Memory
 from raymem.storage.store import ColdStore, Entry
 
 LEARNED_SHARE = 0.8
@@ -32,7 +32,7 @@ class Lessons:
     what `rows.source_N` indexes.
     """
 
-    rows: Rows
+    rows: EncodedRows
     split: int
     end: int
     digest: str
@@ -85,21 +85,21 @@ def require_same(lessons: Lessons, digest: str) -> None:
         )
 
 
-def joined(parts: list[Rows]) -> Rows:
+def joined(parts: list[EncodedRows]) -> EncodedRows:
     """Consecutive rows as one."""
     columns = [
         torch.cat([getattr(part, name) for part in parts])
         for name in ("keys_NK", "tokens_N", "pos_N", "seq_N", "source_N")
     ]
     values = [part.values_NV for part in parts if part.values_NV is not None]
-    return Rows(columns[0], columns[1], torch.cat(values) if values else None, *columns[2:])
+    return EncodedRows(columns[0], columns[1], torch.cat(values) if values else None, *columns[2:])
 
 
-def part_of(rows: Rows, start: int, stop: int) -> Rows:
+def part_of(rows: EncodedRows, start: int, stop: int) -> EncodedRows:
     """Rows [start, stop)."""
     values = None if rows.values_NV is None else rows.values_NV[start:stop]
     origin = (column[start:stop] for column in (rows.pos_N, rows.seq_N, rows.source_N))
-    return Rows(rows.keys_NK[start:stop], rows.tokens_N[start:stop], values, *origin)
+    return EncodedRows(rows.keys_NK[start:stop], rows.tokens_N[start:stop], values, *origin)
 
 
 def windows(values_N: Tensor, starts_G: Tensor, length: int) -> Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raymem.encode.assembly import assemble
 from raymem.encode.calibration import Calibration
+from raymem.encode.encoder import assemble
 from raymem.errors import FingerprintMismatch, InvalidSpec
 from raymem.memory.learned import Learned
 from raymem.storage.store import ColdStore, Entry

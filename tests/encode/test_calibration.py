@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from raymem.encode import Calibration, KeyMaker, Range, calibrate
+from raymem.encode import Calibration, Encoder, KeyMaker, Range, calibrate
 from raymem.encode.fit import RESERVED_TOPICS, Sample, bundled_texts, fit, read_sample
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec
 from raymem.types import KeySpec
@@ -69,10 +69,11 @@ def test_any_damaged_byte_is_corrupt(calibration: Calibration) -> None:
             Calibration.from_bytes(good[:length])
 
 
-def test_relevance_is_0_at_unrelated_1_at_matching_and_never_leaves_0_to_1(calibration: Calibration) -> None:
+def test_relevance_is_0_at_unrelated_1_at_matching_and_never_leaves_0_to_1(calibration: Calibration, kit: Kit) -> None:
     for key, (lo, hi) in calibration.ranges.items():
         similarity_Q = torch.tensor([-1.0, lo, (lo + hi) / 2, hi, 1.0])
-        torch.testing.assert_close(calibration.relevance(similarity_Q, key), torch.tensor([0, 0, 0.5, 1, 1]))
+        relevance_Q = Encoder(kit.spec_for(calibration, key), calibration).relevance(similarity_Q)
+        torch.testing.assert_close(relevance_Q, torch.tensor([0, 0, 0.5, 1, 1]))
 
 
 def test_a_key_function_that_was_not_measured_takes_the_nearest() -> None:
@@ -147,8 +148,9 @@ def test_a_real_model_finds_stored_text_more_relevant_than_related_and_that_than
             "related": torch.cat([maker.of_run(hidden, start=1)[16:] for hidden in unseen.matching]),
             "unrelated": torch.cat([maker.of_run(hidden)[1:] for hidden in unseen.unrelated]),
         }
+        lo, hi = calibration.range_of(key)
         median = {
-            name: float(calibration.relevance((asked_QK @ bank_NK.T).amax(1), key).median())
+            name: float((((asked_QK @ bank_NK.T).amax(1) - lo) / (hi - lo)).clamp(0, 1).median())
             for name, asked_QK in queries.items()
         }
         # measured: 1, 0.95 and 0.95, 0.18 and 0.15

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from raymem.encode import Calibration, Encoder
 from raymem.encode.keys import to_bits
 from raymem.errors import Corrupt, FingerprintMismatch, InvalidSpec, InvalidTrace
-from raymem.memory.base import Rows
+from raymem.memory.base import EncodedRows
 from raymem.rows import JournalRows
 from raymem.types import KeySpec
 
@@ -43,7 +43,7 @@ def pieces(kit: Kit, rows: JournalRows, cuts: list[int]) -> list[JournalRows]:
     return [kit.cut(rows, start, stop) for start, stop in itertools.pairwise(ends)]
 
 
-def joined(found: list[Rows]) -> dict[str, torch.Tensor]:
+def joined(found: list[EncodedRows]) -> dict[str, torch.Tensor]:
     names = ("keys_NK", "tokens_N", "values_NV", "pos_N", "seq_N", "source_N")
     return {name: torch.cat([getattr(rows, name) for rows in found]) for name in names}
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from raymem.memory import build, kinds
-from raymem.memory.base import Dims, Memory, Rows
+from raymem.memory.base import Dims, EncodedRows, Memory
 
 # one width for both, as in a bank: vectors live in the space of the output embedding
 KEY = VALUE = 24
@@ -71,21 +71,21 @@ class Case(NamedTuple):
         memory = build(self.kind, Dims(KEY, self.value), self.options, budget or self.budget)
         return memory.requires_grad_(False)
 
-    def rows(self, count: int, start: int = 0, vocabulary: int = 50) -> Rows:
+    def rows(self, count: int, start: int = 0, vocabulary: int = 50) -> EncodedRows:
         return make_rows(count, start, value=self.value, vocabulary=vocabulary)
 
 
 CASES = [Case(kind, kind, {}, 0) for kind in kinds()] + [Case(name, *rest) for name, rest in VARIANTS.items()]
 
 
-def make_rows(count: int, start: int = 0, *, key: int = KEY, value: int = 0, vocabulary: int = 50) -> Rows:
+def make_rows(count: int, start: int = 0, *, key: int = KEY, value: int = 0, vocabulary: int = 50) -> EncodedRows:
     """Rows `start` to `start + count` of one endless stream: a row depends on its number alone."""
     numbers = range(start, start + count)
     drawn = [torch.Generator().manual_seed(number) for number in numbers]
     keys = [torch.randn(key, generator=generator) for generator in drawn]
     values = [torch.randn(value, generator=generator) for generator in drawn]
     tokens = [int(torch.randint(vocabulary, (1,), generator=generator)) for generator in drawn]
-    return Rows(
+    return EncodedRows(
         normalize(torch.stack(keys) if keys else torch.empty(0, key), dim=1),
         torch.tensor(tokens, dtype=torch.int64),
         (torch.stack(values) if values else torch.empty(0, value)) if value else None,
@@ -108,6 +108,6 @@ def cases() -> list[Case]:
 
 
 @pytest.fixture(scope="session")
-def rows_of() -> Callable[..., Rows]:
+def rows_of() -> Callable[..., EncodedRows]:
     """`make_rows`."""
     return make_rows

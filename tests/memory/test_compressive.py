@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from raymem.errors import InvalidSpec, InvalidTrace
 from raymem.memory import build
-from raymem.memory.base import Dims, Rows
+from raymem.memory.base import Dims, EncodedRows
 from raymem.memory.compressive import Compressive, CompressiveOptions
 from raymem.memory.compressors import (
     Projections,
@@ -28,9 +28,9 @@ def bank(key: int, value: int = 0, **options) -> Compressive:
     return Compressive(Dims(key, value), CompressiveOptions(**options), LARGE).requires_grad_(False)
 
 
-def rows_of(keys: torch.Tensor, tokens: torch.Tensor | None = None, values: torch.Tensor | None = None) -> Rows:
+def rows_of(keys: torch.Tensor, tokens: torch.Tensor | None = None, values: torch.Tensor | None = None) -> EncodedRows:
     numbers = torch.arange(len(keys))
-    return Rows(keys, numbers if tokens is None else tokens, values, numbers, numbers, 0 * numbers)
+    return EncodedRows(keys, numbers if tokens is None else tokens, values, numbers, numbers, 0 * numbers)
 
 
 def drawn(count: int, width: int, seed: int = 0) -> torch.Tensor:

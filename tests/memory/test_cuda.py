@@ -6,11 +6,11 @@ from torch.nn.functional import pad
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
-from raymem.memory.base import Memory, Rows  # noqa: E402
+from raymem.memory.base import EncodedRows, Memory  # noqa: E402
 
 
-def moved(rows: Rows) -> Rows:
-    return Rows(*(None if part is None else part.cuda() for part in vars(rows).values()))
+def moved(rows: EncodedRows) -> EncodedRows:
+    return EncodedRows(*(None if part is None else part.cuda() for part in vars(rows).values()))
 
 
 def on_gpu(case) -> Memory:

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize, one_hot
 
 from raymem.errors import InvalidSpec, InvalidTrace, Unsupported
-from raymem.memory.base import Dims, Rows
+from raymem.memory.base import Dims, EncodedRows
 from raymem.memory.dnc import (
     BACKWARD,
     CONTENT,
@@ -297,16 +297,16 @@ def tape(slots: int = N, value: int = V, **options) -> Dnc:
     return Dnc(Dims(K, value), DncOptions(slots=slots, **options), LARGE)
 
 
-def rows_of(count: int, value: int = V) -> Rows:
+def rows_of(count: int, value: int = V) -> EncodedRows:
     keys = normalize(torch.randn(count, K, generator=torch.Generator().manual_seed(count)), dim=-1)
     values = torch.randn(count, value) if value else None
     number = torch.arange(count)
-    return Rows(keys, number + 100, values, number, number, number * 0)
+    return EncodedRows(keys, number + 100, values, number, number, number * 0)
 
 
-def pick(rows: Rows, part: slice) -> Rows:
+def pick(rows: EncodedRows, part: slice) -> EncodedRows:
     values = None if rows.values_NV is None else rows.values_NV[part]
-    return Rows(
+    return EncodedRows(
         rows.keys_NK[part], rows.tokens_N[part], values, rows.pos_N[part], rows.seq_N[part], rows.source_N[part]
     )
 
@@ -389,7 +389,7 @@ def test_short_keys_are_found_again(key_dtype):
     memory, rows = Dnc(Dims(64, 0), DncOptions(key_dtype=key_dtype), 2**20), rows_of(1, 0)
     keys = normalize(torch.randn(300, 64), dim=-1)
     number = torch.arange(300)
-    state = memory.absorb(memory.empty(), Rows(keys, number, None, number, number, number))
+    state = memory.absorb(memory.empty(), EncodedRows(keys, number, None, number, number, number))
     assert torch.equal(memory.lookup(state, keys, 1).tokens_Qk[:, 0], number)
     assert rows.values_NV is None
 
@@ -419,7 +419,9 @@ def test_bad_rows_are_refused():
         memory.absorb(memory.empty(), rows_of(2, 0))
     rows = rows_of(2)
     with pytest.raises(InvalidTrace, match=f"token id {2**31}"):
-        memory.absorb(memory.empty(), Rows(rows.keys_NK, rows.tokens_N + 2**31 - 101, *list(vars(rows).values())[2:]))
+        memory.absorb(
+            memory.empty(), EncodedRows(rows.keys_NK, rows.tokens_N + 2**31 - 101, *list(vars(rows).values())[2:])
+        )
 
 
 def test_tapes_are_not_merged():

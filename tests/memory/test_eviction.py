@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from raymem.memory import build
-from raymem.memory.base import Dims, Rows
+from raymem.memory.base import Dims, EncodedRows
 from raymem.memory.dnc import next_usage, tape_step
 from raymem.memory.key_reservoir import hash62
 from raymem.memory.policies import Entries, policy
@@ -19,9 +19,9 @@ def drawn(count: int, seed: int = 0) -> torch.Tensor:
     return normalize(torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def rows_of(keys: torch.Tensor, start: int = 0) -> Rows:
+def rows_of(keys: torch.Tensor, start: int = 0) -> EncodedRows:
     numbers = torch.arange(start, start + len(keys))
-    return Rows(keys, numbers, None, numbers, numbers, torch.zeros_like(numbers))
+    return EncodedRows(keys, numbers, None, numbers, numbers, torch.zeros_like(numbers))
 
 
 def make(kind: str, name: str):

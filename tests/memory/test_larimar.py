@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 from raymem.errors import InvalidInput, InvalidSpec, InvalidTrace, Unsupported
 from raymem.kernels.rls_update import to_grid
-from raymem.memory.base import Dims, Rows
+from raymem.memory.base import Dims, EncodedRows
 from raymem.memory.larimar import Larimar, LarimarOptions
 from raymem.memory.reference import Reference
 
@@ -19,27 +19,27 @@ def make(value: int = V, budget: int = LARGE, **options) -> Larimar:
     return Larimar(Dims(K, value), LarimarOptions(**({"memory_rows": S, "tokens": 16} | options)), budget)
 
 
-def rows_of(count: int, seed: int = 0, value: int = V, vocabulary: int = 11) -> Rows:
+def rows_of(count: int, seed: int = 0, value: int = V, vocabulary: int = 11) -> EncodedRows:
     generator = torch.Generator().manual_seed(seed)
     keys = normalize(torch.randn(count, K, generator=generator), dim=-1)
     tokens = torch.randint(vocabulary, (count,), generator=generator)
     values = torch.randn(count, value, generator=generator) if value else None
     number = torch.arange(count)
-    return Rows(keys, tokens, values, number, number, torch.zeros_like(number))
+    return EncodedRows(keys, tokens, values, number, number, torch.zeros_like(number))
 
 
-def pick(rows: Rows, index) -> Rows:
+def pick(rows: EncodedRows, index) -> EncodedRows:
     values = None if rows.values_NV is None else rows.values_NV[index]
     origin = (rows.pos_N[index], rows.seq_N[index], rows.source_N[index])
-    return Rows(rows.keys_NK[index], rows.tokens_N[index], values, *origin)
+    return EncodedRows(rows.keys_NK[index], rows.tokens_N[index], values, *origin)
 
 
-def on_grid(rows: Rows) -> np.ndarray:
+def on_grid(rows: EncodedRows) -> np.ndarray:
     """Values as the memory takes them: multiples of 2^-16."""
     return to_grid(rows.values_NV.double()).numpy()
 
 
-def ridge_by_lstsq(memory: Larimar, rows: Rows) -> np.ndarray:
+def ridge_by_lstsq(memory: Larimar, rows: EncodedRows) -> np.ndarray:
     """The ridge solution as plain least squares on rows extended by sqrt(lambda) I, solved by numpy."""
     weights = memory.address(rows.keys_NK).numpy()
     prior = np.sqrt(memory.larimar.ridge) * np.eye(weights.shape[1])
@@ -169,7 +169,7 @@ def test_the_forgotten_fact_is_at_chance_and_the_others_are_known(figure):
     memory = Larimar(Dims(64, 0), LarimarOptions(memory_rows=64, tokens=64, ridge=0.01), LARGE)
     keys = normalize(torch.randn(51, 64), dim=-1)
     number = torch.arange(51)
-    rows = Rows(keys, number + 100, None, number, number, number * 0)
+    rows = EncodedRows(keys, number + 100, None, number, number, number * 0)
     state = memory.absorb(memory.empty(), rows)
     assert (memory.lookup(state, keys, 1).tokens_Qk[:, 0] == rows.tokens_N).all()
     state = memory.forget(state, pick(rows, slice(7, 8)))
@@ -185,7 +185,7 @@ def test_rows_that_were_never_written_are_not_forgotten(ridge):
     memory, rows = make(ridge=ridge), rows_of(15)
     state = memory.absorb(memory.empty(), rows)
     kept = memory.dump(state)
-    other_value = Rows(rows.keys_NK[:1], rows.tokens_N[:1], rows.values_NV[:1] + 0.1, *([rows.pos_N[:1]] * 3))
+    other_value = EncodedRows(rows.keys_NK[:1], rows.tokens_N[:1], rows.values_NV[:1] + 0.1, *([rows.pos_N[:1]] * 3))
     twice = pick(rows, torch.tensor([3, 3]))
     for unwritten in (rows_of(1, seed=9), other_value, twice):
         with pytest.raises(InvalidInput, match=r"can't have been written .* nothing was forgotten"):

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from raymem.errors import InvalidInput, InvalidSpec, Unsupported
 from raymem.memory import build, kinds, merge_rule
-from raymem.memory.base import Dims, Rows
+from raymem.memory.base import Dims, EncodedRows
 from raymem.memory.merging import interleaved
 
 RULES = {
@@ -24,31 +24,31 @@ RULES = {
 LARGE = 2**22
 
 
-def stream(count: int, seed: int, width: int = 16, value: int = 0, vocabulary: int = 12) -> Rows:
+def stream(count: int, seed: int, width: int = 16, value: int = 0, vocabulary: int = 12) -> EncodedRows:
     generator = torch.Generator().manual_seed(seed)
     keys = normalize(torch.randn(count, width, generator=generator), dim=1)
     values = torch.randn(count, value, generator=generator) if value else None
     tokens = torch.randint(vocabulary, (count,), generator=generator)
     numbers = torch.arange(count)
-    return Rows(keys, tokens, values, numbers, numbers, torch.zeros_like(numbers))
+    return EncodedRows(keys, tokens, values, numbers, numbers, torch.zeros_like(numbers))
 
 
-def taken(parts: list[Rows], picks: list[tuple[int, int]]) -> Rows:
+def taken(parts: list[EncodedRows], picks: list[tuple[int, int]]) -> EncodedRows:
     def column(name: str):
         columns = [getattr(part, name) for part in parts]
         return None if columns[0] is None else torch.stack([columns[part][row] for part, row in picks])
 
     names = ("keys_NK", "tokens_N", "values_NV")
-    return Rows(*(column(name) for name in names), *(3 * [torch.arange(len(picks))]))
+    return EncodedRows(*(column(name) for name in names), *(3 * [torch.arange(len(picks))]))
 
 
-def one_journal(parts: list[Rows]) -> Rows:
+def one_journal(parts: list[EncodedRows]) -> EncodedRows:
     """All rows by age, written out plainly: the newest of each bank last, earlier banks first."""
     aged = [(len(part) - row, which, row) for which, part in enumerate(parts) for row in range(len(part))]
     return taken(parts, [(which, row) for _, which, row in sorted(aged, key=lambda at: (-at[0], at[1]))])
 
 
-def written(memory, rows: Rows):
+def written(memory, rows: EncodedRows):
     return memory.absorb(memory.empty(), rows)
 
 
@@ -117,7 +117,7 @@ def test_the_best_of_merged_spalm_banks_are_the_best_of_their_union(options):
     columns = [torch.cat([getattr(part, name) for part in parts]) for name in ("keys_NK", "tokens_N", "values_NV")]
     source = torch.cat([torch.full((len(part),), s) for s, part in enumerate(parts)])
     seq = torch.cat([part.seq_N for part in parts])
-    whole = written(memory, Rows(*columns, torch.arange(125), seq, source))
+    whole = written(memory, EncodedRows(*columns, torch.arange(125), seq, source))
     for order in itertools.permutations(states):
         same(memory, memory.merge(order), whole)
     # a bank and its fork share rows
@@ -187,7 +187,7 @@ def test_lru_merges_by_what_was_used_last_in_either_bank():
 
     def rows(keys):
         numbers = torch.arange(len(keys))
-        return Rows(torch.stack(keys), numbers, None, numbers, numbers, numbers)
+        return EncodedRows(torch.stack(keys), numbers, None, numbers, numbers, numbers)
 
     # axis 0 is old and used last of all but the newest rows; axis 1 was never used again
     first = written(memory, rows([basis[0], basis[1], basis[0] + 0.1 * basis[5]]))
@@ -216,7 +216,7 @@ def test_a_novelty_policy_decides_again_and_takes_what_both_banks_know_once():
 
     def rows(axes):
         numbers = torch.arange(2 * len(axes))
-        return Rows(basis[axes].repeat_interleave(2, 0), numbers, None, numbers, numbers, numbers)
+        return EncodedRows(basis[axes].repeat_interleave(2, 0), numbers, None, numbers, numbers, numbers)
 
     # the last two rows stay fine
     states = [written(memory, rows([0, 1, 9])), written(memory, rows([1, 2, 9]))]
@@ -254,7 +254,7 @@ def test_merged_titans_banks_know_the_tokens_of_both_and_forget_the_stalest_wher
     states = []
     for seed, first in ((0, 0), (1, 100)):
         part = stream(160, seed, vocabulary=10)
-        states.append(written(memory, Rows(part.keys_NK, part.tokens_N + first, None, *(3 * [part.pos_N]))))
+        states.append(written(memory, EncodedRows(part.keys_NK, part.tokens_N + first, None, *(3 * [part.pos_N]))))
     merged = memory.merge(states)
     known = merged["slot_token"][0].tolist()
     assert len(set(known)) == 16

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize, one_hot
 
 from raymem.errors import InvalidSpec, Unsupported
-from raymem.memory.base import Dims, Rows
+from raymem.memory.base import Dims, EncodedRows
 from raymem.memory.ntm import Heads, Ntm, address, interpolated, read, ring_step, sharpened, shifted, step, write
 from raymem.memory.ntm_cell import NtmCell
 from raymem.memory.ring import RingOptions
@@ -168,10 +168,10 @@ def ring(slots: int = N, value: int = V, **options) -> Ntm:
     return Ntm(Dims(K, value), RingOptions(slots=slots, **options), LARGE)
 
 
-def rows_of(count: int, value: int = V) -> Rows:
+def rows_of(count: int, value: int = V) -> EncodedRows:
     keys = normalize(torch.randn(count, K), dim=-1)
     number = torch.arange(count)
-    return Rows(keys, number + 100, torch.randn(count, value) if value else None, number, number, number * 0)
+    return EncodedRows(keys, number + 100, torch.randn(count, value) if value else None, number, number, number * 0)
 
 
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 30])

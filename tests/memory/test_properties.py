@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from raymem.encode import Encoder
 from raymem.encode.fit import Sample, fit
 from raymem.errors import Corrupt, InvalidSpec
-from raymem.memory.base import Found, Rows
+from raymem.memory.base import EncodedRows, Found
 from raymem.memory.state import StateMemory
 from raymem.types import BankSpec, Fingerprint, KeySpec
 
@@ -24,7 +24,7 @@ import sys, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from raymem.memory import build
-from raymem.memory.base import Dims, Rows
+from raymem.memory.base import Dims, EncodedRows
 import json
 folder = Path(sys.argv[1])
 for case in json.loads((folder / "cases.json").read_text()):
@@ -32,7 +32,8 @@ for case in json.loads((folder / "cases.json").read_text()):
     state = memory.load(load_file(folder / f"{case['name']}.before"))
     again = memory.dump(state)
     rows = load_file(folder / f"{case['name']}.rows")
-    state = memory.absorb(state, Rows(rows["keys"], rows["tokens"], rows.get("values"), *rows["origin"].unbind()))
+    parts = rows["keys"], rows["tokens"], rows.get("values"), *rows["origin"].unbind()
+    state = memory.absorb(state, EncodedRows(*parts))
     found = memory.lookup(state, rows["queries"], 7)
     answers = {k: v.contiguous() for k, v in vars(found).items() if v is not None}
     save_file(again, folder / f"{case['name']}.again")
@@ -249,7 +250,7 @@ def test_similarity_tells_what_was_seen_from_what_was_not(case):
 def test_bfloat16_keys_are_taken(case):
     memory = case.build()
     rows = case.rows(30)
-    short = Rows(
+    short = EncodedRows(
         rows.keys_NK.bfloat16(), *(getattr(rows, n) for n in ("tokens_N", "values_NV", "pos_N", "seq_N", "source_N"))
     )
     found = memory.lookup(memory.absorb(memory.empty(), short), rows.keys_NK.bfloat16(), 3)

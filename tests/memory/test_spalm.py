@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, normalize
 from raymem.errors import Corrupt, InvalidTrace
 from raymem.kernels.vocab_scatter import vocab_scatter
 from raymem.memory import build
-from raymem.memory.base import Dims, Rows
+from raymem.memory.base import Dims, EncodedRows
 from raymem.memory.spalm import SpalmGate, token_memory
 
 KEY = 24
@@ -101,7 +101,7 @@ def test_forgetting_rows_leaves_what_never_having_seen_them_would(rows_of):
     memory, rows = bank(), rows_of(300, key=KEY)
     erased = rows.source_N == 2
     state = memory.forget(memory.absorb(memory.empty(), rows), rows.pos_N[erased])
-    kept = Rows(*(None if part is None else part[~erased] for part in vars(rows).values()))
+    kept = EncodedRows(*(None if part is None else part[~erased] for part in vars(rows).values()))
     never = memory.absorb(memory.empty(), kept)
     assert same(memory.dump(state), memory.dump(never))
     more = rows_of(40, 300, key=KEY)
@@ -134,10 +134,12 @@ def test_the_short_term_memory_is_the_newest_rows_in_order(rows_of):
 
 def test_token_ids_over_16_bits_come_back_and_over_32_are_refused(rows_of):
     memory, rows = bank(), rows_of(3, key=KEY)
-    large = Rows(rows.keys_NK, torch.tensor([32_768, 151_935, 2**31 - 1]), None, rows.pos_N, rows.seq_N, rows.source_N)
+    large = EncodedRows(
+        rows.keys_NK, torch.tensor([32_768, 151_935, 2**31 - 1]), None, rows.pos_N, rows.seq_N, rows.source_N
+    )
     found = memory.lookup(memory.absorb(memory.empty(), large), rows.keys_NK, 1)
     assert found.tokens_Qk[:, 0].tolist() == [32_768, 151_935, 2**31 - 1]
-    over = Rows(rows.keys_NK, torch.full((3,), 2**31), None, rows.pos_N, rows.seq_N, rows.source_N)
+    over = EncodedRows(rows.keys_NK, torch.full((3,), 2**31), None, rows.pos_N, rows.seq_N, rows.source_N)
     with pytest.raises(InvalidTrace, match=str(2**31)):
         memory.absorb(memory.empty(), over)
 

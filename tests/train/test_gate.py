@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from raymem import Trace
-from raymem.encode.assembly import assemble
-from raymem.encode.encoder import Encoder
+from raymem.encode.encoder import Encoder, assemble
 from raymem.errors import Corrupt, InvalidInput
 from raymem.lm.gate import Gate
 from raymem.lm.mixing import Mixer

@@ -16,8 +16,8 @@ from typing import IO, TypeVar
 
 import pyarrow as pa
 
-from raymem.encode.assembly import assemble, mechanism
 from raymem.encode.calibration import Calibration
+from raymem.encode.encoder import assemble, mechanism
 from raymem.errors import BankExists, BankNotFound, CalibrationNotFound, Corrupt, InvalidInput
 from raymem.memory.learned import Learned
 from raymem.rows import JournalRows
