@@ -1,4 +1,4 @@
-"""Run the registry: each contest is checked first, then timed in turn; a contest that fails its check shows no speed.
+"""Run the registry: each comparison is checked, then timed; one whose results differ shows no speed.
 
 python benchmarks/run.py [NAME ...] [--json FILE] [--small] [--repeats 5] [--threads 1] [--device cuda]
 """
@@ -49,7 +49,7 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 def _busy_ms(run: Callable[[], Any]) -> float:
-    """How long the GPU works on one call: what is left of its time where nobody waits for each call to end."""
+    """How long the GPU works on one call: its own time, without the caller's wait for the end of each call."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         run()
         torch.cuda.synchronize()

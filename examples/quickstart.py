@@ -1,4 +1,4 @@
-"""A memory of hidden states in a folder: fill it, ask it, unplug it, plug it in again.
+"""A memory of hidden states in a folder: write it, read it, detach it, attach it again.
 
 Run: python examples/quickstart.py
 """
@@ -32,8 +32,8 @@ def main() -> None:
         print(f"  from row {found.seq} of {found.stream}/{found.run}, relevance {float(readout.relevance_Q[0]):.2f}")
 
         before = bank.digest()
-        print(f"unplugged: {bank.detach().state}")
-        print(f"plugged in again: {bank.attach().state}, the same bytes: {bank.digest() == before}")
+        print(f"detached: {bank.detach().state}")
+        print(f"attached again: {bank.attach().state}, the same bytes: {bank.digest() == before}")
 
 
 if __name__ == "__main__":

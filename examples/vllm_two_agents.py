@@ -24,8 +24,8 @@ TOPIC = "typesseq"
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = prepare(folder)
-        room = {"max_model_len": 1024, "kv_cache_memory_bytes": 2**30}
-        llm = LLM(str(model_path(MODEL)), dtype="bfloat16", **room, **engine_args(folder, LAYERS))
+        sizes = {"max_model_len": 1024, "kv_cache_memory_bytes": 2**30}
+        llm = LLM(str(model_path(MODEL)), dtype="bfloat16", **sizes, **engine_args(folder, LAYERS))
         try:
             play(llm, text[:768], text[768:1024])
         finally:
@@ -52,7 +52,7 @@ def play(llm: LLM, seen: list[int], unseen: list[int]) -> None:
     (bank,) = llm.collective_rpc("attach_bank", args=(BANK,))
     print(f"with A's {bank['rows']} states in its logits: {perplexity(llm, unseen, read=[BANK]):.2f}")
     llm.collective_rpc("detach_bank", args=(BANK,))
-    print(f"unplugged again: {perplexity(llm, unseen, read=[BANK]):.2f}")
+    print(f"detached again: {perplexity(llm, unseen, read=[BANK]):.2f}")
 
 
 def perplexity(llm: LLM, token_ids: list[int], read: list[str] | None = None) -> float:
