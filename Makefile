@@ -17,16 +17,16 @@ lint: setup
 	$(BIN)/python tools/check_commits.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 # one test, or those that failed: make test-slow ARGS="-k ntm", ARGS=--last-failed. the table keeps earlier figures
 test-slow: setup
 	FIGURES_FILE=figures.json $(BIN)/python -m pytest -m "(slow or figures) and not gpu" $(ARGS)
 
 # FAULTS=1000 for a longer one
-# FUZZ=soak: other examples each time, a hundred times as many
+# FUZZ_S: seconds of each fuzzer, with other examples each time
 soak: setup
-	FUZZ=soak FUZZ_S=$(or $(FUZZ_S),240) $(BIN)/python -m pytest --timeout 3000 tests/fuzz
+	FUZZ_S=$(or $(FUZZ_S),40) $(BIN)/python -m pytest --timeout 3000 tests/fuzz
 	$(BIN)/python tests/faults/soak.py --faults $(or $(FAULTS),200)
 	$(BIN)/python tests/faults/soak.py --faults 20 --over s3
 	$(BIN)/python tests/faults/soak.py --faults 20 --each 10 --over cluster

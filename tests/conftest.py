@@ -1,6 +1,7 @@
 """What every test shares: a quiet, offline, seeded environment, uninitialised memory that shows, a table of figures."""
 
 import asyncio
+import dataclasses
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +34,9 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
-if not Path("/dev/nvidiactl").exists():
+# without the CUDA driver, tests marked gpu aren't collected
+GPU = Path("/dev/nvidiactl").exists()
+if not GPU:
     ENVIRONMENT["TRITON_INTERPRET"] = "1"
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
@@ -88,6 +92,11 @@ class Tiny:
         hidden, tokens = (tensor[seq:] for tensor in made)
         return Trace(hidden.bfloat16(), tokens, stream, run, seq, time=1.0)
 
+    def talk(self, stream: str, rows: int, *, run: str = "r1", seq: int = 0, time: float = 1.0) -> Any:
+        """Rows that no other stream or run has."""
+        made = self.trace(rows, stream=stream, run=run, seq=seq, seed=sum(map(ord, stream + run)))
+        return dataclasses.replace(made, time=time)
+
     def _rows(self, count: int, seed: int) -> tuple[Any, Any]:
         # a fixed length first: random numbers drawn in one piece are not those drawn in another
         longest = 4096
@@ -108,6 +117,16 @@ class Tiny:
 def tiny() -> Tiny:
     """Return what a test needs to fill banks without a model."""
     return Tiny()
+
+
+@pytest.fixture(scope="module")
+def file_store(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Iterator[Any]:
+    """A local store with the tiny model's calibration, one for all tests of a file."""
+    import raymem
+
+    with raymem.connect(tmp_path_factory.mktemp("store") / "memory") as opened:
+        opened.put_calibration(tiny.calibration)
+        yield opened
 
 
 class Ran(NamedTuple):
@@ -220,14 +239,44 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = {(row["kind"], row["task"]): row for row in kept}
 
 
+# seconds that each file took in a whole run. each run keeps its own in durations.json at the root
+DURATIONS: dict[str, float] = json.loads(Path(__file__).with_name("durations.json").read_text())
+SECONDS: Counter[str] = Counter()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what measures a figure, so that `make test-slow` shows all of them in one table; give slow tests time."""
+    """Mark what measures a figure, so that `make test-slow` shows all of them in one table; give slow tests time.
+
+    The files that take longest come first, so that two workers end together.
+    """
+    if not GPU:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
         if "figure" in getattr(item, "fixturenames", ()):
             item.add_marker("figures")
+    # a stable sort: tests of a file stay in order. a file that was never measured comes early
+    items.sort(key=lambda item: -DURATIONS.get(_file(item.nodeid), 60.0))
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up what each file takes."""
+    SECONDS[_file(report.nodeid)] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Keep the durations of files, of those that ran and of earlier runs, longest first."""
+    file = ROOT / "durations.json"
+    if not hasattr(session.config, "workerinput"):
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        kept |= {name: round(took, 1) for name, took in SECONDS.items()}
+        file.write_text(json.dumps(dict(sorted(kept.items(), key=lambda each: -each[1])), indent=1) + "\n")
 
 
 @pytest.fixture

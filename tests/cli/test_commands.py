@@ -1,8 +1,8 @@
 import itertools
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,10 +34,11 @@ def test_help_is_quick_and_imports_nothing_heavy():
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers', 'lancedb', 'fastapi', 'pyarrow')"
         " if name in sys.modules])"
     )
-    start = time.perf_counter()
+    before = sum(os.times()[2:4])
     said = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    # 0.3 s alone on a slow machine; what it must not do is import torch, which takes 1.3 s more
-    assert time.perf_counter() - start < 3
+    # of the children, so that what else shares the cores doesn't count. 0.3 s on a slow machine; what it must not do is
+    # import torch, which takes 1.3 s more
+    assert sum(os.times()[2:4]) - before < 1.5
     assert said.stdout.splitlines()[-1] == "[]"
 
 

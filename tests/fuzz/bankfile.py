@@ -17,6 +17,9 @@ import torch
 from crc32c import crc32c
 from torch import Tensor
 
+from raymem import Store
+from raymem.memory import kinds
+
 JOURNAL, STATE, CALIBRATION = "journal.arrow", "state.safetensors", "calibration.safetensors"
 
 
@@ -64,6 +67,26 @@ class BankFile:
     @state.setter
     def state(self, tensors: dict[str, Tensor]) -> None:
         self.members[STATE] = safetensors.torch.save(tensors)
+
+
+def exported(
+    store: Store, tiny: Any, folder: Path, *, budget_bytes: int | None = None, erased: tuple[str, ...] = ()
+) -> dict[str, BankFile]:
+    """A bank of each kind as a file, with a tag and two streams; the kinds in `erased` with three rows erased."""
+    made = {}
+    for kind in kinds():
+        spec = tiny.spec(kind)
+        bank = store.create(f"made/{kind}", spec.model_copy(update={"budget_bytes": budget_bytes or spec.budget_bytes}))
+        bank.write(tiny.trace(20))
+        bank.tag("then")
+        bank.write(tiny.trace(20, stream="other", seed=1))
+        if kind in erased:
+            bank.erase(stream="s", run="r", seq_from=3, seq_to=6)
+        bank.detach()
+        bank.export(folder / kind)
+        made[kind] = BankFile.read(folder / kind)
+        store.delete(bank.name)
+    return made
 
 
 def arrow_file(table: pa.Table, compression: str | None = None) -> bytes:

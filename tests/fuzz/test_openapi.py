@@ -41,7 +41,7 @@ OPERATIONS = [found.ok() for found in DESCRIBED.get_all_operations()]
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_no_request_gets_what_openapi_does_not_tell(operation: Any, mode: GenerationMode, fuzzed: str) -> None:
-    @bounded(5)
+    @bounded(5, share=len(OPERATIONS) * len(GenerationMode))
     @given(case=operation.as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
         case.call_and_validate(base_url=fuzzed, checks=CHECKS)

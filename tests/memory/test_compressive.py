@@ -191,10 +191,10 @@ def test_gradients_reach_what_was_written_and_the_compressor(name):
 def test_a_thousand_rows_are_absorbed_well_under_a_second():
     memory = build("compressive", Dims(576, 0), {}, 2**28).requires_grad_(False)
     state = memory.absorb(memory.empty(), rows_of(drawn(3000, 576)))
-    started = time.perf_counter()
+    started = time.process_time()
     memory.absorb(state, rows_of(drawn(1000, 576, 1)))
-    # 20 ms alone; other work may share the cores
-    assert time.perf_counter() - started < 0.5
+    # 20 ms alone. of this process: what else shares the cores doesn't count
+    assert time.process_time() - started < 0.5
 
 
 def test_options_that_cannot_be_are_refused_naming_them():

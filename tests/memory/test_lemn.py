@@ -108,10 +108,10 @@ def test_a_row_takes_less_than_a_millisecond():
         memory = build("lemn", Dims(576, 0), {}, 2**28)
         state = memory.absorb(memory.empty(), rows_of(drawn(1100, 576)))
         keys = rows_of(drawn(500, 576, 1))
-        started = time.perf_counter()
+        started = time.process_time()
         memory.absorb(state, keys)
-        # 0.4 ms a row alone; other work may share the cores
-        assert time.perf_counter() - started < 1.0
+        # 0.4 ms a row alone. of this process: what else shares the cores doesn't count
+        assert time.process_time() - started < 1.0
 
 
 def test_too_small_a_budget_and_missing_vectors_are_refused():

@@ -84,12 +84,12 @@ def test_an_entry_point_leads_to_a_function(root, entry):
 
 def test_importing_raymem_is_quick_and_pulls_in_nothing_heavy(root, python):
     script = (
-        "import time; t = time.perf_counter(); import raymem; took = time.perf_counter() - t\n"
+        "import time; t = time.process_time(); import raymem; took = time.process_time() - t\n"
         f"import json, sys; print(json.dumps([took, [name for name in {HEAVY} if name in sys.modules]]))"
     )
     runs = [json.loads(python("-c", script, at=root).stdout) for _ in range(3)]
     assert runs[0][1] == []
-    # the best of three, as the machine may be busy with something else
+    # the best of three, as the files may not be in memory yet
     assert min(took for took, _ in runs) < 1
 
 

@@ -254,12 +254,13 @@ def test_without_keys_ones_own_pages_are_served(gateway, headers):
 def test_answers_are_not_held_back(locked):
     with httpx.Client(base_url=locked, headers=bearer(KEY)) as client:
         waits = []
-        for _ in range(20):
+        for _ in range(100):
             start = time.perf_counter()
             client.get("/v1/nodes")
             waits.append(time.perf_counter() - start)
-    # Nagle's algorithm against delayed acknowledgements costs 40 ms each time; without, this takes 2 ms
-    assert sorted(waits)[len(waits) // 4] < 0.03
+    # Nagle's algorithm against delayed acknowledgements costs 40 ms each time; without, this takes 2 ms, and longer
+    # only where the machine has other work
+    assert sorted(waits)[len(waits) // 10] < 0.03
 
 
 def test_a_taken_port_is_named():

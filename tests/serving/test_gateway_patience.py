@@ -124,5 +124,5 @@ def test_the_time_for_coming_back_is_bounded(behind):
         with pytest.raises(Overloaded, match="429"):
             store.banks()
         # the second pause would have ended after the time was up
-        assert 1.0 <= time.monotonic() - began < 5.0
+        assert 1.0 <= time.monotonic() - began < 15.0
         assert proxy.times == 98

@@ -290,8 +290,8 @@ def test_a_stuck_bank_sheds_whole_requests_counts_them_and_leaves_decoding_alone
     assert after["queue_bytes_max"] <= QUEUE_ROWS * ROW_BYTES
     # what got through of each request is a beginning without a hole: `traces` checks that
     assert sum(len(t) for t in engine.traces("stuck/one").values()) == written
-    # a decode that waited for the bank would never have ended; the margin is for a busy machine
-    assert stuck < 1.5 * plain + 0.5
+    # a decode that waited for the bank would never have ended; the margin is for what else shares the cores
+    assert stuck < 3 * plain + 5
     engine.run([prompts[0]], "lab/after", max_tokens=3)
     assert sum(len(t) for t in engine.traces("lab/after").values()) == 102
 

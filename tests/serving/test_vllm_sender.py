@@ -97,13 +97,14 @@ def test_a_stuck_sink_never_delays_the_engine_and_the_run_is_shed_from_there_on(
     sender = sender_of(sink, queue_bytes=8 * ROW_BYTES)
     offer(sender, piece(0, 4))
     time.sleep(0.1)  # the first batch is in the sink's hands, and still counts
-    slowest = 0.0
+    waits = []
     for seq in range(4, 400):
         started = time.perf_counter()
         offer(sender, piece(seq, 1))
-        slowest = max(slowest, time.perf_counter() - started)
-    # a lock held for microseconds; the rest is room for a busy machine
-    assert slowest < 0.1
+        waits.append(time.perf_counter() - started)
+    # a lock held for microseconds. the machine's other work may hold one offer up, but not most of them
+    assert sorted(waits)[len(waits) // 2] < 0.01
+    assert max(waits) < 2.0
     gate.set()
     assert sender.flush(5)
     stats = sender.stats()
@@ -204,8 +205,8 @@ def test_closing_keeps_its_deadline_and_counts_what_it_drops():
     offer(sender, piece(0, 1), piece(1, 5))
     started = time.monotonic()
     sender.close()
-    # flush, closing the sink and joining the thread each wait once
-    assert time.monotonic() - started < 2.0
+    # flush, closing the sink and joining the thread each wait 0.2 s once; without a deadline none would end
+    assert time.monotonic() - started < 10.0
     assert sender.stats().rows_shed == 5
     assert sender.stats().shed_by_code == {"shutdown": 1}
 

@@ -14,37 +14,24 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from bankfile import CALIBRATION, JOURNAL, BankFile, arrow_file, changed, filled, signed_rows
+from bankfile import CALIBRATION, JOURNAL, BankFile, arrow_file, changed, exported, filled, signed_rows
 
 import raymem
 from raymem import Calibration, Settings
 from raymem.client.routes import BYTES
 from raymem.errors import Corrupt, RaymemError
-
-KINDS = ["compressive", "dct", "dnc", "larimar", "lemn", "ntm", "spalm", "titans"]
+from raymem.memory import kinds
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory, tiny):
-    with raymem.connect(tmp_path_factory.mktemp("store") / "memory") as opened:
-        opened.put_calibration(tiny.calibration)
-        yield opened
+def store(file_store):
+    return file_store
 
 
 @pytest.fixture(scope="module")
 def files(store, tiny, tmp_path_factory):
     """A bank of each kind as a file, with a tag and two streams."""
-    folder, made = tmp_path_factory.mktemp("files"), {}
-    for kind in KINDS:
-        bank = store.create(f"made/{kind}", tiny.spec(kind))
-        bank.write(tiny.trace(20))
-        bank.tag("then")
-        bank.write(tiny.trace(20, stream="other", seed=1))
-        bank.detach()
-        bank.export(folder / kind)
-        made[kind] = BankFile.read(folder / kind)
-        store.delete(f"made/{kind}")
-    return made
+    return exported(store, tiny, tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture
@@ -223,7 +210,7 @@ def test_what_the_store_decides_is_not_in_a_file_to_decide(store, file, tmp_path
     store.delete("lab/good")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("value", [float("nan"), 2**62], ids=str)
 def test_a_state_is_made_of_the_rows_whatever_a_file_says(store, files, tmp_path, tiny, kind, value):
     good = store.import_(files[kind].write(tmp_path / "good"), "lab/good")

@@ -3,7 +3,6 @@
 import dataclasses
 import random
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,33 +22,15 @@ from raymem.storage.store import ColdStore
 from raymem.storage.tables.files import Files
 from raymem.types import Exposed, Selection
 
-SETTINGS = Settings(cold=ColdSettings(sync="none", sweep_age_s=0))
 SPAN = {"stream": "alice", "run": "r1", "seq_from": 5, "seq_to": 9}
-
-
-@pytest.fixture
-def store(tmp_path: Path, tiny) -> Iterator[Store]:
-    with raymem.connect(tmp_path, settings=SETTINGS) as store:
-        store.put_calibration(tiny.calibration)
-        yield store
-
-
-@pytest.fixture
-def cold(store: Store) -> ColdStore:
-    return ColdStore.open(store._store.backend.cold.uri, "none")
-
-
-def talk(tiny, stream: str, rows: int, *, run: str = "r1", seq: int = 0, time: float = 1.0) -> Trace:
-    made = tiny.trace(rows, stream=stream, run=run, seq=seq, seed=sum(map(ord, stream + run)))
-    return dataclasses.replace(made, time=time)
 
 
 def fill(bank: Bank, tiny, *cuts: tuple[int, int]) -> None:
     """Two streams of two runs, of which alice's first has only these rows."""
     for start, stop in cuts:
-        bank.write(talk(tiny, "alice", stop - start, seq=start))
-    bank.write(talk(tiny, "alice", 10, run="r2"))
-    bank.write(talk(tiny, "bob", 12))
+        bank.write(tiny.talk("alice", stop - start, seq=start))
+    bank.write(tiny.talk("alice", 10, run="r2"))
+    bank.write(tiny.talk("bob", 12))
 
 
 def identities(cold: ColdStore, name: str) -> list[tuple[str, str, int]]:
@@ -78,12 +59,12 @@ def test_the_bank_is_as_if_these_rows_had_never_been(store, tiny, kind, scope):
     # the check knew all of them
     assert receipt.before.found >= receipt.rows > receipt.after.found == 0
     # row 4 was paired with the token of row 5: no kind may know it, by its value or by its key
-    assert_reads_alike(bank, never, talk(tiny, "alice", 33).hidden)
+    assert_reads_alike(bank, never, tiny.talk("alice", 33).hidden)
     # what comes next continues the run that is left
     next_seq = 33 if scope == "rows" else 5
     for each in (bank, never):
-        assert each.write(dataclasses.replace(talk(tiny, "dora", 9), stream="alice", seq=next_seq)).gaps == 0
-    assert_reads_alike(bank, never, talk(tiny, "dora", 9).hidden)
+        assert each.write(dataclasses.replace(tiny.talk("dora", 9), stream="alice", seq=next_seq)).gaps == 0
+    assert_reads_alike(bank, never, tiny.talk("dora", 9).hidden)
 
 
 @pytest.mark.parametrize("function", ["window", "span"])
@@ -97,7 +78,7 @@ def test_keys_of_many_rows_are_free_of_those_that_went(store, tiny, kind, functi
 
     bank.erase(**SPAN, scope=scope, rebuild=True)
 
-    assert_reads_alike(bank, never, talk(tiny, "alice", 33).hidden)
+    assert_reads_alike(bank, never, tiny.talk("alice", 33).hidden)
 
 
 def test_the_receipt_counts_what_stays_and_its_advice_removes_it(store, tiny, cold):
@@ -168,8 +149,8 @@ def test_no_row_follows_a_whole_stream_or_run(store, tiny):
 def test_more_runs_than_are_listed_are_counted(store, tiny):
     bank = store.create("lab/a", tiny.spec())
     for run in range(70):
-        bank.write(talk(tiny, "alice", 3, run=f"r{run}", time=1.0))
-        bank.write(talk(tiny, "alice", 2, run=f"r{run}", seq=3, time=5.0))
+        bank.write(tiny.talk("alice", 3, run=f"r{run}", time=1.0))
+        bank.write(tiny.talk("alice", 2, run=f"r{run}", seq=3, time=5.0))
 
     receipt = bank.erase(before=2.0)
 
@@ -337,7 +318,7 @@ def _bytes(column: Any) -> bytes:
 )
 def test_the_vector_of_the_row_before_tells_nothing(store, tiny, cold, kind, scope):
     bank, never = vectors(tiny, store, kind), vectors(tiny, store, kind, "lab/never")
-    trace = talk(tiny, "alice", 33)
+    trace = tiny.talk("alice", 33)
     # a token that comes once, so that its vector is nowhere else
     tokens = trace.tokens.clone()
     tokens[tokens == 7] = 8
@@ -374,7 +355,7 @@ def _rows(trace: Trace, start: int, stop: int) -> Trace:
 
 def test_the_row_before_goes_from_a_fork_that_inherited_it(store, tiny, cold):
     bank = vectors(tiny, store, "spalm")
-    trace = with_values(talk(tiny, "alice", 20))
+    trace = with_values(tiny.talk("alice", 20))
     bank.write(_rows(trace, 0, 5))
     fork = store.fork(bank.name, "lab/fork")
     fork.attach()
@@ -392,16 +373,16 @@ def test_the_row_before_goes_from_a_fork_that_inherited_it(store, tiny, cold):
 
 def test_what_followed_in_forks_goes_too(store, tiny, cold):
     bank = store.create("lab/a", tiny.spec())
-    bank.write(talk(tiny, "alice", 7))
+    bank.write(tiny.talk("alice", 7))
     store.fork(bank.name, "lab/early")
-    bank.write(talk(tiny, "alice", 13, seq=7, time=1.5))
+    bank.write(tiny.talk("alice", 13, seq=7, time=1.5))
     store.fork(bank.name, "lab/late")
     store.fork("lab/late", "lab/grandchild")
     for name in ("lab/early", "lab/late", "lab/grandchild"):
         fork = store.bank(name)
         fork.attach()
-        fork.write(talk(tiny, "alice", 10, seq=7 if name == "lab/early" else 20, time=5.0))
-        fork.write(talk(tiny, "bob", 3, time=5.0))
+        fork.write(tiny.talk("alice", 10, seq=7 if name == "lab/early" else 20, time=5.0))
+        fork.write(tiny.talk("bob", 3, time=5.0))
 
     # of the row of a time: after it is gone from the parent no one can tell by it where the run was cut
     receipt = bank.erase(stream="alice", run="r1", seq_from=12, before=2.0, scope="run")
@@ -418,10 +399,10 @@ def test_what_followed_in_forks_goes_too(store, tiny, cold):
 
 def test_a_fork_that_was_away_loses_what_followed_with_the_next_sweep(store, tiny, cold, monkeypatch):
     bank = store.create("lab/a", tiny.spec())
-    bank.write(talk(tiny, "alice", 20))
+    bank.write(tiny.talk("alice", 20))
     fork = store.fork(bank.name, "lab/fork")
     fork.attach()
-    fork.write(talk(tiny, "alice", 10, seq=20, time=5.0))
+    fork.write(tiny.talk("alice", 10, seq=20, time=5.0))
     backend = store._store.backend._inner
     erase_hot = backend.erase_hot
 
@@ -445,8 +426,8 @@ def test_a_fork_that_was_away_loses_what_followed_with_the_next_sweep(store, tin
 def test_partitions_answer_as_one(store, tiny):
     bank = store.create("lab/parts", tiny.spec(), partitions=2)
     for stream in ("alice", "bob", "carol", "dave"):
-        bank.write(talk(tiny, stream, 10))
-        bank.write(talk(tiny, stream, 10, seq=10, time=5.0))
+        bank.write(tiny.talk(stream, 10))
+        bank.write(tiny.talk(stream, 10, seq=10, time=5.0))
 
     rows = bank.erase(before=2.0)
 
@@ -464,9 +445,9 @@ def test_rows_that_expire_take_along_what_followed_if_that_is_set(tiny, tmp_path
     with raymem.connect(tmp_path, settings=quick) as store:
         store.put_calibration(tiny.calibration)
         bank = store.create("lab/a", tiny.spec())
-        bank.write(talk(tiny, "alice", 20))
-        bank.write(talk(tiny, "alice", 5, seq=20, time=time.time()))
-        bank.write(talk(tiny, "bob", 7, time=time.time()))
+        bank.write(tiny.talk("alice", 20))
+        bank.write(tiny.talk("alice", 5, seq=20, time=time.time()))
+        bank.write(tiny.talk("bob", 7, time=time.time()))
         bank.set_ttl(3600)
         until = time.monotonic() + 30
         while bank.info().rows == 32 and time.monotonic() < until:
@@ -488,7 +469,7 @@ def test_the_reach_of_any_selection_is_that_of_a_plain_search(store, tiny, cold)
             choose.randint(1, 6),
             choose.random(),
         )
-        bank.write(talk(tiny, stream, rows, run=run, seq=seq, time=moment))
+        bank.write(tiny.talk(stream, rows, run=run, seq=seq, time=moment))
         heads[stream, run] = seq + rows
         there += [(stream, run, seq + row, moment) for row in range(rows)]
     bank.detach()

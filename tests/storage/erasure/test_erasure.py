@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import raymem
-from raymem import Bank, Settings, Store, Trace
+from raymem import Bank, Settings, Store
 from raymem.bank import merge as merging
 from raymem.config import ColdSettings
 from raymem.errors import BankNotFound, Conflict, InvalidInput, Unsupported
@@ -28,27 +28,7 @@ from raymem.storage.journal.journal import Journal
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.files import Files
 
-# a commit that waits for the disk is another file's to test
-SETTINGS = Settings(cold=ColdSettings(sync="none", sweep_age_s=0))
 FORGETFUL = ["larimar", "spalm"]
-
-
-@pytest.fixture
-def store(tmp_path: Path, tiny) -> Iterator[Store]:
-    with raymem.connect(tmp_path, settings=SETTINGS) as store:
-        store.put_calibration(tiny.calibration)
-        yield store
-
-
-@pytest.fixture
-def cold(store: Store) -> ColdStore:
-    """The store's durable side, as any process sees it."""
-    return ColdStore.open(store._store.backend.cold.uri, "none")
-
-
-def talk(tiny, stream: str, rows: int, *, run: str = "r", seq: int = 0, time: float = 1.0) -> Trace:
-    made = tiny.trace(rows, stream=stream, run=run, seq=seq, seed=sum(map(ord, stream + run)))
-    return dataclasses.replace(made, time=time)
 
 
 def fill(bank: Bank, tiny, *streams: str) -> None:
@@ -56,7 +36,7 @@ def fill(bank: Bank, tiny, *streams: str) -> None:
     for seq in (0, 11, 22):
         for stream in streams:
             for run in ("r1", "r2"):
-                bank.write(talk(tiny, stream, 11, run=run, seq=seq))
+                bank.write(tiny.talk(stream, 11, run=run, seq=seq))
 
 
 def bank_of(store: Store, tiny, name: str, kind: str, *streams: str) -> Bank:
@@ -67,7 +47,7 @@ def bank_of(store: Store, tiny, name: str, kind: str, *streams: str) -> Bank:
 
 def names(bank: Bank, tiny, stream: str) -> set[str]:
     """The streams that a bank says it remembers when it is asked with one's own states."""
-    readout = bank.read(talk(tiny, stream, 33, run="r1").hidden, 8)
+    readout = bank.read(tiny.talk(stream, 33, run="r1").hidden, 8)
     return {row.stream for query in range(33) for row in readout.rows(query)}
 
 
@@ -79,7 +59,7 @@ def test_a_bank_is_as_if_the_stream_had_never_been(store, tiny, kind):
     receipt = bank.erase(stream="alice", rebuild=kind not in FORGETFUL)
 
     assert (receipt.status, receipt.rows, receipt.proves) == ("complete", 66, True)
-    queries = talk(tiny, "alice", 33, run="r1").hidden
+    queries = tiny.talk("alice", 33, run="r1").hidden
     got, expected = bank.read(queries, 8), never.read(queries, 8)
     # the same rows in the same order: nothing may differ but positions
     for field in ("values_QV", "relevance_Q", "tokens_Qk", "scores_Qk", "seq_Qk", "source_Qk"):
@@ -113,9 +93,9 @@ def test_what_stays_survives_a_restart_and_goes_on(store, tiny, tmp_path):
     assert bank.digest() == erased
     assert bank.info().rows == 66
     # the last rows were erased: their positions are not given again
-    assert bank.write(talk(tiny, "dora", 5)).end == 132 + 5
+    assert bank.write(tiny.talk("dora", 5, run="r")).end == 132 + 5
     assert names(bank, tiny, "bob") <= {"alice", "dora"}
-    assert bank.write(talk(tiny, "alice", 33, run="r1")).duplicates == 33
+    assert bank.write(tiny.talk("alice", 33, run="r1")).duplicates == 33
 
 
 def test_a_replay_from_the_journal_alone_gives_the_same_bank(store, tiny, cold):
@@ -143,7 +123,7 @@ def test_a_replay_from_the_journal_alone_gives_the_same_bank(store, tiny, cold):
 )
 def test_exactly_what_is_named_goes(store, tiny, what, rows):
     bank = bank_of(store, tiny, "a", "spalm", "alice", "bob")
-    bank.write(talk(tiny, "late", 7, time=3.0))
+    bank.write(tiny.talk("late", 7, time=3.0, run="r"))
 
     receipt = bank.erase(**what)
 
@@ -157,10 +137,10 @@ def test_rows_of_a_run_that_was_cut_are_as_if_there_had_been_a_gap(store, tiny):
     bank.erase(stream="alice", run="r1", seq_from=5, seq_to=9)
     never = store.create("lab/b", tiny.spec("spalm"))
     for start, stop in ((0, 5), (9, 33)):
-        never.write(talk(tiny, "alice", stop - start, run="r1", seq=start))
+        never.write(tiny.talk("alice", stop - start, run="r1", seq=start))
 
-    readout = bank.read(talk(tiny, "alice", 33, run="r1").hidden, 4)
-    expected = never.read(talk(tiny, "alice", 33, run="r1").hidden, 4)
+    readout = bank.read(tiny.talk("alice", 33, run="r1").hidden, 4)
+    expected = never.read(tiny.talk("alice", 33, run="r1").hidden, 4)
 
     # row 4 was paired with the token of row 5, which is gone: no neighbour may know it
     assert torch.equal(readout.scores_Qk[:, 0] > 0.99, expected.scores_Qk[:, 0] > 0.99)
@@ -191,7 +171,7 @@ def test_a_stream_may_come_back_after_it_was_erased(store, tiny, cold):
     bank = bank_of(store, tiny, "a", "spalm", "alice", "bob")
     bank.erase(stream="alice")
 
-    ack = bank.write(talk(tiny, "alice", 7, run="r1"))
+    ack = bank.write(tiny.talk("alice", 7, run="r1"))
     bank.detach()
 
     assert (ack.rows, ack.duplicates, ack.gaps) == (7, 0, 0)
@@ -292,7 +272,7 @@ def test_a_failure_before_the_switch_erases_nothing(store, tiny, cold, monkeypat
     assert bank.digest() == before
     assert folders(cold) == there
     assert [receipt.status for receipt in bank.receipts()] == ["undone"]
-    assert bank.write(talk(tiny, "alice", 33, run="r1")).duplicates == 33
+    assert bank.write(tiny.talk("alice", 33, run="r1")).duplicates == 33
     assert bank.erase(stream="alice").status == "complete"
 
 
@@ -300,7 +280,7 @@ def test_a_failure_before_the_switch_erases_nothing(store, tiny, cold, monkeypat
 def test_a_failure_after_the_switch_loses_nothing_that_is_written_or_erased_then(store, tiny, cold, monkeypatch, verb):
     parent = bank_of(store, tiny, "a", "spalm", "alice", "bob", "carol")
     bank = store.fork(parent.name, "lab/fork") if verb == "materialise" else parent
-    bank.write(talk(tiny, "bob", 5, run="r3"))
+    bank.write(tiny.talk("bob", 5, run="r3"))
     fence, switched = Journal.fence, cold.catalog.get(bank.name).generation
 
     def fails(journal: Journal) -> None:
@@ -314,7 +294,7 @@ def test_a_failure_after_the_switch_loses_nothing_that_is_written_or_erased_then
             bank.materialise() if verb == "materialise" else bank.erase(stream="alice")
 
     assert names(bank, tiny, "alice").isdisjoint({"alice"} if verb == "erase" else {})
-    assert bank.write(talk(tiny, "bob", 7, run="r3")).duplicates == 5
+    assert bank.write(tiny.talk("bob", 7, run="r3")).duplicates == 5
     # written small, it lies in the log: of the journal that there is now
     assert bank.erase(stream="carol").status == "complete"
     digest = bank.digest()
@@ -423,7 +403,7 @@ def test_a_parent_is_erased_in_its_forks_too(store, tiny, cold, kind):
     fork, grandchild = store.bank("lab/fork"), store.bank("lab/grandchild")
     for forked in (fork, grandchild):
         forked.attach()
-        forked.write(talk(tiny, "alice", 9, run="r3"))
+        forked.write(tiny.talk("alice", 9, run="r3"))
     never = store.create("lab/never", tiny.spec(kind))
     fill(never, tiny, "bob")
 
@@ -431,7 +411,7 @@ def test_a_parent_is_erased_in_its_forks_too(store, tiny, cold, kind):
 
     assert (receipt.status, set(receipt.forks)) == ("complete", {"lab/fork", "lab/grandchild"})
     assert [found.rows for found in fork.receipts()] == [66 + 9]
-    queries = talk(tiny, "bob", 33, run="r1").hidden
+    queries = tiny.talk("bob", 33, run="r1").hidden
     for forked in (bank, fork, grandchild):
         assert forked.info().rows == 66
         assert torch.equal(forked.read(queries, 4).scores_Qk, never.read(queries, 4).scores_Qk)
@@ -446,7 +426,7 @@ def test_erasing_in_a_fork_leaves_its_parent_alone(store, tiny, cold):
     store.fork("lab/a", "lab/fork")
     fork = store.bank("lab/fork")
     fork.attach()
-    fork.write(talk(tiny, "carol", 9))
+    fork.write(tiny.talk("carol", 9, run="r"))
     before = bank.digest()
 
     assert fork.erase(stream="alice").status == "complete"
@@ -483,8 +463,8 @@ def test_a_bank_with_erased_rows_can_be_tagged_read_as_it_was_and_materialised(s
     bank = bank_of(store, tiny, "a", "spalm", "alice", "bob")
     bank.tag("full")
     bank.erase(stream="alice")
-    bank.write(talk(tiny, "carol", 9))
-    queries = talk(tiny, "alice", 33, run="r1").hidden
+    bank.write(tiny.talk("carol", 9, run="r"))
+    queries = tiny.talk("alice", 33, run="r1").hidden
 
     assert {row.stream for q in range(33) for row in bank.read(queries, 8, as_of="full").rows(q)} == {"bob"}
     store.fork("lab/a", "lab/fork", at="full")
@@ -492,7 +472,7 @@ def test_a_bank_with_erased_rows_can_be_tagged_read_as_it_was_and_materialised(s
     fork.materialise()
     fork.attach()
     assert fork.info().rows == 66
-    assert fork.write(talk(tiny, "dora", 3)).end == 132 + 3
+    assert fork.write(tiny.talk("dora", 3, run="r")).end == 132 + 3
 
 
 def test_a_bank_with_erased_rows_is_carried_in_a_file(store, tiny, tmp_path):
@@ -504,11 +484,11 @@ def test_a_bank_with_erased_rows_is_carried_in_a_file(store, tiny, tmp_path):
     copy.attach()
 
     assert copy.digest() == bank.digest()
-    assert (copy.info().rows, copy.write(talk(tiny, "dora", 5)).end) == (66, 132 + 5)
+    assert (copy.info().rows, copy.write(tiny.talk("dora", 5, run="r")).end) == (66, 132 + 5)
 
 
 def test_a_file_of_the_first_version_imports_for_ever(store):
-    file = Path(__file__).parent / "fixtures" / "version1.raymem"
+    file = Path(__file__).parents[1] / "fixtures" / "version1.raymem"
 
     old = store.import_(file, "lab/old")
     info = old.attach()
@@ -530,7 +510,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_process_killed_while_it_erases_leaves_all_or_nothing(store, tiny, tmp_path, root, cut):
+def test_a_process_killed_while_it_erases_leaves_all_or_nothing(store, settings, tiny, tmp_path, root, cut):
     bank = bank_of(store, tiny, "a", "spalm", "alice", "bob")
     whole = bank.digest()
     bank.detach()
@@ -541,7 +521,7 @@ def test_a_process_killed_while_it_erases_leaves_all_or_nothing(store, tiny, tmp
     killed = subprocess.run(script, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    with raymem.connect(tmp_path, settings=SETTINGS) as again:
+    with raymem.connect(tmp_path, settings=settings) as again:
         bank = again.bank("lab/a")
         bank.attach()
         assert bank.info().rows == (66 if erased else 132)
@@ -554,7 +534,7 @@ def test_a_process_killed_while_it_erases_leaves_all_or_nothing(store, tiny, tmp
         entry = ColdStore.open(str(tmp_path), "none").catalog.get("lab/a")
         named = {f"{kind}-{entry.id}" + (f"-{entry.generation}" if erased else "") for kind in ("journal", "snapshots")}
         assert folders(again._store.backend.cold) <= named
-        assert bank.write(talk(tiny, "dora", 5)).end == 132 + 5
+        assert bank.write(tiny.talk("dora", 5, run="r")).end == 132 + 5
         assert bank.erase(stream="alice").rows == (0 if erased else 66)
 
 
@@ -564,7 +544,7 @@ def test_rows_expire_in_batches_and_with_a_receipt(tiny, tmp_path):
         store.put_calibration(tiny.calibration)
         banks = [bank_of(store, tiny, name, kind, "alice") for name, kind in (("a", "spalm"), ("b", "titans"))]
         for bank in banks:
-            bank.write(talk(tiny, "late", 7, time=time.time()))
+            bank.write(tiny.talk("late", 7, run="r", time=time.time()))
             bank.set_ttl(3600)
         kept = bank_of(store, tiny, "kept", "spalm", "alice")
         until = time.monotonic() + 30
@@ -583,7 +563,7 @@ def test_a_follower_forgets_what_its_bank_was_made_to_forget(store, tiny, tmp_pa
     try:
         bank.erase(stream="alice")
         follower.catch_up()
-        readout = follower.read(talk(tiny, "alice", 33, run="r1").hidden, 8, 1)
+        readout = follower.read(tiny.talk("alice", 33, run="r1").hidden, 8, 1)
     finally:
         follower._stop.set()
 
