@@ -7,8 +7,6 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
-
 from raymem.actors import cluster
 from raymem.actors.calls import Remote, ask, ask_all
 from raymem.actors.placement import ShardInfo, Topology, choose, node_prefix
@@ -17,6 +15,7 @@ from raymem.client.local import over
 from raymem.config import ActorSettings
 from raymem.errors import BackendUnavailable, Conflict, Moved, NotOwner, RaymemError, Unavailable
 from raymem.host.backend import detached
+from raymem.retry import retrying
 from raymem.storage.store import ColdStore, Entry
 
 T = TypeVar("T")
@@ -35,21 +34,16 @@ _MOST_NAMES = 2**16
 
 
 class _Again(Exception):
-    """A call that may be repeated, perhaps elsewhere."""
+    """A call that may be repeated, perhaps elsewhere; `error` is raised when the time is over."""
 
     def __init__(self, error: RaymemError) -> None:
         super().__init__(error)
         self.error = error
 
 
-async def repeat(once: Callable[[], Awaitable[T]], retry_s: float) -> T:
-    """Run `once` until it no longer says again, for `retry_s` at most; then its last error is raised."""
-    wait = wait_random_exponential(multiplier=0.004, max=0.25)
-    retrying = AsyncRetrying(
-        retry=retry_if_exception_type(_Again), stop=stop_after_delay(retry_s), wait=wait, reraise=True
-    )
+async def _repeat(once: Callable[[], Awaitable[T]], retry_s: float) -> T:
     try:
-        return await retrying(once)
+        return await retrying(once, _Again, retry_s, first_s=0.004, longest_s=0.25)
     except _Again as again:
         raise again.error from again
 
@@ -66,7 +60,7 @@ async def running_spec(directory: Remote, settings: ActorSettings) -> ClusterSpe
             raise _Again(error) from error
         return spec
 
-    return await repeat(once, settings.retry_s)
+    return await _repeat(once, settings.retry_s)
 
 
 class Router:
@@ -104,7 +98,7 @@ class Router:
                 raise _Again(error) from error
             return found
 
-        self.topology = await repeat(once, self._settings.retry_s)
+        self.topology = await _repeat(once, self._settings.retry_s)
         return self.topology
 
     async def _ensure(self, retry_failed: bool) -> Topology:
@@ -139,7 +133,7 @@ class Router:
                     return None
                 raise
 
-        return await repeat(once, self._settings.retry_s)
+        return await _repeat(once, self._settings.retry_s)
 
     async def call_in_time(self, bank: str, method: str, *args: Any) -> Any:
         """As `call`, given up after `retry_s` even if the shard is silent: for calls that are short by nature."""
@@ -172,7 +166,7 @@ class Router:
                 raise Conflict(f"bank {bank!r} is hot on {where}; move it: bank.migrate({node!r})", owner=owner)
             await self._ask(bank, owner, "attach", "")
 
-        await repeat(once, self._settings.retry_s)
+        await _repeat(once, self._settings.retry_s)
 
     async def discard(self, bank: str, owner: str) -> None:
         """Have the owner of a bank free it unseen, unless that has left the cluster for good.
@@ -185,7 +179,7 @@ class Router:
             if not await self._may_be_taken(bank, owner):
                 await self._ask(bank, owner, "discard")
 
-        await repeat(once, self._settings.retry_s)
+        await _repeat(once, self._settings.retry_s)
         self.forget(bank)
 
     async def least(self, bank: str, candidates: Sequence[ShardInfo]) -> str:

@@ -1,32 +1,78 @@
-"""Coming back to one who has too much to do: when it says, and for a bounded time."""
+"""Repeating what failed and may succeed later: after a random pause that grows, within a bound on time or attempts."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_before_delay, wait_random_exponential
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_random_exponential,
+)
 
 from raymem.errors import Overloaded
 
-P = ParamSpec("P")
 T = TypeVar("T")
-# callers that were refused together must not come back together
-_SPREAD = wait_random_exponential(multiplier=0.05, max=2.0)
 
 
-async def retrying(retry_s: float, once: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call an async function, and after a refusal again: a little later than that says, and within `retry_s` seconds.
+async def retrying(
+    once: Callable[[], Awaitable[T]],
+    on: type[Exception],
+    limit_s: float,
+    *,
+    first_s: float = 0.05,
+    longest_s: float = 2.0,
+    before_pause: Callable[[], None] = lambda: None,
+) -> T:
+    """Call an async function until it returns.
+
+    Pauses are random, so that callers that were refused together don't come back together. After `Overloaded`, a pause
+    begins when the error's `retry_after_s` is over.
+
+    Args:
+        once: what is called.
+        on: the error that may pass; any other one is raised at once.
+        limit_s: no call begins so many seconds after the first one.
+        first_s: the first pause takes at most so many seconds, each later one at most twice as many.
+        longest_s: the most that a pause takes.
+        before_pause: called before each pause.
 
     Raises:
-        Overloaded: the last refusal, once there is no time left.
+        Exception: the last error of type `on`, when the time is over.
     """
-    retrying = AsyncRetrying(
-        retry=retry_if_exception_type(Overloaded), stop=stop_before_delay(retry_s), wait=_pause, reraise=True
+    spread = wait_random_exponential(multiplier=first_s, max=longest_s)
+
+    def pause(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return (error.retry_after_s if isinstance(error, Overloaded) else 0.0) + spread(state)
+
+    async def attempt() -> T:
+        # tenacity awaits what an async function returns, and nothing else: `once` may be a lambda
+        return await once()
+
+    repeated = AsyncRetrying(
+        retry=retry_if_exception_type(on),
+        stop=stop_before_delay(limit_s),
+        wait=pause,
+        before_sleep=lambda _: before_pause(),
+        reraise=True,
     )
-    return await retrying(once, *args, **kwargs)
+    return await repeated(attempt)
 
 
-def _pause(state: RetryCallState) -> float:
-    refusal = state.outcome.exception() if state.outcome else None
-    return (refusal.retry_after_s if isinstance(refusal, Overloaded) else 0.0) + _SPREAD(state)
+def attempts(count: int, busy: str, retry_after_s: float) -> Iterator[None]:
+    """Loop over the attempts of a change that other changes may cross; break out of it after one that succeeded.
+
+    Raises:
+        Overloaded: saying `busy`, after the last attempt.
+    """
+    pause = wait_random_exponential(multiplier=0.01, max=0.32)
+    for attempt in Retrying(stop=stop_after_attempt(count), wait=pause, reraise=True):
+        yield
+        with attempt:
+            raise Overloaded(f"{busy}; try again", retry_after_s=retry_after_s)

@@ -210,7 +210,7 @@ class HttpBackend:
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as out:
                 part = Path(out.name)
                 try:
-                    await retrying(self._retry_s, self._download, routes.EXPORT.url(name), out)
+                    await retrying(lambda: self._download(routes.EXPORT.url(name), out), Overloaded, self._retry_s)
                     out.flush()
                     os.replace(part, path)
                 finally:
@@ -318,7 +318,7 @@ class HttpBackend:
         return found
 
     async def _call(self, route: Route, name: str = "", **request: Any) -> bytes:
-        return await retrying(self._retry_s, self._once, route, name, request)
+        return await retrying(lambda: self._once(route, name, request), Overloaded, self._retry_s)
 
     async def _once(self, route: Route, name: str, request: dict[str, Any]) -> bytes:
         try:

@@ -27,8 +27,9 @@ from raymem.errors import (
 )
 from raymem.inputs import composed
 from raymem.logs import get_logger
+from raymem.retry import attempts
 from raymem.storage.journal.tombstones import Tombstones, bank_schema
-from raymem.storage.tables.cas_table import SWAP_ATTEMPTS, CasTable, Change, Find, tries
+from raymem.storage.tables.cas_table import SWAP_ATTEMPTS, CasTable, Change, Find
 from raymem.storage.tables.errors import reading
 from raymem.storage.tables.tables import Tables, journal_table, quote, snapshot_table
 from raymem.types import BankSpec, check_bank_name, check_label, shorten
@@ -447,7 +448,7 @@ class Catalog:
         )
 
     def _retag(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
-        for _ in tries(SWAP_ATTEMPTS, f"the tags of {name} keep changing", retry_after_s=0.1):
+        for _ in attempts(SWAP_ATTEMPTS, f"the tags of {name} keep changing", retry_after_s=0.1):
             row = self._row(name)
             values = {"tags": json.dumps(change(_entry(row).tags))}
             if self._update(f"id = {quote(row['id'])} AND tags = {quote(row['tags'])}", values):

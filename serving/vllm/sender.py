@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay
 from torch import Tensor
 
-from raymem.errors import Overloaded, RaymemError, Unavailable
+from raymem.errors import RaymemError, Unavailable
 from raymem.logs import get_logger
+from raymem.retry import retrying
 from raymem.serving.vllm.counters import Counters
 from raymem.serving.vllm.once import Once
 from raymem.serving.vllm.params import ConnectorConfig
@@ -29,8 +29,7 @@ from raymem.serving.vllm.tracker import Piece
 from raymem.types import Trace
 
 log = get_logger("raymem.vllm")
-_FIRST_WAIT_S = 0.05
-_LONGEST_WAIT_S = 1.0
+_LONGEST_PAUSE_S = 1.0
 
 
 class Sink(Protocol):
@@ -218,15 +217,14 @@ class Sender:
         return None
 
     async def _write(self, bank: str, trace: Trace) -> None:
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(Unavailable),
-            stop=stop_after_delay(self._config.retry_s),
-            wait=_wait,
-            before_sleep=self._count_retry,
-            reraise=True,
-        )
         started = time.perf_counter()
-        await retrying(self._write_once, bank, trace)
+        await retrying(
+            lambda: self._write_once(bank, trace),
+            Unavailable,
+            self._config.retry_s,
+            longest_s=_LONGEST_PAUSE_S,
+            before_pause=self._count_retry,
+        )
         with self._lock:
             self._count.writes += 1
             self._count.bytes_written += trace.nbytes
@@ -237,16 +235,9 @@ class Sender:
             self._sink = self._open_sink()
         await self._sink.write(bank, trace)
 
-    def _count_retry(self, _state: RetryCallState) -> None:
+    def _count_retry(self) -> None:
         with self._lock:
             self._count.retries += 1
-
-
-def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, Overloaded):
-        return error.retry_after_s
-    return float(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (state.attempt_number - 1)))
 
 
 def _trace(parts: list[Chunk]) -> Trace:

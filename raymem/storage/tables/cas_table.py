@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from raymem.errors import ConfigError, Conflict, Overloaded, RaymemError, StorageError
+from raymem.errors import ConfigError, Conflict, RaymemError, StorageError
+from raymem.retry import attempts
 from raymem.storage.tables.errors import reading, writing
 from raymem.storage.tables.tables import Tables, quote
 
@@ -28,20 +27,6 @@ Rows = list[dict[str, Any]]
 Find = Callable[[str], Rows]
 # rows to write, and ids of those to drop
 Change = tuple[Rows, list[str]]
-
-
-def tries(count: int, busy: str, retry_after_s: float) -> Iterator[None]:
-    """Loop over the tries of a change that others are in the way of: it breaks off after one that succeeded.
-
-    After each, those others may go first, the longer the more often they were.
-
-    Raises:
-        Overloaded: saying `busy`, after the last.
-    """
-    for attempt in range(count):
-        yield
-        time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 5)))
-    raise Overloaded(f"{busy}; try again", retry_after_s=retry_after_s)
 
 
 class CasTable:
@@ -86,7 +71,7 @@ class CasTable:
             found: list[dict[str, Any]] = self.open().search().where(where).to_arrow().to_pylist()
         return found
 
-    def change(self, what: str, change: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
+    def change(self, what: str, change: Callable[[], T], count: int = _ATTEMPTS) -> T:
         """Run a change of one commit until no other process is in its way.
 
         Raises:
@@ -94,7 +79,7 @@ class CasTable:
         """
         # threads of one process wait for each other: their commits would only cross
         with self._turn:
-            for _ in tries(attempts, f"{what}: {self._what} is too busy", retry_after_s=0.5):
+            for _ in attempts(count, f"{what}: {self._what} is too busy", retry_after_s=0.5):
                 try:
                     with writing(what):
                         result = change()

@@ -11,7 +11,8 @@ import pyarrow as pa
 from lance import LanceOperation
 
 from raymem.errors import Conflict, Corrupt, NotOwner
-from raymem.storage.tables.cas_table import SWAP_ATTEMPTS, tries
+from raymem.retry import attempts
+from raymem.storage.tables.cas_table import SWAP_ATTEMPTS
 from raymem.storage.tables.errors import reading, writing
 from raymem.storage.tables.tables import Tables
 
@@ -76,7 +77,7 @@ class SingleWriterTable:
         if self._sync:
             with writing(f"fence {self.what}"):
                 self._sync.trust()
-        for _ in tries(SWAP_ATTEMPTS, f"{self.what} is written to, or taken over, all the time", retry_after_s=0.5):
+        for _ in attempts(SWAP_ATTEMPTS, f"{self.what} is written to, or taken over, all the time", retry_after_s=0.5):
             handle = self.open()
             dataset = self._dataset(handle)
             if self._bar(handle, dataset):
