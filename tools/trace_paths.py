@@ -10,10 +10,9 @@ Each path is one call of the blocking store, traced with sys.setprofile from the
     read     one query of a hot bank that has applied all its rows
     attach   a bank that this store has detached before
 
-A path runs several times. A function counts if each run entered it, on any thread. Heartbeats, which some
-runs meet, stay out, as does what the first run alone does: imports, answers that are kept from then on, and in a read
-the rows that earlier writes left to be applied. These are counted apart; --list marks them with how many runs entered
-them.
+A path runs several times. A function counts if each run entered it, on any thread. Heartbeats, which some runs meet,
+stay out, as does what the first run alone does: imports, answers that are kept from then on, and in a read the rows
+that earlier writes left to be applied. These are counted apart; --list marks them with the number of their runs.
 
 A coroutine that waited and is resumed counts like one that is entered. A comprehension is part of the function that it
 stands in. Methods that dataclasses make have no source in raymem and are not counted. A thread that Rust or C++ starts

@@ -69,7 +69,7 @@ class GroupCommit:
     def stats(self) -> dict[str, Any]:
         """What the log holds and what its commits took; `group` is how many banks' writes a commit had on average."""
         mine = {"group": self.parts / max(1, self.groups), "largest_group": self.largest}
-        return self.log.stats() | mine | {"maintenance_errors": self.maintenance_errors}
+        return self.log.stats() | mine | {"upkeep_errors": self.maintenance_errors}
 
     def _go(self) -> None:
         if self._task is None:

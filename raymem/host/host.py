@@ -442,7 +442,7 @@ class Host:
             "epoch": runtime.entry.epoch,
             "snapshot_pos": runtime.snapshot_pos,
             "queued": worker.queued,
-            "maintenance_errors": worker.maintenance_errors,
+            "upkeep_errors": worker.maintenance_errors,
             "journal": journal,
             **dataclasses.asdict(runtime.counters),
         }

@@ -287,7 +287,7 @@ async def test_an_upkeep_of_the_log_that_fails_unforeseen_keeps_nobody_waiting(
         with monkeypatch.context() as patched:
             patched.setattr(Log, "maintain", fails)
             await host.detach("lab/a")
-        assert (await host.stats())["log"]["maintenance_errors"] == 1
+        assert (await host.stats())["log"]["upkeep_errors"] == 1
         await host.write("lab/b", make_trace(3))
         await host.close()
 

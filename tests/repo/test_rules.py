@@ -95,7 +95,7 @@ def test_every_relative_link_in_the_docs_leads_somewhere(root, committed):
 
 NAME = re.compile(r"\braymem((?:\.\w+)+)\b(?!\.)")
 # a file, and what an export's schema holds
-NO_MODULES = {".toml", ".layers", ".tombstones"}
+NO_MODULES = {".toml", ".layers", ".holes"}
 
 
 def _leads_nowhere(root: Path, dotted: str) -> bool:
@@ -113,7 +113,8 @@ def test_every_dotted_name_in_the_docs_exists(root, committed):
         f"{page}: raymem{dotted}"
         for page, text in _texts(root, committed, ".md").items()
         for dotted in NAME.findall(text)
-        if dotted not in NO_MODULES and _leads_nowhere(root, dotted)
+        # the changelog names what was
+        if page.name != "CHANGELOG.md" and dotted not in NO_MODULES and _leads_nowhere(root, dotted)
     }
     assert names == set()
 
