@@ -29,7 +29,7 @@ def bank(store, tiny):
 
 
 def inner(store):
-    return store._store.backend._inner
+    return store._async.backend._inner
 
 
 def rows_of(store, name: str) -> Counter:
@@ -183,9 +183,9 @@ def test_a_stream_that_moves_between_two_looks_is_seen_by_whoever_looks_last(sto
     async def meanwhile(*args):
         # the stream is on its way: nobody may keep a past of where it was
         for verb in (
-            lambda: store._store.backend.fork("lab/many", "lab/fork", None),
-            lambda: store._store.backend.tag("lab/many", "now"),
-            lambda: store._store.backend.merge("lab/all", ["lab/many"], False, True),
+            lambda: store._async.backend.fork("lab/many", "lab/fork", None),
+            lambda: store._async.backend.tag("lab/many", "now"),
+            lambda: store._async.backend.merge("lab/all", ["lab/many"], False, True),
         ):
             try:
                 await verb()

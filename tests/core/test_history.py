@@ -92,7 +92,7 @@ def test_past_states_are_bounded(tmp_path: Path, calibration, spec: BankSpec, ma
             expected[str(step)] = bank.read(make_trace(3).hidden)
         for tag, readout in expected.items():
             assert_same(bank.read(make_trace(3).hidden, as_of=tag), readout)
-        past = store._store.backend.host.past
+        past = store._async.backend.host.past
         assert 0 < past.nbytes <= 150_000
 
 
@@ -104,7 +104,7 @@ def test_what_was_erased_is_not_in_the_past_either(store: Store, spec: BankSpec,
     query = make_trace(8, seed=2).hidden[6:7]
     assert bank.read(query, 1, start=6, as_of="both").rows(0)[0].stream == "yours"
     bank.erase(stream="yours")
-    assert store._store.backend.host.past.nbytes == 0
+    assert store._async.backend.host.past.nbytes == 0
     assert {row.stream for row in bank.read(query, 9, start=6, as_of="both").rows(0)} == {"mine"}
 
 
@@ -112,7 +112,7 @@ def test_the_state_at_a_tag_is_kept_until_the_tag_goes(tmp_path: Path, calibrati
     with raymem.connect(tmp_path / "memory") as store:
         store.put_calibration(calibration)
         bank = store.create("lab/alice", spec.model_copy(update={"kind": "titans"}))
-        cold = store._store.backend.cold
+        cold = store._async.backend.cold
 
         def kept() -> set[int]:
             rows = cold.snapshots(cold.catalog.get("lab/alice"))._manifests()

@@ -305,7 +305,7 @@ def test_one_bad_trace_of_a_group_fails_alone(bank: Bank, tiny: Any, monkeypatch
     epoch, acks = bank.info().epoch, []
 
     async def all_at_once() -> list[Any]:
-        inner = bank._bank
+        inner = bank._async
         writes = [inner.write(tiny.trace(3, run=run)) for run in ("a", "bad", "b", "bad", "c")]
         return await asyncio.gather(*writes, return_exceptions=True)
 

@@ -162,7 +162,7 @@ def test_a_bank_as_it_was_takes_room_beside_banks_and_gives_it_back(tmp_path, ti
         for bank in (other, old):
             bank.write(tiny.trace(300))
         old.tag("then")
-        host = store._store.backend.host
+        host = store._async.backend.host
 
         # the other one, not used for longest, makes room for what the first one was
         old.read(tiny.trace(5).hidden, 4, as_of="then")

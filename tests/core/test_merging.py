@@ -138,7 +138,7 @@ def test_names_say_the_namespace_where_the_bank_does_not_tell(store: Store, spec
 
 def test_a_merge_that_fails_half_way_leaves_nothing(store: Store, spec: BankSpec, make_trace, monkeypatch):
     _filled(store, spec.model_copy(update={"kind": "larimar"}), make_trace)
-    cold: ColdStore = store._store.backend.cold
+    cold: ColdStore = store._async.backend.cold
     before = set(os.listdir(cold.uri))
 
     def full(*_args: object) -> None:

@@ -36,7 +36,7 @@ def settings() -> Settings:
 
 
 def backend(store: Store):
-    return store._store.backend
+    return store._async.backend
 
 
 def valued(tiny, rows: int, stream: str, seed: int, run: str = "r", seq: int = 0) -> Trace:

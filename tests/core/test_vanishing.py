@@ -74,7 +74,7 @@ def test_a_bank_removed_at_any_step_of_a_verb(
     verb: str, again: bool, shared: tuple[Store, ColdStore, Path], tiny: Any
 ) -> None:
     store, other, folder = shared
-    catalog = store._store.backend.cold.catalog
+    catalog = store._async.backend.cold.catalog
     spec = tiny.spec()
 
     def go() -> None:

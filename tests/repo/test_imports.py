@@ -9,7 +9,7 @@ import raymem
 # a room may import itself and the rooms before it
 ORDER = "root kernels memory encode storage bank host partition client lm train actors serving demo bench cli".split()
 # `connect()` picks a backend by its address: the Ray room is loaded when an address asks for it
-LAZY = ("client/addresses.py", "raymem.actors.backend")
+LAZY = ("client/store.py", "raymem.actors.backend")
 MOST_AT_ROOT = 12
 
 
@@ -68,7 +68,7 @@ def test_imports_go_one_way(sources):
         ("kernels/dispatch.py", "from raymem.memory import build"),
         ("config.py", "from raymem.encode import keys"),
         ("client/store.py", "def late():\n    from raymem.serving.app import make_app"),
-        ("client/store.py", "from raymem.actors import backend"),
+        ("client/bank.py", "from raymem.actors import backend"),
         ("actors/shard.py", "from raymem.cli import output"),
         ("bank/owner.py", "from raymem import connect"),
     ],

@@ -123,8 +123,8 @@ def test_a_run_goes_on_under_the_name_that_it_has(planted: Planted, tiny: Any):
 def test_partitions_keep_a_stream_together_however_it_is_spelled(planted: Planted, tiny: Any):
     with planted.open() as store:
         bank = store.create("lab/parts", tiny.spec(), partitions=3)
-        layout = store._store.backend._partitions.get("lab/parts")  # type: ignore[attr-defined]
-        assign = store._store.backend._partitions.assign  # type: ignore[attr-defined]
+        layout = store._async.backend._partitions.get("lab/parts")  # type: ignore[attr-defined]
+        assign = store._async.backend._partitions.assign  # type: ignore[attr-defined]
         assignments = {stream: assign(layout, [stream])[stream].home for stream in ("x", NFD, NFC, "y")}
         assert assignments[NFC] == assignments[NFD] != assignments["x"]
         bank.write(tiny.trace(9, stream=NFC))

@@ -19,7 +19,7 @@ def test_a_sweep_takes_ghosts_and_leaves_what_is_young_or_not_a_banks(tiny, tmp_
             late.mkdir(parents=True)
             (late / "late.lance").write_bytes(b"a late row")
             os.utime(late / "late.lance", (time.time() - age,) * 2)
-        tables = Files(store._store.backend.cold.tables)
+        tables = Files(store._async.backend.cold.tables)
         there = tables.tables()
 
         planned = store.sweep(dry_run=True)

@@ -27,4 +27,4 @@ def store(tmp_path: Path, tiny, settings: Settings) -> Iterator[Store]:
 @pytest.fixture
 def cold(store: Store) -> ColdStore:
     """The store's durable side, as any process sees it."""
-    return ColdStore.open(store._store.backend.cold.uri, "none")
+    return ColdStore.open(store._async.backend.cold.uri, "none")

@@ -324,7 +324,7 @@ def test_reads_are_answered_while_rows_are_erased(store, tiny, monkeypatch):
     switch = erasure.switch
 
     def reading(*args: Any) -> Any:
-        answered.append(len(store._store.backend.host._workers["lab/a"].runtime.read(tiny.trace(3).hidden, 4)))
+        answered.append(len(store._async.backend.host._workers["lab/a"].runtime.read(tiny.trace(3).hidden, 4)))
         return switch(*args)
 
     monkeypatch.setattr(erasure, "switch", reading)
@@ -441,7 +441,7 @@ def test_a_fork_that_could_not_be_erased_keeps_the_receipt_open(store, tiny, mon
     store.fork("lab/a", "lab/fork")
     store.bank("lab/fork").attach()
     # beneath the layer of partitions, where erasures reach forks
-    backend = store._store.backend._inner
+    backend = store._async.backend._inner
     erase_hot = backend.erase_hot
 
     async def refusing(name: str, *args: Any) -> Any:
@@ -533,7 +533,7 @@ def test_a_process_killed_while_it_erases_leaves_all_or_nothing(store, settings,
         assert [receipt.status for receipt in swept.receipts] == ["complete" if erased else "undone"]
         entry = ColdStore.open(str(tmp_path), "none").catalog.get("lab/a")
         named = {f"{kind}-{entry.id}" + (f"-{entry.generation}" if erased else "") for kind in ("journal", "snapshots")}
-        assert folders(again._store.backend.cold) <= named
+        assert folders(again._async.backend.cold) <= named
         assert bank.write(tiny.talk("dora", 5, run="r")).end == 132 + 5
         assert bank.erase(stream="alice").rows == (0 if erased else 66)
 
