@@ -22,7 +22,7 @@ from raymem.storage.journal.log import Log
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.errors import reading
 from raymem.storage.tables.files import Files
-from raymem.storage.tables.single_writer_table import SingleWriterTable
+from raymem.storage.tables.single_writer_table import SingleWriterTable, WriterState
 from raymem.storage.tables.tables import log_table
 from raymem.types import BankSpec, Fingerprint, Trace
 
@@ -181,7 +181,7 @@ def test_a_fenced_log_stays_fenced_after_its_owner_looked_again(store: ColdStore
     logged(log, journal, rows(3, 0))
     owned(make_log(store, "second"))
     # whatever broke the handle, the next one is made from the latest version: the fence is found there
-    log._table.close()
+    log.state = WriterState.IN_DOUBT
     with pytest.raises(NotOwner):
         log.commit([(journal.entry, rows(1, 3))])
     assert int(store.tables.open(log_table("first")).count_rows()) == 3
@@ -258,8 +258,9 @@ def test_a_failed_commit_is_looked_for_before_the_next(
     assert positions(journal) == positions(fresh(store)) == list(range(6 if landed else 4))
 
 
+@pytest.mark.parametrize(("owner", "step"), [(SingleWriterTable, "_count"), (Log, "_is_there")])
 def test_a_look_for_a_failed_commit_that_fails_itself_is_repeated(
-    log: Log, store: ColdStore, owned: Owned, rows, monkeypatch: pytest.MonkeyPatch
+    log: Log, store: ColdStore, owned: Owned, rows, monkeypatch: pytest.MonkeyPatch, owner: type, step: str
 ):
     journal = owned(log)
     logged(log, journal, rows(1, 0))
@@ -277,9 +278,10 @@ def test_a_look_for_a_failed_commit_that_fails_itself_is_repeated(
         with pytest.raises(StorageError):
             log.commit([(journal.entry, rows(2, 1))])
     with monkeypatch.context() as patch:
-        patch.setattr(SingleWriterTable, "_count", fails)
+        patch.setattr(owner, step, fails)
         with pytest.raises(StorageError, match="counted"):
             journal.counted()
+    assert log.state is WriterState.IN_DOUBT
     assert journal.counted() == 3
     logged(log, journal, rows(1, 3))
     assert positions(owned(make_log(store, "second"))) == [0, 1, 2, 3]

@@ -20,7 +20,7 @@ from raymem.storage.journal.log_rows import read_log
 from raymem.storage.journal.reader import JournalReader
 from raymem.storage.journal.tombstones import Tombstones, bank_schema
 from raymem.storage.spellings import alike, has_others, same
-from raymem.storage.tables.single_writer_table import SingleWriterTable
+from raymem.storage.tables.single_writer_table import SingleWriterTable, WriterState
 from raymem.storage.tables.tables import Tables, in_memory, journal_table, quote
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ class Journal:
     @property
     def ready(self) -> bool:
         """Whether this is the journal's writer, as far as it knows."""
-        return self._owned and self._writer.ready
+        return self._owned and self._writer.state is WriterState.READY
 
     def accept(self, rows: JournalRows) -> bool:
         """Make sure that these are the next rows; say whether they belong in the log, and not in the bank's table.
@@ -300,7 +300,7 @@ class Journal:
     @property
     def due(self) -> bool:
         """Whether there is something for `maintain` to do."""
-        return self._writer.ready and self._writer.loose >= _COMPACT_EVERY
+        return self._writer.state is WriterState.READY and self._writer.loose >= _COMPACT_EVERY
 
     def maintain(self) -> bool:
         """Compact after every 128 commits, and drop what only old versions need; say whether it did.

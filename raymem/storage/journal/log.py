@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -18,7 +18,7 @@ from raymem.storage.catalog import Entry
 from raymem.storage.journal.log_rows import LOG_SCHEMA, Part, from_log, read_log, to_log
 from raymem.storage.tables.errors import reading
 from raymem.storage.tables.folder import Held
-from raymem.storage.tables.single_writer_table import SingleWriterTable
+from raymem.storage.tables.single_writer_table import SingleWriterTable, WriterState
 from raymem.storage.tables.tables import Tables, log_table, quote
 
 _COMPACT_EVERY = 128
@@ -41,8 +41,14 @@ class _Held:
 class Log:
     """A host incarnation's log, and in memory the rows in it that were not flushed to their banks' own tables.
 
-    It has one writer in all its life: whoever takes a bank over from this incarnation fences the whole log first, and
-    from then on every commit of this one fails.
+    It has one writer in all its life: an owner that takes a bank over from this incarnation fences the whole log first,
+    and from then on every commit of this one fails. Its `state`, which changes under `_writing` alone:
+
+    - READY: the table is READY and nothing is pending. What is held are the rows of all commits that were not flushed.
+    - IN_DOUBT: a change of the table is under way or failed. The `_pending` rows, of commit `_lsn`, may be in the table
+      and are not held yet. Who needs to know waits for the change, and if it failed looks for what became of it.
+    - LOST: the log was fenced off, or dropped. No commit will succeed, and what became of `_pending` is for the next
+      owner to tell. This is the last state.
 
     Args:
         tables: the cold store's.
@@ -52,7 +58,7 @@ class Log:
 
     def __init__(self, tables: Tables, id: str, limit: int = 256 * 2**20) -> None:
         self.id = id
-        self.lost = False
+        self.state = WriterState.IN_DOUBT
         self.limit = limit
         self.flushes = 0
         self._tables = tables
@@ -66,14 +72,14 @@ class Log:
         self._last: dict[str, int] = {}
         self._left: dict[str, int] = {}
         self._lsn = 0
-        self._pending: Sequence[Part] = ()
-        self._awaited: frozenset[str] = frozenset()
+        self._pending: dict[str, list[JournalRows]] = {}
         self._rows = 0
         self._claim: Held | None = None
 
     def create(self) -> None:
         """Make the table and hold it; no catalog entry may name this log before that."""
         self._table.create(LOG_SCHEMA)
+        self.state = WriterState.READY
         self._claim = self._tables.hold(self._table.name)
 
     def let_go(self) -> None:
@@ -92,13 +98,9 @@ class Log:
             self._ensure()
             table = to_log(self._lsn + 1, parts)
             self._lsn += 1
-            self._await(parts)
-            try:
-                self._table.add(table)
-            except NotOwner:
-                self.lost = True
-                raise
-            self._hold()
+            for entry, rows in parts:
+                self._pending.setdefault(entry.id, []).append(rows)
+            self._change(lambda: self._table.add(table))
 
     def rows(self, bank: str) -> list[JournalRows]:
         """A bank's rows that were not flushed, in order.
@@ -106,7 +108,7 @@ class Log:
         Raises:
             StorageError, NotOwner: a commit failed, and what became of it can't be told now, or ever.
         """
-        if self._pending or not self._table.ready:
+        if self.state is not WriterState.READY:
             with self._writing:
                 self._ensure()
         with self._lock:
@@ -119,7 +121,7 @@ class Log:
         Raises:
             As `rows`.
         """
-        if bank in self._awaited:
+        if bank in self._pending:
             with self._writing:
                 self._ensure()
         with self._lock:
@@ -189,6 +191,11 @@ class Log:
         return bool(self._left) and not self.lost
 
     @property
+    def lost(self) -> bool:
+        """Whether it was fenced off or dropped."""
+        return self.state is WriterState.LOST
+
+    @property
     def due(self) -> bool:
         """Whether there have been so many commits that `maintain` is due."""
         return self._table.loose >= _COMPACT_EVERY
@@ -229,19 +236,15 @@ class Log:
             self._ensure()
             # rows flushed meanwhile stay
             first = self._first()
-            try:
-                self._table.delete(f"lsn < {first}{and_also}")
-                self._table.compact(renew=False, keep=keep)
-            except NotOwner:
-                self.lost = True
-                raise
+            self._change(lambda: self._table.delete(f"lsn < {first}{and_also}"))
+            self._change(lambda: self._table.compact(renew=False, keep=keep))
             return first
 
     def drop(self) -> None:
         """Delete the table; no catalog entry may name this log any more."""
         with self._writing:
             self._table.close()
-            self.lost = True
+            self.state = WriterState.LOST
             self._tables.drop(log_table(self.id))
 
     def stats(self) -> dict[str, Any]:
@@ -261,48 +264,59 @@ class Log:
             "sync_ms": 1e3 * table.sync_s / max(1, table.syncs),
         }
 
-    def _ensure(self) -> None:
-        """Have a handle, and know what became of the last commit."""
-        if self.lost:
-            raise NotOwner(f"log {self.id} was fenced off: this incarnation of its host can write no more")
-        if self._table.ready:
-            return
+    def _change(self, change: Callable[[], None]) -> None:
+        """Change the table; once that has succeeded the pending rows are held."""
+        self.state = WriterState.IN_DOUBT
         try:
-            self._look()
+            change()
         except NotOwner:
-            self.lost = True
+            self.state = WriterState.LOST
             raise
+        self._hold()
 
-    def _look(self) -> None:
-        landed = self._table.reopen()
-        if landed and not (landed == 1 and self._pending and self._is_there(self._lsn)):
-            # its positions are others' by now, who may be told that they are durable
-            raise NotOwner(f"a commit to log {self.id} that had failed landed after a look for it: take its banks over")
-        if landed:
-            self._hold()
-        self._await(())
+    def _ensure(self) -> None:
+        """Be READY: after a change that failed, find out what became of it.
+
+        Raises:
+            NotOwner: the log is LOST. StorageError: it can't be told now.
+        """
+        if self.state is WriterState.LOST:
+            raise NotOwner(f"log {self.id} was fenced off: this incarnation of its host can write no more")
+        if self.state is WriterState.READY:
+            return
+        # the look that moves the writer to the latest version comes last: if it fails all of this is repeated
+        there = bool(self._pending) and self._is_there(self._lsn)
+        try:
+            landed = self._table.reopen()
+            if landed and not (landed == 1 and there):
+                # its positions are others' by now, who may be told that they are durable
+                raise NotOwner(
+                    f"a commit to log {self.id} that had failed landed after a look for it: take its banks over"
+                )
+        except NotOwner:
+            self.state = WriterState.LOST
+            raise
+        if not landed:
+            self._pending = {}
+        self._hold()
 
     def _is_there(self, lsn: int) -> bool:
         with reading(f"look for commit {lsn} in log {self.id}"):
             return bool(self._table.open().count_rows(f"lsn = {lsn}"))
 
-    def _await(self, parts: Sequence[Part]) -> None:
-        """These are in a commit that is under way, or of which nobody knows yet what became."""
-        self._pending, self._awaited = parts, frozenset(entry.id for entry, _ in parts)
-
     def _hold(self) -> None:
+        """The pending rows are in the table: hold them, and be READY."""
         now = time.monotonic()
         with self._lock:
-            for entry, rows in self._pending:
-                held = self._held.get(entry.id)
-                if held is None:
-                    held = self._held[entry.id] = _Held(since=now)
-                held.parts.append((self._lsn, rows))
-                held.nbytes += rows.nbytes
-                self._last[entry.id] = self._lsn
-                self._nbytes += rows.nbytes
-                self._rows += len(rows)
-        self._await(())
+            for bank, parts in self._pending.items():
+                held = self._held.setdefault(bank, _Held(since=now))
+                for rows in parts:
+                    held.parts.append((self._lsn, rows))
+                    held.nbytes += rows.nbytes
+                    self._nbytes += rows.nbytes
+                    self._rows += len(rows)
+                self._last[bank] = self._lsn
+        self._pending, self.state = {}, WriterState.READY
 
     def _first(self, bank: str | None = None) -> int:
         """The commit with the oldest row held, of one bank or of all."""

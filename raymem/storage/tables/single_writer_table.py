@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from enum import Enum
 from typing import Any
 
 import pyarrow as pa
@@ -24,11 +25,27 @@ _FRAGMENTS = 512
 _WRITES = (LanceOperation.Append, LanceOperation.Delete, LanceOperation.Rewrite)
 
 
+class WriterState(Enum):
+    """What a writer knows of its table; the classes that have one say what holds in each."""
+
+    READY = "ready"
+    IN_DOUBT = "in doubt"
+    LOST = "lost"
+
+
 class SingleWriterTable:
     """The writing side of one table: a handle that is never refreshed, so that a later owner's fence stops it.
 
-    After an error the handle is gone (`ready` is False) and only `fence` or `reopen` give a new one. `fragments` counts
-    the table's fragments, `loose` those that compaction would merge, as far as this writer knows.
+    Its `state`:
+
+    - READY: the handle is at the last version of this writer, which is durable, and nothing is under way. All later
+      versions are other writers'.
+    - IN_DOUBT: there is no handle, because nothing was opened yet, or a change is under way or failed. It may have
+      been committed after the last known version. `fence` and `reopen` lead to READY.
+    - LOST: there is no handle, because a later owner has fenced. Only `fence` leads out, for an owner that the catalog
+      still names.
+
+    `fragments` counts the table's fragments, `loose` those that compaction would merge, as far as this writer knows.
 
     Args:
         tables: the cold store's.
@@ -49,13 +66,9 @@ class SingleWriterTable:
         self._tables = tables
         self._fragment_rows = fragment_rows
         self._sync = tables.folder_sync(name)
+        self.state = WriterState.IN_DOUBT
         self._handle: Any = None
         self._version = 0
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is a handle to write with."""
-        return self._handle is not None
 
     def open(self) -> Any:
         """The latest version, for reading."""
@@ -73,7 +86,7 @@ class SingleWriterTable:
         Raises:
             Overloaded: others were always first. StorageError: try again.
         """
-        self._handle = None
+        self._take_handle()
         if self._sync:
             with writing(f"fence {self.what}"):
                 self._sync.trust()
@@ -94,13 +107,15 @@ class SingleWriterTable:
         Raises:
             NotOwner: a later owner has fenced.
         """
+        if self.state is WriterState.LOST:
+            raise self._lost()
         handle = self.open()
         dataset = self._dataset(handle)
         commits = self._commits(dataset, self._version, dataset.version + 1)
         if not all(isinstance(commit, _WRITES) or _reserves(commit) for commit in commits):
-            raise self._fenced()
+            raise self._lost()
         self._make_durable()
-        # a handle that is kept says that the answer was given: whatever can fail comes before
+        # READY says that the answer was given: all that can fail comes before
         self._count(dataset)
         self._keep(handle)
         return sum(isinstance(commit, LanceOperation.Append) for commit in commits)
@@ -131,36 +146,40 @@ class SingleWriterTable:
         Raises:
             NotOwner: a later owner has fenced. StorageError: nothing is lost.
         """
-        handle, self._handle = self._handle, None
+        handle = self._take_handle()
         try:
             dataset = self._compact(handle, renew, _KEEP_VERSIONS if keep is None else keep)
         except Conflict as error:
-            raise self._fenced() from error
+            raise self._lost() from error
         self._count(dataset)
         self._keep(handle)
         self.compactions += 1
 
     def close(self) -> None:
         """Give the handle up."""
-        self._handle = None
+        self._take_handle()
 
     def _commit(self, what: str, change: Callable[[Any], Any]) -> None:
-        handle, self._handle = self._handle, None
+        handle = self._take_handle()
         self._tables.require()
         try:
             with writing(f"{what} {self.what}"):
                 change(handle)
         except Conflict as error:
-            raise self._fenced() from error
+            raise self._lost() from error
         if not self._alone(handle, self._version, handle.version):
-            raise self._fenced()
+            raise self._lost()
         self._make_durable()
         self._tables.require()
         self._keep(handle)
         self.commits += 1
 
+    def _take_handle(self) -> Any:
+        handle, self._handle, self.state = self._handle, None, WriterState.IN_DOUBT
+        return handle
+
     def _keep(self, handle: Any) -> None:
-        self._handle, self._version = handle, handle.version
+        self._handle, self._version, self.state = handle, handle.version, WriterState.READY
 
     def _dataset(self, handle: Any) -> Any:
         # not `reading`: a version that was opened, and cleaned up since then, is no damage
@@ -212,7 +231,7 @@ class SingleWriterTable:
             with reading(f"read what was done to {self.what}"):
                 done = [dataset.read_transaction(each) for each in range(after + 1, before)]
         except Corrupt as error:
-            raise self._fenced() from error
+            raise self._lost() from error
         return [each and each.operation for each in done]
 
     def _compact(self, handle: Any, renew: bool, keep: timedelta) -> Any:
@@ -225,7 +244,7 @@ class SingleWriterTable:
         self._make_durable()
         alone = self._bar(handle, dataset) if renew else self._is_latest(handle, dataset.version)
         if not alone:
-            raise self._fenced()
+            raise self._lost()
         # an error from here on leaves no older version to look at: see `reopen`
         self._version = handle.version
         # from this version on all stays, also a fence that has come meanwhile
@@ -242,7 +261,8 @@ class SingleWriterTable:
             self.syncs += 1
             self.sync_s += time.perf_counter() - began
 
-    def _fenced(self) -> NotOwner:
+    def _lost(self) -> NotOwner:
+        self._handle, self.state = None, WriterState.LOST
         return NotOwner(f"a later owner has taken over {self.what}; nothing was acknowledged, look up who owns it")
 
 
