@@ -22,7 +22,7 @@ from raymem.errors import StorageError
 from raymem.host.host import Host
 from raymem.rows import JournalRows
 from raymem.storage.store import ColdStore, Entry
-from raymem.storage.tables.fsync import FolderSync
+from raymem.storage.tables.disk import FolderSync
 from raymem.storage.tables.tables import snapshot_table
 from raymem.types import Trace
 

@@ -12,7 +12,7 @@ from crc32c import crc32c
 from raymem.encode.calibration import Calibration
 from raymem.errors import CalibrationNotFound, Corrupt, InvalidInput
 from raymem.logs import get_logger
-from raymem.storage.tables.errors import reading, writing
+from raymem.storage.tables.disk import reading, writing
 from raymem.storage.tables.tables import Tables, quote
 
 _TABLE = "calibrations"

@@ -30,7 +30,7 @@ from raymem.logs import get_logger
 from raymem.retry import attempts
 from raymem.storage.journal.tombstones import Tombstones, bank_schema
 from raymem.storage.tables.cas_table import SWAP_ATTEMPTS, CasTable, Change, Find
-from raymem.storage.tables.errors import reading
+from raymem.storage.tables.disk import reading
 from raymem.storage.tables.tables import Tables, journal_table, quote, snapshot_table
 from raymem.types import BankSpec, check_bank_name, check_label, shorten
 

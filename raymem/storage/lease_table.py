@@ -92,7 +92,7 @@ class LeaseTable:
 
         A copy of the store has the rows of those who own banks in the original, and none of them holds a log here.
         """
-        holds = [self._tables.is_held(log_table(each.id)) for each in self.list(owner)]
+        holds = [self._tables.is_locked(log_table(each.id)) for each in self.list(owner)]
         return None if None in holds else any(holds)
 
     def _make(self) -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from raymem.errors import Corrupt, NotFound
 from raymem.memory.learned import name_of
-from raymem.storage.tables.errors import reading, writing
+from raymem.storage.tables.disk import reading, writing
 from raymem.storage.tables.tables import Tables, quote
 
 _TABLE = "params"

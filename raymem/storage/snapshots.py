@@ -22,7 +22,7 @@ from raymem.errors import Corrupt, StorageError
 from raymem.logs import get_logger
 from raymem.storage.catalog import Entry
 from raymem.storage.tables.blobs import BLOB, FILE_FORMAT, Blob, opened
-from raymem.storage.tables.errors import reading, writing
+from raymem.storage.tables.disk import reading, writing
 from raymem.storage.tables.tables import Tables, quote, snapshot_table
 
 # what one thread reads at a time

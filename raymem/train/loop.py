@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raymem.errors import Corrupt, StorageError
 from raymem.memory.base import Memory
-from raymem.storage.tables.fsync import fsync
+from raymem.storage.tables.disk import fsync
 
 Progress = Callable[[int, int], None]
 _KEY = "raymem"

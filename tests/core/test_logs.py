@@ -7,7 +7,7 @@ from pathlib import Path
 
 SCRIPT = """
 import logging, structlog
-import raymem.host.host, raymem.bank.owner, raymem.storage.tables.fsync, raymem.storage.snapshots, raymem.host.lease
+import raymem.host.host, raymem.bank.owner, raymem.storage.tables.disk, raymem.storage.snapshots, raymem.host.lease
 from raymem.logs import get_logger
 assert not logging.getLogger().handlers and not logging.getLogger("raymem").handlers, "an import set up a handler"
 raymem.host.host.log.warning("bank not settled on close", bank="lab/a", share="100%")

@@ -14,7 +14,7 @@ from raymem.errors import CalibrationNotFound, Corrupt, StorageError
 from raymem.storage.calibrations import Calibrations
 from raymem.storage.journal.journal import Journal
 from raymem.storage.store import ColdStore
-from raymem.storage.tables.fsync import FolderSync
+from raymem.storage.tables.disk import FolderSync
 from raymem.storage.tables.tables import Tables
 from raymem.types import BankSpec
 

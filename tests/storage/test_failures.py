@@ -3,7 +3,7 @@
 import pytest
 
 from raymem.errors import Corrupt, StorageError
-from raymem.storage.tables.errors import reading, writing
+from raymem.storage.tables.disk import reading, writing
 
 
 class PanicException(BaseException):

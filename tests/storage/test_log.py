@@ -20,7 +20,7 @@ from raymem.storage.journal import log as log_module
 from raymem.storage.journal.journal import Journal
 from raymem.storage.journal.log import Log
 from raymem.storage.store import ColdStore
-from raymem.storage.tables.errors import reading
+from raymem.storage.tables.disk import reading
 from raymem.storage.tables.files import Files
 from raymem.storage.tables.single_writer_table import SingleWriterTable, WriterState
 from raymem.storage.tables.tables import log_table

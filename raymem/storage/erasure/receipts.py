@@ -15,7 +15,7 @@ from raymem.errors import Conflict, Corrupt
 from raymem.storage.catalog import part_prefix
 from raymem.storage.erasure.audit import Evidence
 from raymem.storage.erasure.reach import FORGOTTEN, FORGOTTEN_RUNS, KEPT_NAMES, NAMED_RUNS
-from raymem.storage.tables.errors import reading, writing
+from raymem.storage.tables.disk import reading, writing
 from raymem.storage.tables.tables import Tables, quote
 from raymem.types import EraseReceipt, name_digest
 

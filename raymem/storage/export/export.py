@@ -53,8 +53,7 @@ from raymem.storage.journal.tombstones import Tombstones, bank_schema
 from raymem.storage.kway_merge import Tally, merged
 from raymem.storage.snapshots import Snapshot
 from raymem.storage.store import ColdStore
-from raymem.storage.tables.errors import writing
-from raymem.storage.tables.fsync import fsync
+from raymem.storage.tables.disk import fsync, writing
 from raymem.types import BankSpec
 
 Progress = Callable[[int, int], None]

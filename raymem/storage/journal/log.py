@@ -16,8 +16,7 @@ from raymem.errors import NotOwner
 from raymem.rows import JournalRows
 from raymem.storage.catalog import Entry
 from raymem.storage.journal.log_rows import LOG_SCHEMA, Part, from_log, read_log, to_log
-from raymem.storage.tables.errors import reading
-from raymem.storage.tables.folder import Held
+from raymem.storage.tables.disk import FolderLock, reading
 from raymem.storage.tables.single_writer_table import SingleWriterTable, WriterState
 from raymem.storage.tables.tables import Tables, log_table, quote
 
@@ -74,18 +73,18 @@ class Log:
         self._lsn = 0
         self._pending: dict[str, list[JournalRows]] = {}
         self._rows = 0
-        self._claim: Held | None = None
+        self._claim: FolderLock | None = None
 
     def create(self) -> None:
         """Make the table and hold it; no catalog entry may name this log before that."""
         self._table.create(LOG_SCHEMA)
         self.state = WriterState.READY
-        self._claim = self._tables.hold(self._table.name)
+        self._claim = self._tables.lock(self._table.name)
 
     def let_go(self) -> None:
         """Show everyone on this machine that the incarnation is over."""
         if self._claim:
-            self._claim.let_go()
+            self._claim.release()
 
     def commit(self, parts: Sequence[Part]) -> None:
         """Commit rows of many banks, all or none, durable when it returns.

@@ -15,7 +15,7 @@ from raymem.errors import Corrupt
 from raymem.rows import JournalRows
 from raymem.storage.catalog import Entry
 from raymem.storage.journal.tombstones import bank_schema
-from raymem.storage.tables.errors import reading
+from raymem.storage.tables.disk import reading
 from raymem.storage.tables.tables import Tables, log_table, quote
 
 # tensors are bytes here, because each bank has a width of its own; `lsn` counts the log's commits

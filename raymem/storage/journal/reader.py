@@ -13,7 +13,7 @@ from raymem.rows import JournalRows
 from raymem.storage.catalog import Entry
 from raymem.storage.journal.tombstones import TOMBSTONES, Tombstones, bank_schema
 from raymem.storage.spellings import alike, same
-from raymem.storage.tables.errors import reading
+from raymem.storage.tables.disk import reading
 from raymem.storage.tables.tables import Tables, journal_table
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from raymem.errors import ConfigError, Conflict, RaymemError, StorageError
 from raymem.retry import attempts
-from raymem.storage.tables.errors import reading, writing
+from raymem.storage.tables.disk import reading, writing
 from raymem.storage.tables.tables import Tables, quote
 
 _ATTEMPTS = 12

@@ -11,7 +11,7 @@ import pyarrow as pa
 from lance.file import LanceFileReader
 from pyarrow import fs
 
-from raymem.storage.tables.errors import reading
+from raymem.storage.tables.disk import reading
 from raymem.storage.tables.tables import Tables
 
 _SUFFIX = ".lance"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from enum import Enum
 from typing import Any
@@ -14,7 +15,7 @@ from lance import LanceOperation
 from raymem.errors import Conflict, Corrupt, NotOwner
 from raymem.retry import attempts
 from raymem.storage.tables.cas_table import SWAP_ATTEMPTS
-from raymem.storage.tables.errors import reading, writing
+from raymem.storage.tables.disk import reading, writing
 from raymem.storage.tables.tables import Tables
 
 # readers that opened a version this long ago may still read it to the end without looking again
@@ -86,7 +87,7 @@ class SingleWriterTable:
         Raises:
             Overloaded: others were always first. StorageError: try again.
         """
-        self._take_handle()
+        self.close()
         if self._sync:
             with writing(f"fence {self.what}"):
                 self._sync.trust()
@@ -126,13 +127,15 @@ class SingleWriterTable:
         Raises:
             NotOwner: a later owner has fenced. StorageError: they may be there or not.
         """
-        self._commit("append to", lambda handle: handle.add(rows))
+        with self._committing("append to") as handle:
+            handle.add(rows)
         self.fragments += 1
         self.loose += 1
 
     def delete(self, where: str) -> None:
         """Delete rows; errors as those of `add`."""
-        self._commit("delete from", lambda handle: handle.delete(where))
+        with self._committing("delete from") as handle:
+            handle.delete(where)
         self._count(self._dataset(self._handle))
 
     def compact(self, *, renew: bool, keep: timedelta | None = None) -> None:
@@ -146,7 +149,7 @@ class SingleWriterTable:
         Raises:
             NotOwner: a later owner has fenced. StorageError: nothing is lost.
         """
-        handle = self._take_handle()
+        handle, self._handle, self.state = self._handle, None, WriterState.IN_DOUBT
         try:
             dataset = self._compact(handle, renew, _KEEP_VERSIONS if keep is None else keep)
         except Conflict as error:
@@ -157,26 +160,26 @@ class SingleWriterTable:
 
     def close(self) -> None:
         """Give the handle up."""
-        self._take_handle()
+        self._handle, self.state = None, WriterState.IN_DOUBT
 
-    def _commit(self, what: str, change: Callable[[Any], Any]) -> None:
-        handle = self._take_handle()
-        self._tables.require()
+    @contextmanager
+    def _committing(self, what: str) -> Iterator[Any]:
+        """Inside, one change is made with the handle; afterwards it is durable, and no other writer was in between."""
+        handle, self._handle, self.state = self._handle, None, WriterState.IN_DOUBT
+        if self._tables.place:
+            self._tables.place.require()
         try:
             with writing(f"{what} {self.what}"):
-                change(handle)
+                yield handle
         except Conflict as error:
             raise self._lost() from error
-        if not self._alone(handle, self._version, handle.version):
+        if handle.version != self._version + 1 and not self._alone(handle, self._version, handle.version):
             raise self._lost()
         self._make_durable()
-        self._tables.require()
+        if self._tables.place:
+            self._tables.place.require()
         self._keep(handle)
         self.commits += 1
-
-    def _take_handle(self) -> Any:
-        handle, self._handle, self.state = self._handle, None, WriterState.IN_DOUBT
-        return handle
 
     def _keep(self, handle: Any) -> None:
         self._handle, self._version, self.state = handle, handle.version, WriterState.READY
@@ -215,11 +218,11 @@ class SingleWriterTable:
         """Move a handle to the latest version; say whether that is this one, or as good as this one."""
         with reading(f"open {self.what}"):
             handle.checkout_latest()
-        return self._alone(handle, version, handle.version + 1)
+        return handle.version == version or self._alone(handle, version, handle.version + 1)
 
     def _alone(self, handle: Any, after: int, before: int) -> bool:
         """Whether nobody has changed the table between two versions."""
-        return after + 1 == before or all(map(_reserves, self._commits(self._dataset(handle), after, before)))
+        return all(map(_reserves, self._commits(self._dataset(handle), after, before)))
 
     def _commits(self, dataset: Any, after: int, before: int) -> list[Any]:
         """What was committed between two versions; None where that can't be told.

@@ -15,9 +15,7 @@ import lancedb
 import pyarrow as pa
 
 from raymem.errors import ConfigError, Conflict, Corrupt, RaymemError, StorageError
-from raymem.storage.tables.errors import reading, writing
-from raymem.storage.tables.folder import Folder, Held, is_held
-from raymem.storage.tables.fsync import FolderSync, set_aside_torn
+from raymem.storage.tables.disk import Folder, FolderLock, FolderSync, is_locked, reading, set_aside_torn, writing
 
 Sync = Literal["disk", "none"]
 BANK_TABLE = re.compile(r"(?P<kind>journal|snapshots)-(?P<id>[0-9a-f]{32})(?:-(?P<generation>\d+))?")
@@ -41,30 +39,23 @@ class Tables:
             raise ConfigError(f"LanceDB reads no folder with a question mark in its path, as {uri} has: rename it")
         self.uri = str(Path(uri.removeprefix("file://")).expanduser().absolute()) if local else uri
         self.sync: Sync = sync or ("disk" if local else "none")
-        self._place: Folder | None = None
+        # what must stay where it is; nothing else can be in the place of a prefix in an object store
+        self.place: Folder | None = None
         with writing(f"open the cold store at {self.uri}"):
             if local:
                 os.makedirs(self.uri, exist_ok=True)
-                self._place = Folder(self.uri)
-            self.base = self._place.base if self._place else self.uri
+                self.place = Folder(self.uri)
+            self.base = self.place.base if self.place else self.uri
             self._connection = lancedb.connect(self.base, session=_session())
-            if self._place:
+            if self.place:
                 # LanceDB's handles on tables keep the connection
-                self._place.close_with(self._connection)
+                self.place.close_with(self._connection)
 
     def pin(self, name: str) -> None:
         """From now on, `require` that a table's folder stays the one that it is."""
-        if self._place:
+        if self.place:
             with reading(f"open {name} in {self.uri}"):
-                self._place.pin(f"{name}.lance")
-
-    def require(self) -> None:
-        """Raise StorageError unless the store's path still leads to the folder that was opened.
-
-        In an object store nothing is required: what a prefix holds is the store, and nothing else can be in its place.
-        """
-        if self._place:
-            self._place.require()
+                self.place.pin(f"{name}.lance")
 
     def look(self) -> None:
         """Raise StorageError, or Corrupt, unless what is there can be listed; nothing is made."""
@@ -92,7 +83,7 @@ class Tables:
         options = {"new_table_data_storage_version": file_format} if file_format else None
         if self.sync == "disk":
             set_aside_torn(self._folder(name))
-        self.require()
+        self._require()
         with writing(f"create {name} in {self.uri}"):
             return self._connection.create_table(name, rows, exist_ok=True, storage_options=options)
 
@@ -120,7 +111,7 @@ class Tables:
             StorageError, or what `batches` raises.
         """
         source = _Source(batches)
-        self.require()
+        self._require()
         try:
             with writing(f"create {name} in {self.uri}"):
                 self._connection.create_table(name, pa.RecordBatchReader.from_batches(schema, source))
@@ -133,7 +124,7 @@ class Tables:
     def drop(self, name: str) -> None:
         """Delete a table and its files; nothing happens if there is none."""
         for _ in range(_DROPS):
-            self.require()
+            self._require()
             try:
                 with writing(f"drop {name} in {self.uri}"):
                     self._connection.drop_table(name, ignore_missing=True)
@@ -151,22 +142,22 @@ class Tables:
 
     def folder(self, name: str) -> Path | None:
         """Where a table's files are, or None in an object store."""
-        return self._folder(name) if self._place else None
+        return self._folder(name) if self.place else None
 
-    def hold(self, name: str) -> Held | None:
-        """Hold a table for as long as this process lives, where others can see that it does: in a folder.
+    def lock(self, name: str) -> FolderLock | None:
+        """Lock a table for as long as this process lives, where others can see that it does: in a folder.
 
-        A copy of the folder isn't held. Letting go needs no room on the disk.
+        A copy of the folder isn't locked. Releasing it needs no room on the disk.
         """
-        return Held(self._folder(name)) if self._place else None
+        return FolderLock(self._folder(name)) if self.place else None
 
-    def is_held(self, name: str) -> bool | None:
-        """Whether a process holds a table; None in an object store, where none can."""
-        return is_held(self._folder(name)) if self._place else None
+    def is_locked(self, name: str) -> bool | None:
+        """Whether a process has locked a table; None in an object store, where none can."""
+        return is_locked(self._folder(name)) if self.place else None
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        if not self._place:
+        if not self.place:
             yield
             return
         handle = os.open(self.base, os.O_RDONLY)
@@ -177,9 +168,13 @@ class Tables:
             os.close(handle)
 
     def _open(self, name: str) -> Any:
-        self.require()
+        self._require()
         with reading(f"open {name} in {self.uri}"):
             return self._connection.open_table(name)
+
+    def _require(self) -> None:
+        if self.place:
+            self.place.require()
 
     def _folder(self, name: str) -> Path:
         return Path(self.base) / f"{name}.lance"
