@@ -273,8 +273,12 @@ def checksums(
     """crc32c of each row's stream, run, seq, token, hidden bytes and value bytes, as int64 [T]."""
     identity_T2 = np.empty((len(streams), 2), np.int64)
     identity_T2[:, 0], identity_T2[:, 1] = seq_T.numpy(), token_T.numpy()
-    tensors = [hidden_TLD] if value_TV is None else [hidden_TLD, value_TV]
-    bytes_TN = np.concatenate([identity_T2.view(np.uint8), *map(_bytes, tensors)], axis=1)
+    parts: list[NDArray[np.uint8]] = [identity_T2.view(np.uint8)]
+    for tensor in (hidden_TLD, value_TV):
+        if tensor is not None:
+            data: NDArray[np.uint8] = tensor.contiguous().view(torch.uint8).numpy()
+            parts.append(data.reshape(len(data), data.size // max(1, len(data))))
+    bytes_TN = np.concatenate(parts, axis=1)
     seeds: dict[tuple[str, str], int] = {}
     crcs = []
     for stream, run, row in zip(streams, runs, bytes_TN, strict=True):
@@ -282,12 +286,6 @@ def checksums(
             seeds[stream, run] = crc32c(f"{stream}\0{run}".encode())
         crcs.append(crc32c(row, seeds[stream, run]))
     return torch.from_numpy(np.array(crcs, dtype=np.int64))
-
-
-def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    """The bytes [T, N] of a tensor's rows."""
-    bytes_TN: NDArray[np.uint8] = tensor.contiguous().view(torch.uint8).numpy()
-    return bytes_TN.reshape(len(tensor), bytes_TN.size // max(1, len(tensor)))
 
 
 def _pieces(table: pa.Table) -> Iterator[tuple[int, int]]:

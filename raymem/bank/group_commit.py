@@ -9,8 +9,7 @@ from typing import Any
 
 from raymem.executor import Executor, settle
 from raymem.logs import get_logger
-from raymem.storage.journal.log import Log
-from raymem.storage.journal.log_rows import Part
+from raymem.storage.journal.log import Log, Part
 
 _log = get_logger("raymem.bank.group_commit")
 

@@ -20,7 +20,7 @@ from raymem.errors import (
     Overloaded,
 )
 from raymem.memory import kinds
-from raymem.storage.journal.log_rows import read_log
+from raymem.storage.journal.log import read_log
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.tables import journal_table
 from raymem.types import Selection

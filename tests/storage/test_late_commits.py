@@ -8,8 +8,7 @@ from lancedb.table import LanceTable
 
 from raymem.errors import NotOwner, StorageError
 from raymem.storage.journal.journal import Journal
-from raymem.storage.journal.log import Log
-from raymem.storage.journal.log_rows import to_log
+from raymem.storage.journal.log import Log, to_log
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.single_writer_table import SingleWriterTable
 from raymem.storage.tables.tables import log_table

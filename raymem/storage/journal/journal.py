@@ -15,8 +15,7 @@ from raymem.errors import BankNotFound, Corrupt, Overloaded, StorageError
 from raymem.inputs import TIME_END, composed
 from raymem.rows import JournalRows
 from raymem.storage.catalog import Catalog, Entry
-from raymem.storage.journal.log import Log, OldLogs
-from raymem.storage.journal.log_rows import read_log
+from raymem.storage.journal.log import Log, OldLogs, read_log
 from raymem.storage.journal.reader import JournalReader
 from raymem.storage.journal.tombstones import Tombstones, bank_schema
 from raymem.storage.spellings import alike, has_others, same
@@ -143,9 +142,14 @@ class Journal:
             NotOwner: a later owner has fenced. StorageError: the journal does not end where they start because an
             earlier append was cut short: reopen the bank.
         """
-        if not self.ready:
+        if not (self._owned and self._writer.state is WriterState.READY):
             self.fence()
-        self._require_end(int(rows.pos_T[0]))
+        pos, end = int(rows.pos_T[0]), self.counted()
+        if pos != end:
+            raise StorageError(
+                f"the journal of {self.entry.name} ends at position {end}, not {pos}: an earlier append was cut "
+                "short; reopen the bank and write again, rows that are there already are recognised"
+            )
         return self._log is not None and rows.nbytes <= self._log_bytes and not self._log.full
 
     def append(self, *parts: JournalRows) -> None:
@@ -410,14 +414,6 @@ class Journal:
                 f"the journal of {self.entry.name} is in {self._writer.fragments} pieces and takes no more before they "
                 f"are merged{f', which fails: {failure}' if failure else ''}; try again later",
                 retry_after_s=_RETRY_S,
-            )
-
-    def _require_end(self, pos: int) -> None:
-        end = self.counted()
-        if pos != end:
-            raise StorageError(
-                f"the journal of {self.entry.name} ends at position {end}, not {pos}: an earlier append was cut "
-                "short; reopen the bank and write again, rows that are there already are recognised"
             )
 
 

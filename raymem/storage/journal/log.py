@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
 
-from raymem.errors import NotOwner
+from raymem.errors import Corrupt, NotOwner
 from raymem.rows import JournalRows
 from raymem.storage.catalog import Entry
-from raymem.storage.journal.log_rows import LOG_SCHEMA, Part, from_log, read_log, to_log
+from raymem.storage.journal.tombstones import bank_schema
 from raymem.storage.tables.disk import FolderLock, reading
 from raymem.storage.tables.single_writer_table import SingleWriterTable, WriterState
 from raymem.storage.tables.tables import Tables, log_table, quote
@@ -26,6 +30,25 @@ _FRAGMENTS = 1_400
 # everything that is left after compaction fits one fragment
 _FRAGMENT_ROWS = 2**20
 _CACHE_BYTES = 128 * 2**20
+# tensors are bytes here, because each bank has a width of its own; `lsn` counts the log's commits
+LOG_SCHEMA = pa.schema(
+    [
+        pa.field("lsn", pa.int64(), nullable=False),
+        pa.field("bank", pa.string(), nullable=False),
+        pa.field("generation", pa.int64(), nullable=False),
+        pa.field("pos", pa.int64(), nullable=False),
+        pa.field("epoch", pa.int64(), nullable=False),
+        pa.field("stream", pa.string(), nullable=False),
+        pa.field("run", pa.string(), nullable=False),
+        pa.field("seq", pa.int64(), nullable=False),
+        pa.field("token", pa.int64(), nullable=False),
+        pa.field("hidden", pa.large_binary(), nullable=False),
+        pa.field("value", pa.large_binary()),
+        pa.field("time", pa.float64(), nullable=False),
+        pa.field("crc32c", pa.uint32(), nullable=False),
+    ]
+)
+Part = tuple[Entry, JournalRows]
 
 
 @dataclass
@@ -94,12 +117,14 @@ class Log:
             StorageError: some of it may be there all the same: `rows` says so once storage answers again.
         """
         with self._writing:
-            self._ensure()
+            if self.state is not WriterState.READY:
+                self._look()
             table = to_log(self._lsn + 1, parts)
             self._lsn += 1
             for entry, rows in parts:
                 self._pending.setdefault(entry.id, []).append(rows)
-            self._change(lambda: self._table.add(table))
+            with self._changing():
+                self._table.add(table)
 
     def rows(self, bank: str) -> list[JournalRows]:
         """A bank's rows that were not flushed, in order.
@@ -109,7 +134,7 @@ class Log:
         """
         if self.state is not WriterState.READY:
             with self._writing:
-                self._ensure()
+                self._look()
         with self._lock:
             held = self._held.get(bank)
             return [rows for _, rows in held.parts] if held else []
@@ -122,7 +147,7 @@ class Log:
         """
         if bank in self._pending:
             with self._writing:
-                self._ensure()
+                self._look()
         with self._lock:
             held = self._held.get(bank)
             return int(held.parts[-1][1].pos_T[-1]) + 1 if held else None
@@ -232,11 +257,13 @@ class Log:
     def _shrink(self, and_also: str, keep: timedelta | None) -> int:
         """Drop rows; from the commit that is returned on all are there but those that were asked for."""
         with self._writing:
-            self._ensure()
+            if self.state is not WriterState.READY:
+                self._look()
             # rows flushed meanwhile stay
             first = self._first()
-            self._change(lambda: self._table.delete(f"lsn < {first}{and_also}"))
-            self._change(lambda: self._table.compact(renew=False, keep=keep))
+            with self._changing():
+                self._table.delete(f"lsn < {first}{and_also}")
+                self._table.compact(renew=False, keep=keep)
             return first
 
     def drop(self) -> None:
@@ -263,48 +290,15 @@ class Log:
             "sync_ms": 1e3 * table.sync_s / max(1, table.syncs),
         }
 
-    def _change(self, change: Callable[[], None]) -> None:
-        """Change the table; once that has succeeded the pending rows are held."""
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Inside, the table is changed, or looked at until its writer knows it; then the pending rows are held."""
         self.state = WriterState.IN_DOUBT
         try:
-            change()
+            yield
         except NotOwner:
             self.state = WriterState.LOST
             raise
-        self._hold()
-
-    def _ensure(self) -> None:
-        """Be READY: after a change that failed, find out what became of it.
-
-        Raises:
-            NotOwner: the log is LOST. StorageError: it can't be told now.
-        """
-        if self.state is WriterState.LOST:
-            raise NotOwner(f"log {self.id} was fenced off: this incarnation of its host can write no more")
-        if self.state is WriterState.READY:
-            return
-        # the look that moves the writer to the latest version comes last: if it fails all of this is repeated
-        there = bool(self._pending) and self._is_there(self._lsn)
-        try:
-            landed = self._table.reopen()
-            if landed and not (landed == 1 and there):
-                # its positions are others' by now, who may be told that they are durable
-                raise NotOwner(
-                    f"a commit to log {self.id} that had failed landed after a look for it: take its banks over"
-                )
-        except NotOwner:
-            self.state = WriterState.LOST
-            raise
-        if not landed:
-            self._pending = {}
-        self._hold()
-
-    def _is_there(self, lsn: int) -> bool:
-        with reading(f"look for commit {lsn} in log {self.id}"):
-            return bool(self._table.open().count_rows(f"lsn = {lsn}"))
-
-    def _hold(self) -> None:
-        """The pending rows are in the table: hold them, and be READY."""
         now = time.monotonic()
         with self._lock:
             for bank, parts in self._pending.items():
@@ -316,6 +310,32 @@ class Log:
                     self._rows += len(rows)
                 self._last[bank] = self._lsn
         self._pending, self.state = {}, WriterState.READY
+
+    def _look(self) -> None:
+        """Be READY again: after a change that failed, find out what became of it.
+
+        Raises:
+            NotOwner: the log is LOST. StorageError: it can't be told now.
+        """
+        if self.state is WriterState.LOST:
+            raise NotOwner(f"log {self.id} was fenced off: this incarnation of its host can write no more")
+        if self.state is WriterState.READY:
+            return
+        # the look that moves the writer to the latest version comes last: if it fails all of this is repeated
+        there = bool(self._pending) and self._is_there(self._lsn)
+        with self._changing():
+            landed = self._table.reopen()
+            if landed and not (landed == 1 and there):
+                # its positions are others' by now, who may be told that they are durable
+                raise NotOwner(
+                    f"a commit to log {self.id} that had failed landed after a look for it: take its banks over"
+                )
+            if not landed:
+                self._pending = {}
+
+    def _is_there(self, lsn: int) -> bool:
+        with reading(f"look for commit {lsn} in log {self.id}"):
+            return bool(self._table.open().count_rows(f"lsn = {lsn}"))
 
     def _first(self, bank: str | None = None) -> int:
         """The commit with the oldest row held, of one bank or of all."""
@@ -355,3 +375,93 @@ class OldLogs:
         with reading(f"read the log {incarnation}"):
             small = table.stats()["total_bytes"] <= _CACHE_BYTES
             return (incarnation, table.to_arrow()) if small else None
+
+
+def to_log(lsn: int, parts: Sequence[Part]) -> pa.Table:
+    """One commit's rows as a table of LOG_SCHEMA."""
+    rows_of = [rows for _, rows in parts]
+    counts = [len(rows) for rows in rows_of]
+    columns = {
+        name: torch.cat([getattr(rows, f"{name}_T") for rows in rows_of]).numpy()
+        for name in ("pos", "seq", "token", "time", "crc")
+    }
+    columns["crc32c"] = columns.pop("crc").astype(np.uint32)
+    columns |= {
+        "lsn": np.full(sum(counts), lsn, dtype=np.int64),
+        "generation": np.repeat([entry.generation for entry, _ in parts], counts),
+        "epoch": np.repeat([rows.epoch for rows in rows_of], counts),
+    }
+    # one value a row, its bytes; none is null
+    hidden = [rows.hidden_TLD.flatten(1).contiguous().view(torch.uint8).numpy() for rows in rows_of]
+    offsets = np.concatenate([[0], np.cumsum(np.repeat([rows.shape[1] for rows in hidden], counts))]).astype(np.int64)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.concatenate([rows.reshape(-1) for rows in hidden]))]
+    values: list[bytes | None] = []
+    for rows in rows_of:
+        no_value = [None] * len(rows)
+        value_TV = rows.value_TV
+        values += no_value if value_TV is None else [row.tobytes() for row in value_TV.contiguous().numpy()]
+    named = {
+        "bank": [entry.id for entry, rows in parts for _ in range(len(rows))],
+        "stream": [stream for rows in rows_of for stream in rows.streams],
+        "run": [run for rows in rows_of for run in rows.runs],
+        "hidden": pa.Array.from_buffers(pa.large_binary(), sum(counts), buffers, null_count=0),
+        "value": pa.array(values, pa.large_binary()),
+    }
+    return pa.table({name: (columns | named)[name] for name in LOG_SCHEMA.names}, schema=LOG_SCHEMA)
+
+
+def read_log(tables: Tables, incarnation: str, entry: Entry) -> list[JournalRows]:
+    """A bank's rows in an incarnation's log, flushed or not, in order.
+
+    Raises:
+        Corrupt: the log is gone (`missing` in its details) or does not fit the bank's spec.
+    """
+    table = tables.open(log_table(incarnation))
+    where = f"bank = {quote(entry.id)} AND generation = {entry.generation}"
+    with reading(f"read the rows of {entry.name} in the log {incarnation}"):
+        found = table.search().where(where).to_arrow()
+    return from_log(found, entry)
+
+
+def from_log(found: pa.Table, entry: Entry) -> list[JournalRows]:
+    """One bank's rows of a log as its journal has them, in order of position.
+
+    A commit that failed and all the same landed late can leave two with the same positions. The first one counts, and
+    of the other nothing: it was never acknowledged, and half of it would be a gap in its run. One that landed twice
+    counts once.
+    """
+    if not len(found):
+        return []
+    found = found.take(pa.array(_in_order(found["lsn"].to_numpy(), found["pos"].to_numpy()))).combine_chunks()
+    schema = bank_schema(entry.spec)
+    columns = {name: found[name] for name in schema.names}
+    columns["hidden"] = _hidden(found["hidden"], schema.field("hidden").type, entry)
+    values = [None if value is None else np.frombuffer(value, np.float32) for value in found["value"].to_pylist()]
+    columns["value"] = pa.array(values, pa.list_(pa.float32()))
+    return JournalRows.from_arrow(pa.table(columns, schema=schema))
+
+
+def _in_order(lsn_N: NDArray[np.int64], pos_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of the rows that count: those of each commit that begins after what counted before it."""
+    order = np.lexsort((pos_N, lsn_N))
+    starts = np.flatnonzero(np.diff(lsn_N[order], prepend=-1))
+    counting, end = [], -1
+    for rows in np.split(order, starts[1:]):
+        if len(rows) and pos_N[rows[0]] > end:
+            counting.append(rows[np.diff(pos_N[rows], prepend=end) > 0])
+            end = pos_N[rows[-1]]
+    return np.concatenate([order[:0], *counting])
+
+
+def _hidden(column: pa.ChunkedArray, kind: pa.FixedSizeListType, entry: Entry) -> pa.Array:
+    array = pa.concat_arrays(column.chunks)
+    offsets = np.frombuffer(array.buffers()[1], dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+    width, lengths = kind.list_size * kind.value_type.bit_width // 8, np.diff(offsets)
+    if (lengths != width).any():
+        raise Corrupt(
+            f"a row of {entry.name} in its log has {lengths[lengths != width][0]} bytes of hidden states, not {width}; "
+            "restore the bank from an export or a copy of the store"
+        )
+    data = array.buffers()[2].slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
+    items = pa.Array.from_buffers(kind.value_type, len(column) * kind.list_size, [None, data])
+    return pa.FixedSizeListArray.from_arrays(items, type=kind)

@@ -130,7 +130,8 @@ class FolderSync:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._seen: dict[Path, set[str]] = {}
+        # what each folder held, see `_contents`
+        self._seen: dict[Path, dict[str, bool]] = {}
         self._marked: str | None = None
         self._trusted: str | None = None
 
@@ -140,11 +141,12 @@ class FolderSync:
         Only for a writer that stops all others with the next version: what they have under way must never count. If
         others committed one meanwhile, `sync` sees so and syncs everything.
         """
-        versions = self._folder / _VERSIONS
-        newest = _newest(os.listdir(versions)) if versions.is_dir() else None
-        if not self._seen and newest is not None and newest in _marks(self._folder):
-            self._seen = {folder: set(_present(folder)) for folder in _folders(self._folder)}
-            self._trusted = newest
+        if self._seen or not self._folder.is_dir():
+            return
+        found = _contents(self._folder)
+        newest = _newest(found.get(self._folder / _VERSIONS, ()))
+        if f"{newest}{_MARK}" in found[self._folder]:
+            self._seen, self._trusted = found, newest
 
     def sync(self) -> None:
         """Sync new files, then the folders that name them, then put the mark beside the newest version.
@@ -152,16 +154,17 @@ class FolderSync:
         Raises:
             OSError: a file could not be made durable.
         """
-        folders, versions = _folders(self._folder), self._folder / _VERSIONS
+        found = _contents(self._folder)
+        versions = found.get(self._folder / _VERSIONS, {})
         if (trusted := self._trusted) is not None:
             self._trusted = None
             # names count down: these are newer
-            if sum(name.endswith(_MANIFEST) and name < trusted for name in os.listdir(versions)) > 1:
+            if sum(name.endswith(_MANIFEST) and name < trusted for name in versions) > 1:
                 self._seen = {}
         first = self._folder not in self._seen
-        for folder in reversed(folders):
-            present = _present(folder)
-            new = present.keys() - self._seen.get(folder, set())
+        for folder, present in reversed(found.items()):
+            seen = self._seen.get(folder, {})
+            new = [name for name in present if name not in seen and not name.endswith(_MARK)]
             # of a large table there are thousands, and a Path takes a third as long to make as its file to sync
             prefix = f"{folder}{os.sep}"
             for name in new:
@@ -170,18 +173,18 @@ class FolderSync:
             if new:
                 fsync(folder)
             # only now: what failed must be tried again
-            self._seen[folder] = set(present)
-        self._seen = {folder: self._seen[folder] for folder in folders}
+            self._seen[folder] = present
+        self._seen = found
         if first:
             fsync(self._folder.parent)
-        newest = _newest(self._seen.get(versions, ()))
+        newest = _newest(versions)
         if newest is None or newest == self._marked:
             return
         (self._folder / f"{newest}{_MARK}").touch()
         fsync(self._folder)
-        for older in _marks(self._folder):
-            if older > newest:
-                (self._folder / f"{older}{_MARK}").unlink(missing_ok=True)
+        for name in found[self._folder]:
+            if name.endswith(_MARK) and name > f"{newest}{_MARK}":
+                (self._folder / name).unlink(missing_ok=True)
         self._marked = newest
 
 
@@ -200,7 +203,7 @@ def set_aside_torn(folder: Path) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         newest = _newest(os.listdir(versions))
-        if newest is None or any(mark <= newest for mark in _marks(folder)):
+        if newest is None or any(name.endswith(_MARK) and name <= f"{newest}{_MARK}" for name in os.listdir(folder)):
             return False
         if (versions / newest).read_bytes().endswith(_END):
             return False
@@ -225,23 +228,21 @@ def fsync(path: Path | str) -> None:
         os.close(handle)
 
 
-def _folders(folder: Path) -> list[Path]:
-    return [folder, *(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())]
-
-
-def _present(folder: Path) -> dict[str, bool]:
-    """What a folder holds but marks, and whether it is a file."""
-    with os.scandir(folder) as entries:
-        return {entry.name: entry.is_file() for entry in entries if not entry.name.endswith(_MARK)}
+def _contents(folder: Path) -> dict[Path, dict[str, bool]]:
+    """What a table's folder and those in it hold, the table's first, and for each name whether it is a file."""
+    found: dict[Path, dict[str, bool]] = {}
+    folders = [folder]
+    for each in folders:
+        with os.scandir(each) as entries:
+            found[each] = {entry.name: entry.is_file() for entry in entries}
+        if each == folder:
+            folders += [folder / name for name, is_file in found[folder].items() if not is_file]
+    return found
 
 
 def _newest(names: Iterable[str]) -> str | None:
     # names count down, so that the newest comes first in a listing
     return min((name for name in names if name.endswith(_MANIFEST)), default=None)
-
-
-def _marks(folder: Path) -> list[str]:
-    return [name.removesuffix(_MARK) for name in os.listdir(folder) if name.endswith(_MARK)]
 
 
 @contextmanager

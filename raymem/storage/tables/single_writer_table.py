@@ -178,7 +178,7 @@ class SingleWriterTable:
         self._make_durable()
         if self._tables.place:
             self._tables.place.require()
-        self._keep(handle)
+        self._handle, self._version, self.state = handle, handle.version, WriterState.READY
         self.commits += 1
 
     def _keep(self, handle: Any) -> None:
