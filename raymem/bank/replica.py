@@ -21,7 +21,6 @@ from torch import Tensor
 from raymem.bank.apply_queue import SMALL_BYTES, ApplyQueue
 from raymem.bank.dedup import Dedup, Runs
 from raymem.bank.prefetch import prefetch
-from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import Encoder, assemble
 from raymem.errors import Corrupt, RaymemError, StoreClosed, TooLarge
 from raymem.logs import get_logger
@@ -89,7 +88,7 @@ class Replica:
         self.entry = entry
         self.spec: BankSpec = entry.spec
         self.device = torch.device(device)
-        self.calibration = Calibration.from_bytes(cold.calibrations.get(self.spec.fingerprint.calibration))
+        self.calibration = cold.calibrations.load(self.spec.fingerprint.calibration)
         self.learned = learned_of(cold, self.spec)
         self.encoder, self.memory = assemble(self.spec, self.calibration, self.learned)
         self.memory.to(self.device).requires_grad_(False)

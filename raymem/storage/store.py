@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from raymem.storage.calibrations import Calibrations
 from raymem.storage.catalog import Catalog, Entry
+from raymem.storage.content_store import Calibrations, Params
 from raymem.storage.cordon import Cordon
 from raymem.storage.erasure.receipts import Receipts
 from raymem.storage.journal.fork_journal import ancestors, open_journal
 from raymem.storage.journal.journal import Journal
 from raymem.storage.journal.log import Log, OldLogs
 from raymem.storage.lease_table import LeaseTable
-from raymem.storage.params import Params
 from raymem.storage.partitions import Partitions
 from raymem.storage.snapshots import Snapshot, Snapshots
 from raymem.storage.tables.tables import BANK_TABLE, Tables

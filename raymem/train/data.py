@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import Encoder
 from raymem.errors import Conflict, InvalidInput
 from raymem.memory.base import EncodedRows, Memory
@@ -59,7 +58,7 @@ def lessons_of(cold: ColdStore, entry: Entry, max_rows: int, least: int, end: in
     """
     journal = cold.journal(entry)
     end = journal.end() if end is None else end
-    encoder = Encoder(entry.spec, Calibration.from_bytes(cold.calibrations.get(entry.spec.fingerprint.calibration)))
+    encoder = Encoder(entry.spec, cold.calibrations.load(entry.spec.fingerprint.calibration))
     digest, parts = hashlib.sha256(), []
     for piece in journal.scan(max(0, end - max_rows), end):
         digest.update(piece.pos_T.numpy().tobytes() + piece.crc_T.numpy().tobytes())

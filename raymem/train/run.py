@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import assemble
 from raymem.errors import FingerprintMismatch, InvalidSpec
 from raymem.memory.learned import Learned
@@ -165,7 +164,7 @@ def _spec(entry: Entry, settings: TrainSettings) -> BankSpec:
 
 
 def _task(cold: ColdStore, entry: Entry, spec: BankSpec, settings: TrainSettings, lessons: Lessons) -> Task:
-    calibration = Calibration.from_bytes(cold.calibrations.get(spec.fingerprint.calibration))
+    calibration = cold.calibrations.load(spec.fingerprint.calibration)
     encoder, memory = assemble(spec, calibration)
     if settings.kind == "compressive":
         from raymem.train.compressive import CompressiveTask

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raymem.errors import CalibrationNotFound, Corrupt, StorageError
-from raymem.storage.calibrations import Calibrations
+from raymem.storage.content_store import Calibrations
 from raymem.storage.journal.journal import Journal
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.disk import FolderSync
