@@ -19,14 +19,13 @@ from raymem.actors.transfer import pack, pack_fields, unpack_fields
 from raymem.config import Settings
 from raymem.errors import BankDetached, BankNotFound, ConfigError, Conflict, NotShared, RaymemError
 from raymem.host.admission import Limiter, caller
-from raymem.host.backend import ColdBackend, shard_info
-from raymem.storage.store import ColdStore
-from raymem.storage.vanished import telling
-from raymem.types import Ack, BankInfo, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
+from raymem.host.backend import shard_info
+from raymem.partition.backend import PartitionedBackend
+from raymem.storage.store import ColdStore, Entry
+from raymem.types import Ack, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
 
 
-@telling
-class RayBackend(ColdBackend):
+class RayBackend(PartitionedBackend):
     """Banks in the shard actors of a Ray cluster.
 
     A call goes to the shard where the bank was last seen. It is repeated where the bank has moved to, and, for up to
@@ -90,29 +89,28 @@ class RayBackend(ColdBackend):
             raise next(iter(topology.failures.values()))
         return backend
 
-    async def attach(self, name: str, node: str | None) -> BankInfo:
-        """Load a bank on `node`, or on the shard with the fewest bytes; one that is hot there already stays.
+    async def attach_part(self, entry: Entry, node: str | None) -> Entry:
+        """Load a part on `node`, or on the shard with the fewest bytes; one that is hot there already stays.
 
         Raises:
             InvalidInput: no such node, naming those there are.
             Conflict: the bank is hot on another node, or held by a living process outside the cluster.
         """
         topology = await self._router.refresh()
-        await self._router.load(name, topology.taking(node), node)
-        return await self.info(name)
+        await self._router.load(entry.name, topology.taking(node), node)
+        return await asyncio.to_thread(self.cold.catalog.get, entry.name)
 
-    async def detach(self, name: str) -> BankInfo:
-        """Settle, snapshot and free a bank."""
+    async def detach_part(self, name: str) -> None:
+        """Flush, snapshot and free a part."""
         await self._router.call(name, "detach", settled_by=BankDetached)
         self._router.forget(name)
-        return await self.info(name)
 
-    async def discard(self, name: str, owner: str | None) -> None:
-        """Free a bank that is about to be removed."""
+    async def discard_part(self, name: str, owner: str | None) -> None:
+        """Free a part that is about to be removed."""
         if owner is not None:
             await self._router.discard(name, owner)
 
-    async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
+    async def write_part(self, name: str, trace: Trace, durable: bool) -> Ack:
         """Journal and apply a trace."""
         asks = self._caller()
         with self._limiter.admit(asks, trace.nbytes):
@@ -120,8 +118,8 @@ class RayBackend(ColdBackend):
             ack: Ack = await self._router.call_in_time(name, "write", packed, durable, asks)
         return ack
 
-    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
-        """Read a bank, or what it was."""
+    async def read_part(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
+        """Read a part, or what it was."""
         # what a bank was may have to be made first, which takes as long as loading it
         call = self._router.call_in_time if as_of is None else self._router.call
         asks = self._caller()
@@ -138,8 +136,8 @@ class RayBackend(ColdBackend):
         """Copy what a hot fork inherited."""
         await self._router.call(name, "materialise")
 
-    async def digest(self, name: str) -> str:
-        """sha256 of the bank's state."""
+    async def digest_part(self, name: str) -> str:
+        """sha256 of the part's state."""
         return str(await self._router.call(name, "digest"))
 
     async def erase_hot(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
@@ -152,12 +150,12 @@ class RayBackend(ColdBackend):
         await self._router.call(name, "release", stream)
 
     async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
-        """Copy a stream from another bank's journal."""
+        """Copy a stream from another part's journal."""
         copied, end = await self._router.call(name, "pull", source, stream, start)
         return copied, end
 
-    async def migrate(self, name: str, to: str) -> MigrationReport:
-        """Move a bank to another node while it is read and written.
+    async def migrate_part(self, name: str, to: str) -> MigrationReport:
+        """Move a part to another node while it is read and written.
 
         Raises:
             InvalidInput: no such node, naming those there are.
@@ -220,7 +218,7 @@ class RayBackend(ColdBackend):
                 try:
                     moved.append(await self._move(name, await self._router.least(name, others)))
                 except (BankDetached, BankNotFound):
-                    # somebody else put it away
+                    # another caller detached or removed it
                     continue
                 except RaymemError as error:
                     failed[name] = error.message

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from raymem.bank.replica import Replica
-from raymem.errors import InvalidInput, InvalidSpec, Partitioned, RaymemError, Unsupported
+from raymem.errors import InvalidInput, InvalidSpec, Partitioned, Unsupported
 from raymem.memory import keeps_rows, merge_rule
 from raymem.memory.base import State
 from raymem.rows import JournalRows
-from raymem.storage.catalog import Moment
+from raymem.storage.catalog import Moment, bank_of
 from raymem.storage.journal.fork_journal import steady
 from raymem.storage.kway_merge import Tally, merged
-from raymem.storage.partitions import Layout
 from raymem.storage.snapshots import MERGED_TAG
 from raymem.storage.store import ColdStore, Entry
 from raymem.storage.tables.tables import snapshot_table
@@ -33,37 +32,62 @@ def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild
     A state that holds exactly what the rows say is made of them when the bank loads. That of a kind which merges
     approximately is made of the sources' states, and kept under the tag `merged`, unless `rebuild` asks for the rows.
 
+    `target` has as many parts as the source with the most. Whole parts of the sources come together in one, so that a
+    stream stays in one part.
+
     Raises:
         InvalidInput: no source, or one twice. FingerprintMismatch, InvalidSpec: naming what differs.
         Unsupported: banks of this kind don't merge, and `rebuild` is False.
-        Conflict: rows of a source were erased meanwhile.
+        Partitioned: a source is, and `rename` is False. Conflict: rows of a source were erased meanwhile, or streams of
+            it are being moved.
     """
-    entries = [cold.catalog.get(source) for source in sources]
-    spec = _common_spec(entries)
-    rule = merge_rule(spec.kind)
-    with steady(cold.catalog, *entries):
-        journals = [cold.journal(entry) for entry in entries]
-        ends = [journal.end() for journal in journals]
-        given = [end - len(journal.tombstones()) for end, journal in zip(ends, journals, strict=True)]
-        state = _merged_state(cold, entries, ends) if rule != "exact" and not rebuild else None
-    prefixes = _prefixes(sources) if rename else [""] * len(sources)
-    made, tally = Entry(id=uuid.uuid4().hex, name=target, spec=spec, state="hot", created=time.time()), Tally()
-    scans = [journal.scan(stop=end) for journal, end in zip(journals, ends, strict=True)]
-    tables = _steadily(cold, entries, merged(scans, sources, prefixes, tally))
+    layouts = [cold.partitions.get(source) for source in sources]
+    if not rename and not all(layout.whole for layout in layouts):
+        raise Partitioned(
+            f"streams of one name can't be brought together in {target}, as they may live in two partitions; merge "
+            "with rename=True (without --keep-names), or export the banks and merge what is imported"
+        )
+    spec = _common_spec([layout.entry for layout in layouts])
+    rule, prefixes = merge_rule(spec.kind), _prefixes(sources) if rename else [""] * len(sources)
+    found = [
+        (entry, source)
+        for layout, source in zip(layouts, prefixes, strict=True)
+        for entry in cold.partitions.entries(layout)
+    ]
+    with steady(cold.catalog, *(entry for entry, _ in found)):
+        parts = [_Part(cold, entry, prefix) for entry, prefix in found]
+        state = _merged_state(cold, parts) if rule != "exact" and not rebuild else None
+    placed = _placed(parts, max(len(layout.parts) for layout in layouts))
+    # after the ends were read: a stream with a row before them is among these
+    numbered = enumerate(placed) if len(placed) > 1 else ()
+    homes = {stream: index for index, each in numbered for part in each for stream in part.streams()}
+    layout = cold.partitions.lay_out(check_bank_name(target), spec, len(placed), homes)
+    entries = [Entry(uuid.uuid4().hex, name, spec, state="hot", created=time.time()) for name in layout.parts]
+    given, tally = {source: 0 for source in sources}, Tally()
+    for part in parts:
+        given[bank_of(part.entry.name)] += part.rows
+    journals = {entry.id: _together(cold, each, tally) for entry, each in zip(entries, placed, strict=True)}
+    if state is not None:
+        # the position is known only when all rows have passed, and the tag must be there with the bank
+        entries[0].tags[MERGED_TAG] = sum(given.values())
+        journals[entries[0].id] = _with_state(cold, entries[0], journals[entries[0].id], state, tally)
+
+    def still(_: Moment, lines: Sequence[Entry]) -> Sequence[Entry]:
+        for layout in layouts:
+            cold.partitions.require_still(layout)
+        return lines
+
     try:
-        if state is None:
-            cold.catalog.add(made, (batch for table in tables for batch in table.to_batches()))
-        else:
-            # the position is known only when all rows have passed, and the tag must be there with the bank
-            made.tags[MERGED_TAG] = sum(given)
-            cold.catalog.add(made, _with_state(cold, made, tables, state, tally))
+        cold.catalog.add_together(layout.lines(entries), journals, revise=still)
     except BaseException:
-        cold.tables.drop(snapshot_table(made.id))
+        cold.partitions.drop(layout.entry)
+        for entry in entries:
+            cold.tables.drop(snapshot_table(entry.id))
         raise
     return MergeReport(
         bank=target,
-        rows=sum(given) - tally.duplicates - tally.conflicts,
-        sources=dict(zip(sources, given, strict=True)),
+        rows=sum(given.values()) - tally.duplicates - tally.conflicts,
+        sources=given,
         streams=dict(zip(sources, prefixes, strict=True)),
         rule=rule,
         rebuilt=state is None,
@@ -74,13 +98,12 @@ def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild
 
 
 class _Part:
-    """A whole bank or a partition of one, as it is when this is made."""
+    """A part of a source, as it is when this is made."""
 
-    def __init__(self, cold: ColdStore, name: str, source: str, prefix: str) -> None:
-        self.entry = cold.catalog.get(name)
-        self.source = source
+    def __init__(self, cold: ColdStore, entry: Entry, prefix: str) -> None:
+        self.entry = entry
         self.prefix = prefix
-        self._journal = cold.journal(self.entry)
+        self._journal = cold.journal(entry)
         self.end = self._journal.end()
         self.rows = self.end - len(self._journal.tombstones())
 
@@ -91,90 +114,23 @@ class _Part:
         return [self.prefix + stream for stream in self._journal.streams(self.end)]
 
 
-def merge_partitions(
-    cold: ColdStore, target: str, sources: Sequence[str], layouts: Sequence[Layout | None], *, rename: bool
-) -> MergeReport:
-    """As `merge_banks`, of row banks of which some are partitioned: `target` has as many partitions as the largest.
-
-    Whole partitions of the sources come together in one, so that a stream is in one still.
-
-    Args:
-        cold: the store.
-        target: the new bank.
-        sources: the banks.
-        layouts: of those that are partitioned.
-        rename: must be: streams of one name may live in two places.
-
-    Raises:
-        Partitioned: without `rename`. Conflict: streams are being moved. And what `merge_banks` does.
-    """
-    if not rename:
-        raise Partitioned(
-            f"streams of one name can't be brought together in {target}, as they may live in two partitions; merge "
-            "with rename=True (without --keep-names), or export the banks and merge what is imported"
-        )
-    spec = _common_spec([cold.catalog.get(source) for source in sources])
-    prefixes = _prefixes(sources)
-    parts = [
-        _Part(cold, name, source, prefix)
-        for source, layout, prefix in zip(sources, layouts, prefixes, strict=True)
-        for name in ([source] if layout is None else layout.parts)
-    ]
-    placed = _placed(parts, max(layout.count for layout in layouts if layout is not None))
-    # after the ends were read: a stream with a row before them is among these
-    homes = {stream: index for index, together in enumerate(placed) for part in together for stream in part.streams()}
-    made = cold.partitions.lay_out(check_bank_name(target), spec, len(placed), homes)
-    entries = [Entry(uuid.uuid4().hex, name, spec, state="hot", created=time.time()) for name in made.parts]
-    tally = Tally()
-    journals = {entry.id: _together(cold, each, tally) for entry, each in zip(entries, placed, strict=True)}
-
-    def still(_: Moment, entries: Sequence[Entry]) -> Sequence[Entry]:
-        for layout in layouts:
-            if layout is not None:
-                cold.partitions.require_still(layout)
-        return entries
-
-    try:
-        cold.catalog.add_together([made.entry(), *entries], journals, revise=still)
-    except RaymemError:
-        cold.partitions.drop(made.id)
-        raise
-    given = {source: sum(part.rows for part in parts if part.source == source) for source in sources}
-    return MergeReport(
-        bank=target,
-        rows=sum(given.values()) - tally.duplicates - tally.conflicts,
-        sources=given,
-        streams=dict(zip(sources, prefixes, strict=True)),
-        rule=merge_rule(spec.kind),
-        rebuilt=True,
-        duplicates=tally.duplicates,
-        conflicts=tally.conflicts,
-        conflict_rows=tuple(tally.named),
-    )
-
-
 def _placed(parts: Sequence[_Part], count: int) -> list[list[_Part]]:
-    """The partitions that come together in each new one: of one source never two, the largest where there is least."""
+    """The parts that come together in each new one: of one source never two, the largest where there is least."""
     placed: list[list[_Part]] = [[] for _ in range(count)]
-    for source in dict.fromkeys(part.source for part in parts):
+    for source in dict.fromkeys(bank_of(part.entry.name) for part in parts):
         emptiest = sorted(placed, key=lambda each: sum(part.rows for part in each))
-        largest = sorted((part for part in parts if part.source == source), key=lambda part: -part.rows)
+        largest = sorted((part for part in parts if bank_of(part.entry.name) == source), key=lambda part: -part.rows)
         for part, each in zip(largest, emptiest, strict=False):
             each.append(part)
     return placed
 
 
 def _together(cold: ColdStore, parts: Sequence[_Part], tally: Tally) -> Iterator[pa.RecordBatch]:
-    scans, names = [part.scan() for part in parts], [part.source for part in parts]
-    tables = merged(scans, names, [part.prefix for part in parts], tally)
-    for table in _steadily(cold, [part.entry for part in parts], tables):
-        yield from table.to_batches()
-
-
-def _steadily(cold: ColdStore, entries: Sequence[Entry], tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    scans, names = [part.scan() for part in parts], [bank_of(part.entry.name) for part in parts]
     # an error after the last table still keeps the new bank from becoming visible
-    with steady(cold.catalog, *entries):
-        yield from tables
+    with steady(cold.catalog, *(part.entry for part in parts)):
+        for table in merged(scans, names, [part.prefix for part in parts], tally):
+            yield from table.to_batches()
 
 
 def _common_spec(entries: Sequence[Entry]) -> BankSpec:
@@ -200,12 +156,10 @@ def _common_spec(entries: Sequence[Entry]) -> BankSpec:
     )
 
 
-def _merged_state(cold: ColdStore, entries: Sequence[Entry], ends: Sequence[int]) -> State:
-    replicas = []
-    for entry, end in zip(entries, ends, strict=True):
-        replica = Replica(cold, entry)
-        replica.recover(upto=end)
-        replicas.append(replica)
+def _merged_state(cold: ColdStore, parts: Sequence[_Part]) -> State:
+    replicas = [Replica(cold, part.entry) for part in parts]
+    for replica, part in zip(replicas, parts, strict=True):
+        replica.recover(upto=part.end)
     memory = replicas[0].memory
     try:
         found = memory.dump(memory.merge([replica.state for replica in replicas]))
@@ -215,16 +169,16 @@ def _merged_state(cold: ColdStore, entries: Sequence[Entry], ends: Sequence[int]
 
 
 def _with_state(
-    cold: ColdStore, made: Entry, tables: Iterator[pa.Table], state: State, tally: Tally
+    cold: ColdStore, made: Entry, journal: Iterator[pa.RecordBatch], state: State, tally: Tally
 ) -> Iterator[pa.RecordBatch]:
     """The rows as they pass, and after the last of them a snapshot: an encoder that has seen them, the merged state."""
     replica = Replica(cold, made)
     pos = 0
-    for table in tables:
-        for rows in JournalRows.from_arrow(table):
+    for batch in journal:
+        for rows in JournalRows.from_arrow(pa.Table.from_batches([batch])):
             replica.encoder.push(rows)
-        pos += len(table)
-        yield from table.to_batches()
+        pos += len(batch)
+        yield batch
     if tally.duplicates or tally.conflicts:
         raise InvalidInput(
             f"{tally.duplicates + tally.conflicts} rows are in more than one of these banks, and their states can't be "

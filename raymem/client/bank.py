@@ -21,8 +21,8 @@ from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
+from raymem.client.backend import Backend
 from raymem.errors import InvalidTrace, RaymemError, StoreClosed
-from raymem.host.backend import Backend
 from raymem.inputs import (
     AnyAsOf,
     AnyMoment,

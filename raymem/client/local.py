@@ -7,7 +7,7 @@ import re
 import socket
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psutil
 from torch import Tensor
@@ -15,20 +15,20 @@ from torch import Tensor
 from raymem.config import Settings
 from raymem.errors import Conflict, InvalidInput, Moved, NotOwner
 from raymem.host.admission import caller
-from raymem.host.backend import ColdBackend, detached, shard_info
+from raymem.host.backend import detached, shard_info
 from raymem.host.host import Host
 from raymem.host.lease import Watch
-from raymem.storage.store import ColdStore, LeaseTable
-from raymem.storage.vanished import telling
-from raymem.types import Ack, BankInfo, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
+from raymem.partition.backend import PartitionedBackend
+from raymem.storage.store import ColdStore, Entry, LeaseTable
+from raymem.types import Ack, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
 
+P = ParamSpec("P")
 T = TypeVar("T")
 NODE = "local"
 _OWNER = re.compile(r"process (?P<pid>\d+) since (?P<since>[\d.]+) on (?P<host>\S+) as \w+")
 
 
-@telling
-class LocalBackend(ColdBackend):
+class LocalBackend(PartitionedBackend):
     """Banks in this process.
 
     A bank that another living process holds is refused; one whose process has died is taken over. On this machine the
@@ -39,65 +39,60 @@ class LocalBackend(ColdBackend):
         super().__init__(ColdStore.open(uri, settings.cold.sync), settings)
         self.host = Host(self.cold, settings, owner=_this_process())
 
-    async def attach(self, name: str, node: str | None) -> BankInfo:
-        """Load a bank into this process."""
+    async def attach_part(self, entry: Entry, node: str | None) -> Entry:
+        """Load a part into this process."""
         _check_node(node)
+        return entry if self.host.has(entry.name) else await self._take(entry)
+
+    async def detach_part(self, name: str) -> None:
+        """Flush, snapshot, free."""
         if not self.host.has(name):
-            owner = (await asyncio.to_thread(self.cold.catalog.get, name)).owner
-            await self._take(name, owner)
-        return await self.info(name)
-
-    async def detach(self, name: str) -> BankInfo:
-        """Settle, snapshot, free."""
-        await self._ensure(name)
+            await self._reload(name)
         await self.host.detach(name)
-        return await self.info(name)
 
-    async def discard(self, name: str, owner: str | None) -> None:
-        """Free a bank that is about to be removed."""
-        if owner and owner != self.host.owner:
-            await self._require_over(name, owner)
+    async def discard_part(self, name: str, owner: str | None) -> None:
+        """Free a part that is about to be removed."""
+        await self._require_over(name, owner)
         await self.host.discard(name)
 
-    async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
-        """Journal and apply a copy of a trace: whoever made its tensors may go on to change them."""
-        mine = trace.copy()
-        return await self._owned(name, lambda: self.host.write(name, mine, durable=durable, caller=caller.get()))
+    async def write_part(self, name: str, trace: Trace, durable: bool) -> Ack:
+        """Journal and apply a copy of a trace: the caller may go on to change its tensors."""
+        return await self._owned(self.host.write, name, trace.copy(), durable=durable, caller=caller.get())
 
-    async def read(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
-        """Read a bank, or what it was."""
-        asks = caller.get()
-        return await self._owned(name, lambda: self.host.read(name, hidden_QLD, k, start, as_of=as_of, caller=asks))
+    async def read_part(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
+        """Read a part, or what it was."""
+        return await self._owned(self.host.read, name, hidden_QLD, k, start, as_of=as_of, caller=caller.get())
 
-    async def migrate(self, name: str, to: str) -> MigrationReport:
+    async def migrate_part(self, name: str, to: str) -> MigrationReport:
         """There is one node here: a move to it moves nothing."""
         _check_node(to)
-        await self._ensure(name)
+        if not self.host.has(name):
+            await self._reload(name)
         return MigrationReport(name, NODE, NODE, rows=0, pause_ms=0.0, total_ms=0.0)
 
-    async def digest(self, name: str) -> str:
-        """sha256 of the bank's state."""
-        return await self._owned(name, lambda: self.host.digest(name))
+    async def digest_part(self, name: str) -> str:
+        """sha256 of the part's state."""
+        return await self._owned(self.host.digest, name)
 
     async def mark(self, name: str, tag: str) -> dict[str, int]:
         """Tag a hot bank."""
-        return await self._owned(name, lambda: self.host.mark(name, tag))
+        return await self._owned(self.host.mark, name, tag)
 
     async def materialise_hot(self, name: str) -> None:
         """Copy what a hot fork inherited."""
-        await self._owned(name, lambda: self.host.materialise(name))
+        await self._owned(self.host.materialise, name)
 
     async def erase_hot(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
         """Erase rows."""
-        return await self._owned(name, lambda: self.host.erase(name, what, rebuild=rebuild))
+        return await self._owned(self.host.erase, name, what, rebuild=rebuild)
 
     async def release(self, name: str, stream: str | None) -> None:
         """Finish writes, and look up where streams live before later ones."""
-        await self._owned(name, lambda: self.host.release(name, stream))
+        await self._owned(self.host.release, name, stream)
 
     async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
-        """Copy a stream from another bank's journal."""
-        return await self._owned(name, lambda: self.host.pull(name, source, stream, start))
+        """Copy a stream from another part's journal."""
+        return await self._owned(self.host.pull, name, source, stream, start)
 
     async def nodes(self) -> list[str]:
         """This process."""
@@ -135,18 +130,22 @@ class LocalBackend(ColdBackend):
         """All owners of a local store are processes of this machine."""
         return NODE
 
-    async def _owned(self, name: str, once: Callable[[], Awaitable[T]]) -> T:
-        await self._ensure(name)
+    async def _owned(
+        self, verb: Callable[Concatenate[str, P], Awaitable[T]], name: str, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run the host's verb on a part, once more if the part was lost to it meanwhile."""
+        if not self.host.has(name):
+            await self._reload(name)
         try:
-            return await once()
+            return await verb(name, *args, **kwargs)
         except (Moved, NotOwner):
-            # the worker or the lease was lost: the catalog says who has the bank now
-            await self._ensure(name)
-            return await once()
+            # the worker or the lease was lost: the catalog says who has the part now
+            if not self.host.has(name):
+                await self._reload(name)
+            return await verb(name, *args, **kwargs)
 
-    async def _ensure(self, name: str) -> None:
-        if self.host.has(name):
-            return
+    async def _reload(self, name: str) -> None:
+        """Load a part that the catalog says is hot, taking it from an owner that has ended."""
         entry = (await asyncio.to_thread(self.cold.catalog.get, name)).whole()
         if entry.state == "cold":
             raise detached(name)
@@ -156,25 +155,22 @@ class LocalBackend(ColdBackend):
                 f"gone, take the bank: bank.attach() or `raymem bank attach {name}`",
                 owner=entry.owner,
             )
-        await self._take(name, entry.owner)
+        await self._take(entry)
 
-    async def _take(self, name: str, owner: str | None) -> None:
-        if owner and owner != self.host.owner:
-            await self._require_over(name, owner)
+    async def _take(self, entry: Entry) -> Entry:
+        await self._require_over(entry.name, entry.owner)
         # another host may have taken it meanwhile: take it only from the owner that we know of
-        await self.host.attach(name, take_from=owner or "")
+        return await self.host.attach(entry.name, take_from=entry.owner or "")
 
-    async def _require_over(self, name: str, owner: str) -> None:
-        if not await over(self.cold.lease_table, owner, self._poll_s):
+    async def _require_over(self, name: str, owner: str | None) -> None:
+        if owner in (None, self.host.owner):
+            return
+        if not await over(self.cold.lease_table, owner, self.settings.host.lease_s / 10):
             raise Conflict(
                 f"bank {name!r} is held by {owner}; close it there, or share it: "
                 "`raymem serve` and connect to its http:// address",
                 owner=owner,
             )
-
-    @property
-    def _poll_s(self) -> float:
-        return self.host.settings.host.lease_s / 10
 
 
 def _check_node(node: str | None) -> None:

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Concatenate, ParamSpec, Self
 
 from pydantic import BeforeValidator
 
+from raymem.client.backend import Backend
 from raymem.client.bank import AsyncBank as AsyncBank
 from raymem.client.bank import Bank as Bank
 from raymem.client.bank import Blocking, Handle, LoopThread, blocking
 from raymem.config import Settings, check_key
 from raymem.encode.calibration import Calibration
 from raymem.errors import ConfigError
-from raymem.host.backend import Backend
 from raymem.inputs import (
     BankName,
     BankNames,
@@ -310,15 +310,13 @@ async def _open_backend(address: str, cold: str | None, api_key: str | None, set
         from raymem.client.http import HttpBackend
 
         return await HttpBackend.connect(address, api_key, settings)
-    from raymem.partition.backend import partitioned
-
     if _is_ray(address):
         from raymem.actors.backend import RayBackend
 
-        return partitioned(await RayBackend.connect(address, None if cold is None else os.fspath(cold), settings))
+        return await RayBackend.connect(address, None if cold is None else os.fspath(cold), settings)
     from raymem.client.local import LocalBackend
 
-    return partitioned(await asyncio.to_thread(LocalBackend, address, settings))
+    return await asyncio.to_thread(LocalBackend, address, settings)
 
 
 def _is_ray(address: str) -> bool:

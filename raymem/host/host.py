@@ -102,8 +102,8 @@ class Host:
         """What is in memory, what stays there, and how often a bank had to leave."""
         return await self._space.stats() | {"loaded": len(self._workers)}
 
-    async def attach(self, name: str, *, take_from: str | None = None, epoch: int | None = None) -> None:
-        """Claim a bank in the catalog and load it: snapshot, then the journal's tail.
+    async def attach(self, name: str, *, take_from: str | None = None, epoch: int | None = None) -> Entry:
+        """Claim a bank in the catalog and load it: snapshot, then the journal's tail; return its line in the catalog.
 
         Args:
             name: the bank.
@@ -115,12 +115,12 @@ class Host:
         """
         async with self._locks[name]:
             if self.has(name):
-                return
+                return self._workers[name].runtime.entry
             entry = (await self._thread(lambda: self.cold.catalog.get(name))).whole()
             is_later = epoch not in (None, entry.epoch)
             if take_from is not None and (entry.owner not in (None, self.owner, take_from) or is_later):
                 raise Moved(f"bank {name!r} is hot on {entry.owner}", to=entry.owner or "")
-            await self._load(entry)
+            return await self._load(entry)
 
     async def reopen(self, name: str) -> None:
         """Load a bank that the catalog says is hot here: after a restart, or after its worker was lost.
@@ -353,7 +353,7 @@ class Host:
             if not worker.ended:
                 self._lost[name] = worker
 
-    async def _load(self, entry: Entry) -> None:
+    async def _load(self, entry: Entry) -> Entry:
         if self._closing:
             raise StoreClosed(f"bank {entry.name!r} is not loaded: this store is closed; connect again")
         self._retire_lost(entry.name)
@@ -375,6 +375,7 @@ class Host:
                 await self._thread(lambda: self.cold.catalog.release(entry.name, claimed.epoch, log=mine))
             raise
         self._serve(entry.name, runtime, group_commit)
+        return runtime.entry
 
     def _check_lease(self) -> None:
         if self._workers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from raymem.errors import InvalidSpec
 from raymem.memory.base import Dims, Memory, MergeRule
@@ -44,6 +45,15 @@ def keeps_rows(kind: str) -> bool:
     from raymem.memory.rows import RowMemory
 
     return issubclass(class_of(kind), RowMemory)
+
+
+def blend(kind: str, options: dict[str, object], scores_Qk: Tensor, vectors_QkV: Tensor) -> Tensor:
+    """What a kind that keeps rows makes of neighbours' vectors, from a bank's options; see `RowMemory.blend`."""
+    from raymem.memory.rows import RowMemory
+
+    cls = class_of(kind)
+    assert issubclass(cls, RowMemory)
+    return cls.blend(cls.options_type.model_validate(options), scores_Qk, vectors_QkV)
 
 
 def option_names(kind: str) -> set[str]:

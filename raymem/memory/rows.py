@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -91,6 +91,17 @@ class RowMemory(Memory):
             queries_QK: `[Q, K]` unit queries.
             k: neighbours a query gets.
             mask: bool `[N]` or `[Q, N]` over `state.held()`; a row that is False is hidden inside the search.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def blend(options: Any, scores_Qk: Tensor, vectors_QkV: Tensor) -> Tensor:
+        """The value `[Q, V]` float32 that the kind makes of neighbours' vectors; zeros where there is no neighbour.
+
+        Args:
+            options: of the kind.
+            scores_Qk: the neighbours' scores, -inf where there is none.
+            vectors_QkV: their vectors.
         """
 
     def append(self, state: RowState, rows: EncodedRows) -> RowState:

@@ -114,7 +114,7 @@ class Spalm(RowMemory):
         best = scores[:, 0] if k else scores.new_full((len(scores),), -1.0)
         vectors = self._vectors(held, index)
         return Found(
-            values_QV=blend(scores, vectors, self.spalm.tau),
+            values_QV=self.blend(self.spalm, scores, vectors),
             similarity_Q=best.clamp(-1, 1),
             tokens_Qk=tokens,
             scores_Qk=scores,
@@ -123,6 +123,12 @@ class Spalm(RowMemory):
             source_Qk=source,
             vectors_QkV=vectors,
         )
+
+    @staticmethod
+    def blend(options: SpalmOptions, scores_Qk: Tensor, vectors_QkV: Tensor) -> Tensor:
+        """The vectors weighted by softmax(score / tau); see RowMemory.blend."""
+        weights_Qk = _softmax(scores_Qk / options.tau, scores_Qk > float("-inf"))
+        return (weights_Qk[..., None] * vectors_QkV.float()).sum(1)
 
     def short_term(self, state: RowState) -> tuple[Tensor, Tensor]:
         """The newest `n_short` keys [n, K] float32 and their tokens [n] int64, oldest first."""
@@ -135,12 +141,6 @@ class Spalm(RowMemory):
         if not width or not len(held["value"]):
             return torch.zeros(*index_Qk.shape, width, dtype=torch.bfloat16)
         return held["value"][index_Qk.clamp_min(0)]
-
-
-def blend(scores_Qk: Tensor, vectors_QkV: Tensor, tau: float) -> Tensor:
-    """Vectors of neighbours [Q, V] float32, weighted by softmax(score / tau); zeros where there is no neighbour."""
-    weights_Qk = _softmax(scores_Qk / tau, scores_Qk > float("-inf"))
-    return (weights_Qk[..., None] * vectors_QkV.float()).sum(1)
 
 
 class SpalmGate(nn.Module):

@@ -1,45 +1,60 @@
-"""Banks in partitions: one call on the bank becomes calls on the banks that have its rows.
+"""The verbs of a store: one call on a bank becomes calls on its parts.
 
-This is the one layer that knows of it, under `Store` and over the backends that see the cold store. A gateway uses the
-same store, so that its clients make one call.
+A bank's parts are its partitions; a whole bank is its own only part. This is the one layer that knows of it, under
+`Store` and over the hosts. A gateway uses the same store, so that its clients make one call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 import hashlib
+import inspect
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from raymem.bank.merge import merge_banks
+from raymem.bank.replica import learned_of
+from raymem.config import Settings
+from raymem.encode.calibration import Calibration
+from raymem.encode.encoder import assemble
 from raymem.errors import (
     BackendUnavailable,
     BankDetached,
     BankNotFound,
+    CalibrationNotFound,
     Conflict,
+    Corrupt,
     InvalidInput,
     Overloaded,
     Partitioned,
+    RaymemError,
     Reassigned,
+    StorageError,
     TagNotFound,
     Unavailable,
     Unsupported,
 )
-from raymem.host.backend import Backend, ColdBackend, detached
-from raymem.host.locks import Locks
+from raymem.host.backend import Hosts, detached
 from raymem.memory import keeps_rows
+from raymem.memory.learned import Learned
+from raymem.partition.assignment import Assignments
 from raymem.partition.gather import combine, merge_readouts, one_receipt
 from raymem.partition.rebalance import Mover
-from raymem.storage.branching import fork_together, positions_of, restore_together, tag_together, untag_together
-from raymem.storage.catalog import part_name, part_of, part_prefix
-from raymem.storage.export.export import export_together
-from raymem.storage.history import seconds
+from raymem.storage.catalog import Catalog, part_of, part_prefix
+from raymem.storage.export.export import export_bank
+from raymem.storage.export.imports import import_bank
+from raymem.storage.history import fork_at, positions_of, restore_to, seconds, tag_at, untag
 from raymem.storage.partitions import MOST, Layout
-from raymem.storage.vanished import telling
+from raymem.storage.store import ColdStore, Entry
+from raymem.storage.sweeper import sweep
+from raymem.storage.tables.tables import BANK_TABLE
 from raymem.types import (
     Ack,
     BankInfo,
@@ -51,147 +66,173 @@ from raymem.types import (
     RebalanceReport,
     RestoreReport,
     Selection,
+    SweepReport,
     Trace,
     shorten,
 )
 
+B = TypeVar("B", bound=type[Any])
 T = TypeVar("T")
-_MOST_PLACES = 2**16
-# whoever moves a stream holds its writers for a moment; one that died in it holds nobody for longer than this
+# a mover holds a stream's writers for a moment; one that died in it holds them for no longer than this
 _HOLD_S = 5.0
 _PAUSE_S = 0.01
 _TRIES = 20
 
 
-@telling
-class PartitionedBackend:
-    """The verbs of a store for all banks: those that are whole go to `banks` as they are, and cost nothing more.
+def telling(backend: B) -> B:
+    """A class of backend whose verbs raise BankNotFound or Conflict where a bank that they use goes meanwhile.
 
-    Args:
-        banks: the backend for one bank at a time.
+    The tables of a bank that went are missing, as those of a damaged one are: the catalog tells them apart. The backend
+    has its store as `cold`.
     """
 
-    def __init__(self, banks: ColdBackend) -> None:
-        self._inner = banks
-        self._partitions = banks.cold.partitions
-        self._layouts: dict[str, Layout] = {}
-        self._assignments: dict[tuple[str, str], int] = {}
-        self._asked: defaultdict[str, set[str]] = defaultdict(set)
-        self._asking = Locks(asyncio.Lock)
+    def wrap(verb: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(verb)
+        async def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await verb(self, *args, **kwargs)
+            except (Corrupt, StorageError) as error:
+                why = await asyncio.to_thread(_what_went, self.cold.catalog, error)
+                if why is None:
+                    raise
+                raise why from error
 
-    def __getattr__(self, verb: str) -> Any:
-        # no partition has to do with the others, or what a whole bank answers says what to do
-        return getattr(self._inner, verb)
+        return told
+
+    for name, verb in list(vars(backend).items()):
+        if inspect.iscoroutinefunction(verb) and not name.startswith("_"):
+            setattr(backend, name, wrap(verb))
+    return backend
+
+
+def _what_went(catalog: Catalog, error: RaymemError) -> RaymemError | None:
+    """Why a bank's table could not be used, if that is because of what another caller did; None if it is damage.
+
+    Storage knows tables alone, so the error names them: by their names, or by the path of a file in one.
+    """
+    for found in BANK_TABLE.finditer(error.message):
+        entry = catalog.by_id(found["id"])
+        if entry is None:
+            return BankNotFound("the bank was removed while it was used: list the banks, or create it again")
+        if int(found["generation"] or 0) != entry.generation:
+            return Conflict(f"rows of bank {entry.name} were erased or moved while it was used: do it again")
+    return None
+
+
+@telling
+class PartitionedBackend(Hosts):
+    """Every verb on banks; those on the hosts themselves are left to the kinds of hosts."""
+
+    def __init__(self, cold: ColdStore, settings: Settings) -> None:
+        super().__init__(cold, settings)
+        self._partitions = cold.partitions
+        # of partitioned banks alone
+        self._layouts: dict[str, Layout] = {}
+        self._assignments = Assignments(cold.partitions)
 
     async def create(self, name: str, spec: BankSpec, partitions: int) -> BankInfo:
-        """Create a bank and attach it.
+        """Enter a bank in the catalog and attach it.
 
         Raises:
+            CalibrationNotFound: the store has none for the fingerprint's model and layers.
             Unsupported: partitions of a kind that keeps one state.
+            InvalidSpec, BankExists: nothing was created.
         """
         if not 1 <= partitions <= MOST:
             raise InvalidInput(f"partitions is {partitions}; a bank has 1 to {MOST}")
-        if partitions == 1:
-            return await self._inner.create(name, spec)
-        checked = await asyncio.to_thread(self._inner.complete, spec)
-        if not keeps_rows(spec.kind):
+        checked = await asyncio.to_thread(self._complete, spec)
+        if partitions > 1 and not keeps_rows(spec.kind):
             raise Unsupported(
                 f"a {spec.kind} bank is one bounded state that every row changes, so it can't be in {partitions} "
                 "partitions; leave partitions out, or create a bank for each stream and merge them"
             )
-        self._layouts[name] = await asyncio.to_thread(self._partitions.create, name, checked, partitions)
+        await asyncio.to_thread(self._partitions.create, name, checked, partitions)
         return await self.attach(name, None)
 
     async def info(self, name: str) -> BankInfo:
         """One bank's line."""
-        layout = await self._layout(name)
-        return await self._inner.info(name) if layout is None else combine(name, await self._infos(layout))
+        _, parts = await self._look(name)
+        return await self._info(name, parts)
 
     async def banks(self, prefix: str) -> list[BankInfo]:
         """The lines of banks whose names begin with `prefix`, by name."""
         # no name has a dot, but those of partitions
-        infos = await self._inner.banks(prefix) if "." not in prefix else []
+        entries = await asyncio.to_thread(self.cold.catalog.list, prefix) if "." not in prefix else []
+        hot = await self.hot_bytes()
         found: defaultdict[str, dict[int, BankInfo]] = defaultdict(dict)
-        for info in infos:
-            bank, index = part_of(info.name) or (info.name, -1)
-            found[bank][index] = info
+        for entry in entries:
+            bank, index = part_of(entry.name) or (entry.name, -1)
+            try:
+                if entry.state != "split":
+                    (found[bank][index],) = await asyncio.to_thread(self._lines, [entry], hot)
+            except BankNotFound:
+                # it was there when they were listed
+                continue
         return [
             parts[-1] if -1 in parts else combine(bank, [parts[index] for index in sorted(parts)])
             for bank, parts in sorted(found.items())
+            if parts
         ]
 
     async def delete(self, name: str, materialise: bool) -> None:
-        """Remove a bank with everything in it."""
-        catalog = self._inner.cold.catalog
+        """Remove a bank with all its rows, snapshots and tags, whatever they hold: nothing is loaded or saved for it.
+
+        Raises:
+            Conflict: it has forks and `materialise` is False, naming them.
+        """
+        catalog = self.cold.catalog
         line = await asyncio.to_thread(catalog.line, name)
-        if line.state != "split":
-            return await self._inner.delete(name, materialise)
-        there = await asyncio.to_thread(catalog.lines, part_prefix(name))
-        for part in there if not materialise else []:
+        parts = await asyncio.to_thread(catalog.lines, part_prefix(name)) if line.state == "split" else [line]
+        for part in parts if not materialise else []:
             await asyncio.to_thread(catalog.require_no_forks, part)
-        for part in there:
-            await self._inner.delete(part.name, materialise)
-        await asyncio.to_thread(self._partitions.drop, line.id)
-        # last: what was cut short before can be asked for again
-        await asyncio.to_thread(self._inner.cold.remove, name)
-        self._layouts.pop(name, None)
-        return None
+        for part in parts:
+            for fork in await asyncio.to_thread(catalog.forks, part.id) if materialise else []:
+                await self.materialise_part(fork.name)
+            await asyncio.to_thread(catalog.require_no_forks, part)
+            await self.discard_part(part.name, part.owner)
+            await asyncio.to_thread(self.cold.remove, part.name)
+        if line not in parts:
+            await asyncio.to_thread(self._partitions.drop, line)
+            # last: what was cut short before can be asked for again
+            await asyncio.to_thread(self.cold.remove, name)
+            self._layouts.pop(name, None)
 
     async def write(self, name: str, trace: Trace, durable: bool) -> Ack:
-        """Write a trace, to the partition that its stream lives in; the Ack's position counts there."""
+        """Write a trace, to the part that its stream lives in; the Ack's position counts there."""
         layout = self._layouts.get(name)
         if layout is None:
             try:
-                return await self._inner.write(name, trace, durable)
+                return await self.write_part(name, trace, durable)
             except Partitioned:
-                layout = await self._must(name)
+                layout = await self._partitioned(name)
         try:
             return await self._write(layout, trace, durable)
         except BankNotFound:
             # another bank may have the name now
             del self._layouts[name]
-            if await self._layout(name) == layout:
+            if (await self._look(name))[0] == layout:
                 raise
             return await self.write(name, trace, durable)
 
     async def _write(self, layout: Layout, trace: Trace, durable: bool) -> Ack:
         if (layout.id, trace.stream) not in self._assignments:
-            trace.validate(layout.spec.fingerprint)
+            trace.validate(layout.entry.spec.fingerprint)
         began = time.monotonic()
         while True:
-            part = part_name(layout.name, await self._home(layout, trace.stream))
+            part = await self._assignments.part_of(layout, trace.stream)
             try:
-                return await self._as_one(layout, self._inner.write(part, trace, durable))
+                return await _as_one(layout.name, self.write_part(part, trace, durable))
             except Reassigned:
-                if time.monotonic() - began > 2 * _HOLD_S:
+                waited_s = time.monotonic() - began
+                if waited_s > 2 * _HOLD_S:
                     raise
-                await self._reassigned(layout, trace.stream, began)
-
-    async def _home(self, layout: Layout, stream: str) -> int:
-        key = layout.id, stream
-        if key not in self._assignments:
-            self._asked[layout.id].add(stream)
-            # those that come while one asks are asked about together
-            async with self._asking[layout.id]:
-                if key not in self._assignments:
-                    streams = self._asked.pop(layout.id, set()) | {stream}
-                    found = await asyncio.to_thread(self._partitions.assign, layout, streams)
-                    if len(self._assignments) >= _MOST_PLACES:
-                        self._assignments.clear()
-                    self._assignments |= {(layout.id, name): place.home for name, place in found.items()}
-        return self._assignments[key]
-
-    async def _reassigned(self, layout: Layout, stream: str, since: float) -> None:
-        self._assignments.pop((layout.id, stream), None)
-        place = await asyncio.to_thread(self._partitions.find, layout.id, stream)
-        if place is not None and place.held and time.monotonic() - since > _HOLD_S:
-            await asyncio.to_thread(self._partitions.cancel, layout, stream)
-        await asyncio.sleep(_PAUSE_S)
+                await self._assignments.look_again(layout, trace.stream, cancel=waited_s > _HOLD_S)
+                await asyncio.sleep(_PAUSE_S)
 
     async def read(
         self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None, allow_partial: bool
     ) -> Readout:
-        """Read a bank, or what it was: all partitions at once.
+        """Read a bank, or what it was: all parts at once.
 
         Raises:
             Unavailable: naming the partition that does not answer, unless `allow_partial`; then it is among the
@@ -200,13 +241,17 @@ class PartitionedBackend:
         layout = self._layouts.get(name)
         if layout is None:
             try:
-                return await self._inner.read(name, hidden_QLD, k, start, as_of)
+                return await self.read_part(name, hidden_QLD, k, start, as_of)
             except Partitioned:
-                layout = await self._must(name)
-        wait_s = self._inner.settings.host.partial_s if allow_partial else None
+                layout = await self._partitioned(name)
+        wait_s = self.settings.host.partial_s if allow_partial else None
 
-        def ask(part: str) -> Awaitable[Readout]:
-            return _in_time(self._inner.read(part, hidden_QLD, k, start, as_of), wait_s)
+        async def ask(part: str) -> Readout:
+            try:
+                async with asyncio.timeout(wait_s):
+                    return await self.read_part(part, hidden_QLD, k, start, as_of)
+            except TimeoutError:
+                raise BackendUnavailable(f"no answer within {wait_s:g} s") from None
 
         for _ in range(_TRIES):
             if as_of is not None:
@@ -215,13 +260,13 @@ class PartitionedBackend:
             # a stream that moved meanwhile may have been in neither of two partitions when each was asked
             if await asyncio.to_thread(self._partitions.stands, layout):
                 found, missing = _answered(layout, answers, allow_partial)
-                return await asyncio.to_thread(merge_readouts, found, layout.spec, k, missing)
-            layout = await self._must(name)
+                return await asyncio.to_thread(merge_readouts, found, layout.entry.spec, k, missing)
+            layout = await self._partitioned(name)
         raise Overloaded(f"streams of bank {name} move faster than it can be read; try again", retry_after_s=1.0)
 
     def _check_past(self, layout: Layout, as_of: str | float) -> None:
         """Refuse a time before rows were moved, which their new partition had later than they were written."""
-        if isinstance(as_of, str) and as_of in self._inner.cold.catalog.tags(layout.parts[0]):
+        if isinstance(as_of, str) and as_of in self.cold.catalog.tags(layout.parts[0]):
             return
         moment = seconds(as_of) if isinstance(as_of, str) else as_of
         if moment is None:
@@ -234,34 +279,29 @@ class PartitionedBackend:
 
     async def attach(self, name: str, node: str | None) -> BankInfo:
         """Load a bank; of a partitioned one each partition where there is room then."""
-        layout = await self._layout(name)
-        if layout is None:
-            return await self._inner.attach(name, node)
+        _, parts = await self._look(name)
         # one after the other: each goes where the others left most room
-        return combine(name, [await self._inner.attach(part, node) for part in layout.parts])
+        return await self._info(name, [await self.attach_part(part, node) for part in parts])
 
     async def detach(self, name: str) -> BankInfo:
-        """Settle, snapshot and free a bank."""
-        layout = await self._layout(name)
-        if layout is None:
-            return await self._inner.detach(name)
-        hot = await self._hot(layout)
+        """Flush, snapshot and free a bank."""
+        _, parts = await self._look(name)
+        hot = _hot(parts)
         if not hot:
             raise detached(name)
-        await asyncio.gather(*map(self._inner.detach, hot))
+        await _as_one(name, asyncio.gather(*map(self.detach_part, hot)))
         return await self.info(name)
 
     async def migrate(self, name: str, to: str, partition: int | None) -> MigrationReport:
         """Move a bank to another node, or one of its partitions."""
-        layout = await self._layout(name)
-        there = [name] if layout is None else layout.parts
-        if partition is not None and not (layout is not None and 0 <= partition < len(there)):
-            has = "is not partitioned" if layout is None else f"has partitions 0 to {len(there) - 1}"
-            raise InvalidInput(f"bank {name} {has}; there is no partition {partition} to migrate")
-        if layout is None:
-            return await self._inner.migrate(name, to)
-        chosen = there if partition is None else [there[partition]]
-        reports = [await self._as_one(layout, self._inner.migrate(part, to)) for part in chosen]
+        layout, _ = await self._look(name)
+        parts = layout.parts
+        if partition is not None:
+            if layout.whole or not 0 <= partition < len(parts):
+                has = "is not partitioned" if layout.whole else f"has partitions 0 to {len(parts) - 1}"
+                raise InvalidInput(f"bank {name} {has}; there is no partition {partition} to migrate")
+            parts = (parts[partition],)
+        reports = [await _as_one(name, self.migrate_part(part, to)) for part in parts]
         return MigrationReport(
             name,
             ", ".join(sorted({report.source for report in reports})),
@@ -273,105 +313,119 @@ class PartitionedBackend:
 
     async def pin(self, name: str, pinned: bool) -> BankInfo:
         """Keep a bank in memory when room is needed, or no longer."""
-        return await self._each(name, lambda part: self._inner.pin(part, pinned), combine)
+        layout, _ = await self._look(name)
+        for part in layout.parts:
+            await asyncio.to_thread(self.cold.catalog.pin, part, pinned)
+        return await self.info(name)
 
     async def set_ttl(self, name: str, ttl_s: float | None) -> BankInfo:
-        """Let rows expire."""
-        return await self._each(name, lambda part: self._inner.set_ttl(part, ttl_s), combine)
+        """Let rows expire that are older than `ttl_s` seconds, or none."""
+        _, parts = await self._look(name)
+        changed = [await asyncio.to_thread(self.cold.catalog.change, part, ttl_s=ttl_s) for part in parts]
+        return await self._info(name, changed)
 
     async def digest(self, name: str) -> str:
         """sha256 of a bank's state; of a partitioned one of its partitions' digests."""
-        return await self._each(name, self._inner.digest, lambda _, all_: _hash(all_))
+        layout, _ = await self._look(name)
+        digests = await _as_one(name, asyncio.gather(*map(self.digest_part, layout.parts)))
+        return digests[0] if layout.whole else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
     async def tag(self, name: str, tag: str) -> dict[str, int]:
-        """Name the present position, of each partition its own, in one commit."""
-        layout = await self._layout(name)
-        if layout is None:
-            return await self._inner.tag(name, tag)
+        """Name the present position, of each part its own, in one commit; return all tags."""
+        layout, parts = await self._look(name)
+        hot = _hot(parts)
+        if hot and not keeps_rows(layout.entry.spec.kind):
+            return await self.mark(name, tag)
         # also what was written without waiting
-        await asyncio.gather(*(self._inner.release(part, None) for part in await self._hot(layout)))
-        await asyncio.to_thread(tag_together, self._inner.cold, layout, tag)
-        return (await self.info(name)).tags
+        await asyncio.gather(*(self.release(part, None) for part in hot))
+        return await asyncio.to_thread(tag_at, self.cold, layout, tag)
 
     async def untag(self, name: str, tag: str) -> dict[str, int]:
-        """Forget a tag."""
-        layout = await self._layout(name)
-        if layout is None:
-            return await self._inner.untag(name, tag)
-        await asyncio.to_thread(untag_together, self._inner.cold, layout, tag)
-        return (await self.info(name)).tags
+        """Forget a tag; return those that are left."""
+        return await asyncio.to_thread(untag, self.cold, name, tag)
 
     async def fork(self, source: str, target: str, at: str | int | None) -> BankInfo:
-        """Create a bank that begins with another's rows; of a partitioned one it has as many partitions."""
-        layout = await self._layout(source)
-        if layout is None:
-            return await self._inner.fork(source, target, at)
-        await asyncio.to_thread(fork_together, self._inner.cold, layout, target, at)
+        """Create `target` from the rows that `source` has up to a tag or position; nothing is copied.
+
+        It has as many parts. The fork of an attached bank is attached too, and loads when it is first used.
+        """
+        await asyncio.to_thread(fork_at, self.cold, source, target, at)
         return await self.info(target)
 
     async def restore(self, name: str, at: str | int) -> RestoreReport:
-        """Go back to a tag; what came after stays in a bank of its own, in as many partitions."""
-        layout = await self._layout(name)
-        if layout is None:
-            return await self._inner.restore(name, at)
-        cold, hot = self._inner.cold, await self._hot(layout)
-        entries = [await asyncio.to_thread(cold.catalog.get, part) for part in layout.parts]
-        await asyncio.to_thread(positions_of, cold, layout, entries, at)
-        await asyncio.gather(*map(self._inner.detach, hot))
+        """Go back to a tag or position; what came after stays in a bank of its own, in as many parts."""
+        _, parts = await self._look(name)
+        hot = _hot(parts)
+        # before it is detached
+        await asyncio.to_thread(positions_of, self.cold, parts, at)
+        await asyncio.gather(*map(self.detach_part, hot))
         try:
-            return await asyncio.to_thread(restore_together, cold, layout, at)
+            return await asyncio.to_thread(restore_to, self.cold, name, at)
         finally:
             for part in hot:
-                await self._inner.attach(part, None)
+                await self.attach_part(await asyncio.to_thread(self.cold.catalog.get, part), None)
 
     async def materialise(self, name: str) -> BankInfo:
-        """Give a fork rows of its own, one partition after the other; what was cut short goes on."""
-        layout = await self._layout(name)
-        for part in [name] if layout is None else layout.parts:
-            await self._inner.materialise(part)
+        """Give a fork rows of its own, one part after the other; what was cut short goes on."""
+        layout, _ = await self._look(name)
+        for part in layout.parts:
+            await self.materialise_part(part)
         return await self.info(name)
 
     async def merge(self, target: str, sources: list[str], rebuild: bool, rename: bool) -> MergeReport:
-        """Create a bank from the rows of several; it is partitioned if one of them is."""
-        layouts = [await self._layout(source) for source in sources]
-        if not any(layouts):
-            return await self._inner.merge(target, sources, rebuild, rename)
-        from raymem.bank.merge import merge_partitions
-
-        cold = self._inner.cold
-        return await asyncio.to_thread(merge_partitions, cold, target, sources, layouts, rename=rename)
+        """Create a bank from the rows of several; it is attached, and loads when it is first used."""
+        return await asyncio.to_thread(merge_banks, self.cold, target, sources, rebuild=rebuild, rename=rename)
 
     async def tokens(self, name: str, stream: str, run: str, seq_from: int, seq_to: int) -> Tensor:
-        """Token ids of a run's rows."""
-        layout = await self._layout(name)
-        if layout is None:
-            return await self._inner.tokens(name, stream, run, seq_from, seq_to)
-        while True:
-            place = await asyncio.to_thread(self._partitions.find, layout.id, stream)
-            part = part_name(name, 0 if place is None else place.home)
-            found = await self._inner.tokens(part, stream, run, seq_from, seq_to)
-            if await asyncio.to_thread(self._partitions.stands, layout):
-                return found
-            layout = await self._must(name)
+        """Token ids of a run's rows from `seq_from` to `seq_to` (exclusive), in order."""
+
+        def find() -> Tensor:
+            while True:
+                layout = self._partitions.get(name)
+                journal = self.cold.journal(self.cold.catalog.get(self._partitions.part_of(layout, stream)))
+                found = journal.tokens(stream, run, seq_from, seq_to)
+                if self._partitions.stands(layout):
+                    return found
+
+        return await asyncio.to_thread(find)
 
     async def export(self, name: str, path: Path) -> int:
-        """Write a bank to one file: that of one bank with the rows of all partitions, in the order of their times."""
-        layout = await self._layout(name)
-        if layout is None:
-            return await self._inner.export(name, path)
-        await asyncio.to_thread(export_together, self._inner.cold, name, layout.parts, path)
-        return path.stat().st_size
+        """Write a bank to one file; return its bytes."""
+        return (await asyncio.to_thread(export_bank, self.cold, name, path)).bytes
+
+    async def import_(self, path: Path, name: str) -> BankInfo:
+        """Create a bank from an exported file, checked whole before anything becomes visible; it starts cold."""
+        await asyncio.to_thread(import_bank, self.cold, path, name)
+        return await self.info(name)
 
     async def erase(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
-        """Erase rows; the receipt is that of all partitions together."""
-        layout = await self._layout(name)
-        if layout is None:
-            return await self._inner.erase(name, what, rebuild)
-        # a stream on its way stays at home, and nobody copies rows of it any more
-        await asyncio.to_thread(self._partitions.cancel, layout, what.stream)
-        for part in await self._hot(layout):
-            await self._inner.release(part, what.stream)
-        return one_receipt(name, layout.id, [await self._inner.erase(part, what, rebuild) for part in layout.parts])
+        """Erase rows; the receipt is that of all parts together."""
+        layout, parts = await self._look(name)
+        if not layout.whole:
+            # a stream on its way stays at home, and no row of it is copied any more
+            await asyncio.to_thread(self._partitions.cancel, layout, what.stream)
+            for part in _hot(parts):
+                await self.release(part, what.stream)
+        receipts = [await self.erase_part(part, what, rebuild) for part in layout.parts]
+        return receipts[0] if layout.whole else one_receipt(name, layout.id, receipts)
+
+    async def receipts(self, name: str, forget_names: bool) -> list[EraseReceipt]:
+        """The receipts of what was erased in a bank, oldest first; without names in those that are finished."""
+        kept = self.cold.receipts
+        return await asyncio.to_thread(kept.forget_names if forget_names else kept.of, name)
+
+    async def sweep(self, dry_run: bool) -> SweepReport:
+        """Delete what the catalog doesn't name, and finish erasures that were cut short."""
+        report = await asyncio.to_thread(sweep, self.cold, self.settings.cold.sweep_age_s, dry_run=dry_run)
+        finished = []
+        for receipt in report.receipts:
+            if receipt.status == "pending" and receipt.forks:
+                entry = await asyncio.to_thread(self.cold.catalog.by_id, receipt.bank_id)
+                if entry is not None:
+                    # in forks as it was asked for: the parent has been rewritten
+                    receipt = await self.erase_in_forks(entry, receipt, True)
+            finished.append(receipt)
+        return dataclasses.replace(report, receipts=tuple(finished))
 
     async def grow(self, name: str, partitions: int) -> BankInfo:
         """Add empty partitions, to which some of the streams go that come from now on.
@@ -379,15 +433,13 @@ class PartitionedBackend:
         Raises:
             Unsupported: the bank is not partitioned.
         """
-        layout = await self._layout(name)
-        if layout is None:
-            raise _whole(name)
+        layout, parts = await self._look(name)
+        _require_partitions(layout)
         wider = await asyncio.to_thread(self._partitions.grow, layout, partitions)
-        hot = len(await self._hot(layout)) == layout.count
-        for part in wider.parts[layout.count :]:
-            if hot:
-                await self._inner.attach(part, None)
-        if wider.count > layout.count:
+        added = wider.parts[len(parts) :]
+        for part in added if len(_hot(parts)) == len(parts) else ():
+            await self.attach_part(await asyncio.to_thread(self.cold.catalog.get, part), None)
+        if added:
             await asyncio.to_thread(self._partitions.widen, wider)
         return await self.info(name)
 
@@ -397,51 +449,119 @@ class PartitionedBackend:
         Raises:
             Unsupported: the bank is not partitioned. Conflict: it has tags or forks, which would lose rows.
         """
-        layout = await self._layout(name)
-        if layout is None:
-            raise _whole(name)
-        return await self._as_one(layout, Mover(self._inner, layout).run())
+        layout, _ = await self._look(name)
+        _require_partitions(layout)
+        return await _as_one(name, Mover(self, layout).run())
 
-    async def _layout(self, name: str) -> Layout | None:
-        layout = await asyncio.to_thread(self._partitions.get, name)
-        if layout is None:
+    async def put_calibration(self, calibration: Calibration) -> str:
+        """Keep a calibration; return its hash.
+
+        Raises:
+            InvalidInput: no keys can be made with it, naming the field and its value.
+        """
+        blob = calibration.check().to_bytes()
+        put = self.cold.calibrations.put
+        await asyncio.to_thread(put, calibration.hash, calibration.model, calibration.layers, blob)
+        return calibration.hash
+
+    async def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration:
+        """The store's calibration for a model's content hash and layers."""
+        found = await asyncio.to_thread(self.cold.calibrations.find, content, layers)
+        if found is None:
+            raise _no_calibration(content, layers)
+        return found
+
+    async def put_params(self, learned: Learned) -> str:
+        """Keep weights; return their name.
+
+        Raises:
+            InvalidSpec: no bank of their kind could use them.
+        """
+        return await asyncio.to_thread(self.cold.params.put, learned.check().kind, learned.to_bytes())
+
+    async def params(self, params: str) -> Learned:
+        """Weights by their name."""
+        return Learned.from_bytes(await asyncio.to_thread(self.cold.params.get, params), params)
+
+    def _complete(self, spec: BankSpec) -> BankSpec:
+        """A spec that was checked, with the store's calibration if it names none."""
+        fingerprint = spec.fingerprint
+        calibrations = self.cold.calibrations
+        # the model may have been calibrated under an earlier release's hash of it
+        known = (calibrations.find(content, fingerprint.layers) for content in fingerprint.content_hashes())
+        calibration = (
+            calibrations.sound(fingerprint.calibration) if fingerprint.calibration else next(filter(None, known), None)
+        )
+        if calibration is None:
+            raise _no_calibration(fingerprint.model, fingerprint.layers)
+        spec = spec.model_copy(update={"fingerprint": fingerprint.model_copy(update={"calibration": calibration.hash})})
+        assemble(spec, calibration, learned_of(self.cold, spec))
+        return spec
+
+    async def _look(self, name: str) -> tuple[Layout, list[Entry]]:
+        """A bank's layout, and what the catalog says of its parts."""
+        entry = await asyncio.to_thread(self.cold.catalog.get, name)
+        if entry.state != "split":
             self._layouts.pop(name, None)
-        else:
-            self._layouts[name] = layout
-        return layout
+            return Layout(entry, (name,)), [entry]
+        layout = self._layouts[name] = await asyncio.to_thread(self._partitions.of, entry)
+        return layout, await asyncio.to_thread(self._partitions.entries, layout)
 
-    async def _must(self, name: str) -> Layout:
-        layout = await self._layout(name)
-        if layout is None:
+    async def _partitioned(self, name: str) -> Layout:
+        layout, _ = await self._look(name)
+        if layout.whole:
             raise Conflict(f"bank {name} was made anew meanwhile, without partitions; try again")
         return layout
 
-    async def _infos(self, layout: Layout) -> list[BankInfo]:
-        found = {info.name: info for info in await self._inner.banks(part_prefix(layout.name))}
-        missing = [part for part in layout.parts if part not in found]
-        if missing:
-            raise BankNotFound(f"bank {layout.name} lacks partitions, as if it was being removed: {', '.join(missing)}")
-        return [found[part] for part in layout.parts]
+    async def _info(self, name: str, parts: Sequence[Entry]) -> BankInfo:
+        hot = await self.hot_bytes() if any(part.state == "hot" for part in parts) else {}
+        lines = await asyncio.to_thread(self._lines, parts, hot)
+        return lines[0] if lines[0].name == name else combine(name, lines)
 
-    async def _hot(self, layout: Layout) -> list[str]:
-        return [info.name for info in await self._infos(layout) if info.state == "hot"]
+    def _lines(self, parts: Sequence[Entry], hot: Mapping[str, int]) -> list[BankInfo]:
+        """The lines of parts; one that was rewritten meanwhile as it is now."""
+        found, left = list[BankInfo](), list(parts)
+        while left:
+            entry = left.pop(0)
+            try:
+                rows = self.cold.journal(entry).rows()
+            except (Corrupt, Conflict) as error:
+                present = self.cold.catalog.by_id(entry.id)
+                if present is None:
+                    raise BankNotFound(f"bank {entry.name!r} was removed just now", bank=entry.name) from error
+                if present.generation == entry.generation:
+                    raise
+                left.insert(0, present)
+                continue
+            found.append(
+                BankInfo(
+                    name=entry.name,
+                    spec=entry.spec,
+                    state="cold" if entry.state == "cold" else "hot",
+                    epoch=entry.epoch,
+                    owner=entry.owner,
+                    node=self.node_of(entry.owner) if entry.owner else None,
+                    rows=rows,
+                    bytes=hot.get(entry.name, 0),
+                    tags=entry.tags,
+                    created=entry.created,
+                    pinned=bool(entry.pinned),
+                    ttl_s=entry.ttl_s,
+                )
+            )
+        return found
 
-    async def _each(self, name: str, verb: Callable[[str], Awaitable[T]], together: Callable[[str, list[T]], T]) -> T:
-        layout = await self._layout(name)
-        if layout is None:
-            return await verb(name)
-        return together(name, list(await self._as_one(layout, asyncio.gather(*map(verb, layout.parts)))))
 
-    async def _as_one(self, layout: Layout, work: Awaitable[T]) -> T:
-        try:
-            return await work
-        except BankDetached:
-            raise detached(layout.name) from None
+def _hot(parts: Sequence[Entry]) -> list[str]:
+    return [part.name for part in parts if part.state == "hot"]
 
 
-def partitioned(banks: ColdBackend) -> Backend:
-    """A backend for all banks; the verbs that partitions have nothing to do with are those of `banks`."""
-    return cast(Backend, PartitionedBackend(banks))
+async def _as_one(name: str, work: Awaitable[T]) -> T:
+    """What calls on a bank's parts give, whose names are told as the bank's."""
+    try:
+        return await work
+    except BankDetached:
+        raise detached(name) from None
 
 
 def _answered(
@@ -461,20 +581,17 @@ def _answered(
     return found, []
 
 
-async def _in_time(work: Awaitable[T], wait_s: float | None) -> T:
-    try:
-        async with asyncio.timeout(wait_s):
-            return await work
-    except TimeoutError:
-        raise BackendUnavailable(f"no answer within {wait_s:g} s") from None
+def _require_partitions(layout: Layout) -> None:
+    if layout.whole:
+        raise Unsupported(
+            f"bank {layout.name} is not partitioned; create one with partitions=N (`raymem bank create --partitions "
+            "N`) and write the streams there"
+        )
 
 
-def _hash(digests: Sequence[str]) -> str:
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
-
-def _whole(name: str) -> Unsupported:
-    return Unsupported(
-        f"bank {name} is not partitioned; create one with partitions=N (`raymem bank create --partitions N`) and write "
-        "the streams there"
+def _no_calibration(model: str, layers: tuple[int, ...]) -> CalibrationNotFound:
+    numbers = ",".join(map(str, layers))
+    return CalibrationNotFound(
+        f"no calibration for {model} layers {numbers} in this store; make one: "
+        f"`raymem calibrate --model {model} --layers {numbers}`, with the same --store"
     )

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from raymem.memory.spalm import SpalmOptions, blend
+from raymem.memory import blend
 from raymem.storage.erasure.reach import LISTED, beyond
+from raymem.storage.history import common_tags
 from raymem.types import BankInfo, BankSpec, EraseReceipt, FileCheck, Readout
 
 Columns = dict[str, Tensor]
@@ -36,7 +37,7 @@ def merge_readouts(answers: Mapping[int, Readout], spec: BankSpec, k: int, missi
     used, source_Qk = torch.unique(found["source"], return_inverse=True)
     absent, names = int((used < 0).sum()), list(sources)
     return Readout(
-        values_QV=blend(found["scores"], found["vectors"], SpalmOptions.model_validate(spec.options).tau),
+        values_QV=blend(spec.kind, spec.options, found["scores"], found["vectors"]),
         relevance_Q=torch.stack([readout.relevance_Q for readout in answers.values()]).amax(0),
         tokens_Qk=found["tokens"],
         scores_Qk=found["scores"],
@@ -68,11 +69,6 @@ def combine(name: str, parts: Sequence[BankInfo]) -> BankInfo:
         ttl_s=parts[0].ttl_s,
         partitions=tuple(parts),
     )
-
-
-def common_tags(tags: Sequence[dict[str, int]]) -> dict[str, int]:
-    """The tags that all partitions have, each with the positions of all together."""
-    return {tag: sum(each[tag] for each in tags) for tag in tags[0] if all(tag in each for each in tags)}
 
 
 def one_receipt(name: str, id: str, receipts: Sequence[EraseReceipt]) -> EraseReceipt:

@@ -1,6 +1,6 @@
 """Moving whole streams between the partitions of a bank, while it is read and written.
 
-The steps of one stream, each of which may be the last one that whoever moves it takes; the next to rebalance goes on:
+The steps of one stream; a mover may die after each, and the next rebalancing goes on from there:
 
 1. its target is put down; the target's owner copies its rows from the journal of its home, as they are there
 2. its writes are held: put down first, then its home's owner finishes those that wait and looks before later ones
@@ -20,9 +20,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from raymem.errors import BankDetached, RaymemError
-from raymem.host.backend import ColdBackend
+from raymem.host.backend import Hosts
 from raymem.logs import get_logger
-from raymem.storage.branching import require_no_past
+from raymem.storage.history import require_no_past
 from raymem.storage.partitions import Layout, Place
 from raymem.types import RebalanceReport, Selection
 
@@ -64,14 +64,14 @@ class Mover:
     """Evens out the partitions of one bank.
 
     Args:
-        banks: the backend for one bank at a time.
+        hosts: the hosts of its partitions.
         layout: of the bank.
     """
 
-    def __init__(self, banks: ColdBackend, layout: Layout) -> None:
-        self._banks = banks
+    def __init__(self, hosts: Hosts, layout: Layout) -> None:
+        self._hosts = hosts
         self._layout = layout
-        self._partitions = banks.cold.partitions
+        self._partitions = hosts.cold.partitions
         self._moved: list[int] = []
         self._pauses = [0.0]
         self._failed: dict[str, str] = {}
@@ -118,14 +118,14 @@ class Mover:
 
     async def _move(self, stream: str, place: Place, target: int) -> None:
         place = await self._put(stream, place, dataclasses.replace(place, target=target))
-        # who has tagged or forked it in between is seen here, and who does now sees the target
+        # a tag or fork made in between is seen here, and a later one sees the target
         await asyncio.to_thread(self._require_no_past)
         home, away = self._layout.parts[place.home], self._layout.parts[target]
-        copied, seen = await self._banks.pull(away, home, stream, 0)
+        copied, seen = await self._hosts.pull(away, home, stream, 0)
         began = time.perf_counter()
         place = await self._put(stream, place, dataclasses.replace(place, held=True))
-        await self._banks.release(home, stream)
-        rest, _ = await self._banks.pull(away, home, stream, seen)
+        await self._hosts.release(home, stream)
+        rest, _ = await self._hosts.pull(away, home, stream, seen)
         place = await self._put(stream, place, Place(target, stale=place.home))
         self._pauses.append(1e3 * (time.perf_counter() - began))
         self._moved.append(copied + rest)
@@ -134,15 +134,15 @@ class Mover:
     async def _clear(self, stream: str, place: Place) -> Place:
         if place.stale is None:
             return place
-        await self._banks.erase(self._layout.parts[place.stale], Selection(stream=stream), False)
+        await self._hosts.erase_part(self._layout.parts[place.stale], Selection(stream=stream), False)
         return await self._put(stream, place, dataclasses.replace(place, stale=None))
 
     async def _put(self, stream: str, before: Place, after: Place) -> Place:
         return await asyncio.to_thread(self._partitions.change, self._layout, stream, before, after)
 
     def _streams(self) -> list[dict[str, int]]:
-        cold = self._banks.cold
+        cold = self._hosts.cold
         return [cold.journal(cold.catalog.get(part)).streams() for part in self._layout.parts]
 
     def _require_no_past(self) -> None:
-        require_no_past(self._banks.cold, self._layout)
+        require_no_past(self._hosts.cold, self._layout)

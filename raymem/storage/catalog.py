@@ -159,9 +159,6 @@ class Catalog:
         Raises:
             BankNotFound: it is a fork, and its parent is gone.
         """
-        if self._rows(f"name = {quote(entry.name)}"):
-            raise _bank_exists(entry.name)
-
         self.add_together([entry], {entry.id: journal}, tombstones={entry.id: tombstones})
         return entry
 
@@ -183,6 +180,9 @@ class Catalog:
         Raises:
             BankExists: one of the names is taken. BankNotFound: one is a fork, and its parent is gone.
         """
+        # before journals are copied
+        if self._rows(f"name = {quote(entries[0].name)}"):
+            raise _bank_exists(entries[0].name)
 
         def decide(moment: Moment) -> Sequence[Entry]:
             for entry in entries:
@@ -480,12 +480,14 @@ class Moment:
         return _entry(rows[0])
 
     def parts(self, bank: str) -> list[Entry]:
-        """The partitions of a bank, also those that are just being added.
+        """The parts of a bank: its partitions, also those that are just being added, or the bank itself.
 
         Raises:
             BankNotFound: there are none any more.
         """
-        rows = self._find(f"starts_with(name, {quote(part_prefix(bank))})")
+        rows = self._find(
+            f"starts_with(name, {quote(part_prefix(bank))}) OR (name = {quote(bank)} AND state != 'split')"
+        )
         if not rows:
             raise _removed(bank)
         return [_entry(row) for row in rows]
@@ -526,7 +528,8 @@ def _removed(name: str) -> BankNotFound:
     return BankNotFound(f"bank {name} was removed just now")
 
 
-def _bank_of(name: str) -> str:
+def bank_of(name: str) -> str:
+    """The bank that a partition belongs to; of any other bank its own name."""
     return (part_of(name) or (name, 0))[0]
 
 
@@ -544,10 +547,10 @@ def _require_new(entry: Entry, find: Find) -> None:
 
 def _require_no_forks(entry: Entry | Line, find: Find) -> None:
     # of a partition each is one of a fork
-    forks = sorted({_bank_of(row["name"]) for row in find(f"parent = {quote(entry.id)}")})
+    forks = sorted({bank_of(row["name"]) for row in find(f"parent = {quote(entry.id)}")})
     if forks:
         raise Conflict(
-            f"bank {_bank_of(entry.name)} has the forks {', '.join(forks)}, which read its rows; remove them first, or "
+            f"bank {bank_of(entry.name)} has the forks {', '.join(forks)}, which read its rows; remove them first, or "
             "remove it with materialise=True (`raymem bank rm --materialise`), which copies the rows to them",
             forks=forks,
         )

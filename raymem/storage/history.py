@@ -1,7 +1,10 @@
-"""A bank's past in the cold store: which position a tag or a time means, forks, going back.
+"""A bank's past in the cold store: which position a tag or a time means, tags, forks, going back.
 
-All of it is journal positions. A fork is a catalog row that names its parent and the position where it leaves it, and
-a journal of its own for what comes after.
+All of it is journal positions, one in each part of the bank, and changes in one commit for all parts. A fork is a
+catalog row that names its parent and the position where it leaves it, and a journal of its own for what comes after.
+
+Where the streams of a partitioned bank live is written down for the new bank before the catalog names it, and in the
+same commit it is made sure that no stream has moved since: a mover looks at the catalog too, after it has said so.
 """
 
 from __future__ import annotations
@@ -9,21 +12,22 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
 import pyarrow as pa
 
 from raymem import inputs
-from raymem.errors import BankNotFound, InvalidInput, TagNotFound
+from raymem.errors import BankNotFound, Conflict, InvalidInput, RaymemError, TagNotFound
 from raymem.inputs import named
-from raymem.storage.catalog import Catalog, Entry
+from raymem.storage.catalog import Catalog, Entry, Moment, bank_of
 from raymem.storage.journal.fork_journal import ancestors, steady
 from raymem.storage.journal.journal import Journal
 from raymem.storage.journal.tombstones import bank_schema
+from raymem.storage.partitions import Layout
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.tables import journal_table, snapshot_table
-from raymem.types import RestoreReport, shorten
+from raymem.types import RestoreReport, check_label, shorten
 
 _NAME_MAX = 63
 
@@ -56,53 +60,149 @@ def position_of(cold: ColdStore, entry: Entry, at: str | float) -> int:
     return journal.end() if found is None else found
 
 
-def fork_position(cold: ColdStore, parent: Entry, at: str | int | None) -> int:
-    """The position that a tag, a position or None (the present one) means for a fork.
+def positions_of(cold: ColdStore, parts: Sequence[Entry], at: str | int | None) -> tuple[list[int], list[int]]:
+    """The position in each part of a bank that a tag, a position or None (the present one) means, and where each ends.
 
     Raises:
-        TagNotFound, InvalidInput: there is no such tag or position, naming what there is.
+        TagNotFound, InvalidInput: there is no such tag or position, naming what there is; a position means nothing in a
+            bank of partitions, each of which has its own.
+        Conflict: rows were erased meanwhile.
     """
-    end = cold.journal(parent).end()
+    name = bank_of(parts[0].name)
+    if isinstance(at, int) and name != parts[0].name:
+        raise InvalidInput(
+            f"position {at} of bank {name} is one in each of its partitions; name a tag: bank.tag(…) "
+            "(`raymem bank tag`) makes one"
+        )
+    with steady(cold.catalog, *parts):
+        ends = [cold.journal(part).end() for part in parts]
     if at is None:
-        return end
+        return ends, ends
     if isinstance(at, int):
-        if not 0 <= at <= end:
-            raise InvalidInput(f"position {at} is not in bank {parent.name}, which has positions 0 to {end}")
-        return at
-    if at not in parent.tags:
-        known = ", ".join(f"{tag} at {pos}" for tag, pos in parent.tags.items()) or "none"
-        raise TagNotFound(f"bank {parent.name} has no tag {shorten(at)!r}; its tags: {known}")
-    return parent.tags[at]
+        if not 0 <= at <= ends[0]:
+            raise InvalidInput(f"position {at} is not in bank {name}, which has positions 0 to {ends[0]}")
+        return [at], ends
+    tags = common_tags([part.tags for part in parts])
+    if at not in tags:
+        known = ", ".join(f"{tag} at {pos}" for tag, pos in tags.items()) or "none"
+        raise TagNotFound(f"bank {name} has no tag {shorten(at)!r}; its tags: {known}")
+    return [part.tags[at] for part in parts], ends
+
+
+def common_tags(tags: Sequence[dict[str, int]]) -> dict[str, int]:
+    """The tags that all parts have, each with the positions of all together."""
+    return {tag: sum(each[tag] for each in tags) for tag in tags[0] if all(tag in each for each in tags)}
+
+
+def tag_at(cold: ColdStore, layout: Layout, tag: str) -> dict[str, int]:
+    """Name the present position of each part, in one commit; a tag of that name moves. Return all tags.
+
+    Raises:
+        Conflict: streams are being moved.
+    """
+    check_label("tag", tag)
+    ends = {part.name: cold.journal(part).end() for part in cold.partitions.entries(layout)}
+
+    def decide(moment: Moment) -> list[Entry]:
+        cold.partitions.require_still(layout)
+        # a partition that is just being added has no row
+        return [_retagged(part, part.tags | {tag: ends.get(part.name, 0)}) for part in moment.parts(layout.name)]
+
+    return _together(cold, f"tag {layout.name}", decide)
+
+
+def untag(cold: ColdStore, name: str, tag: str) -> dict[str, int]:
+    """Forget a tag of all parts; return those that are left.
+
+    Raises:
+        TagNotFound: naming the tags there are.
+    """
+
+    def decide(moment: Moment) -> list[Entry]:
+        parts = moment.parts(name)
+        if not any(tag in part.tags for part in parts):
+            known = sorted(parts[0].tags) or "none"
+            raise TagNotFound(f"bank {name} has no tag {shorten(tag)!r}; it has {known}")
+        return [_retagged(part, {each: pos for each, pos in part.tags.items() if each != tag}) for part in parts]
+
+    return _together(cold, f"untag {name}", decide)
+
+
+def require_no_past(cold: ColdStore, layout: Layout) -> None:
+    """Make sure that no rows are read where they are now: later tags and forks will see which streams are moving.
+
+    Raises:
+        Conflict: the bank has tags or forks, or is a fork.
+    """
+
+    def decide(moment: Moment) -> list[Entry]:
+        for part in moment.parts(layout.name):
+            if part.tags:
+                raise Conflict(
+                    f"bank {layout.name} has the tags {', '.join(sorted(part.tags))}, and a stream that moves "
+                    "leaves its past: export the bank if you need it, and remove them: bank.untag(…)"
+                )
+            if part.parent is not None:
+                raise Conflict(
+                    f"bank {layout.name} is a fork, which reads rows where its parent has them: give it its own before "
+                    "streams are moved: bank.materialise() (`raymem bank materialise`)"
+                )
+            moment.require_no_forks(part)
+        return []
+
+    cold.catalog.together(f"look whether {layout.name} has a past", decide)
 
 
 def fork_at(cold: ColdStore, source: str, target: str, at: str | int | None) -> Entry:
     """Create `target` as a fork of `source` at a tag or a position, by default the present one; no row is copied.
 
     Raises:
-        TagNotFound, InvalidInput: there is no such tag or position. BankExists, BankNotFound. Conflict: rows were
-            erased meanwhile.
+        TagNotFound, InvalidInput: there is no such tag or position. BankExists, BankNotFound. Conflict: streams are
+            being moved, or rows were erased meanwhile.
     """
-    parent = cold.catalog.get(source)
-    with steady(cold.catalog, parent):
-        pos = fork_position(cold, parent, at)
-    return cold.catalog.add(fork_of(cold.catalog, parent, target, pos), [])
+    layout = cold.partitions.get(source)
+    parents = cold.partitions.entries(layout)
+    # first: a row that is before its position has a stream that is written down
+    positions, _ = positions_of(cold, parents, at)
+    made, now = cold.partitions.copy(layout, target)
+    lines = made.lines(_forks(cold, parents, made.parts, positions))
+
+    def still(_: Moment, entries: Sequence[Entry]) -> Sequence[Entry]:
+        cold.partitions.require_still(now)
+        return entries
+
+    try:
+        cold.catalog.add_together(lines, revise=still)
+    except RaymemError:
+        cold.partitions.drop(made.entry)
+        raise
+    return lines[0]
 
 
 def restore_to(cold: ColdStore, name: str, at: str | int) -> RestoreReport:
-    """Replace a cold bank by its fork at a tag or position; the bank itself lives on under another name.
+    """Replace the parts of a bank, which are all cold, by their forks at a tag or position; they live on as another's.
+
+    A caller that knows where streams of the bank live goes on knowing it.
 
     Raises:
-        TagNotFound, InvalidInput: there is no such tag or position.
-        NotOwner: somebody attached the bank meanwhile; nothing was changed.
+        TagNotFound, InvalidInput: there is no such tag or position. Conflict: streams are being moved.
+        NotOwner: a part was attached meanwhile; nothing was changed.
     """
-    old = cold.catalog.get(name)
-    pos, end = fork_position(cold, old, at), cold.journal(old).end()
-    if pos == end:
-        # nothing came after it
-        return RestoreReport(name, pos=pos, undone=0, kept_as=None)
-    kept_as = free_name(cold.catalog, name)
-    cold.catalog.supersede([old], [kept_as], [fork_of(cold.catalog, old, name, pos)])
-    return RestoreReport(name, pos=pos, undone=end - pos, kept_as=kept_as)
+    layout = cold.partitions.get(name)
+    olds = cold.partitions.entries(layout)
+    positions, ends = positions_of(cold, olds, at)
+    report = RestoreReport(name, pos=sum(positions), undone=sum(ends) - sum(positions), kept_as=None)
+    if not report.undone:
+        return report
+    kept_as = _free_name(cold.catalog, name)
+    kept, now = cold.partitions.copy(layout, kept_as)
+    news = kept.lines(_forks(cold, olds, layout.parts, positions))
+    try:
+        cold.catalog.supersede(olds, kept.parts, news, lambda: cold.partitions.require_still(now))
+    except RaymemError:
+        cold.partitions.drop(kept.entry)
+        raise
+    return dataclasses.replace(report, kept_as=kept_as)
 
 
 def materialise(cold: ColdStore, entry: Entry) -> Entry:
@@ -111,7 +211,7 @@ def materialise(cold: ColdStore, entry: Entry) -> Entry:
     The caller owns the bank and holds its writers back. The rows go to a new table, which the catalog then names.
 
     Raises:
-        NotOwner: somebody else has claimed it meanwhile; nothing was changed.
+        NotOwner: another owner has claimed it meanwhile; nothing was changed.
     """
     if entry.parent is None:
         return entry
@@ -130,10 +230,10 @@ def materialise(cold: ColdStore, entry: Entry) -> Entry:
 
 
 def materialise_cold(cold: ColdStore, entry: Entry) -> None:
-    """As `materialise`, for a bank that nobody owns: it is claimed for as long as it takes.
+    """As `materialise`, for a bank without an owner: it is claimed for as long as it takes.
 
     Raises:
-        NotOwner: somebody else was first; nothing was changed.
+        NotOwner: another claim came first; nothing was changed.
     """
     claimed = cold.catalog.claim(entry.name, f"materialising {uuid.uuid4().hex}", entry.epoch)
     try:
@@ -157,7 +257,29 @@ def _batches(journal: Journal) -> Iterator[pa.RecordBatch]:
         yield from rows.to_arrow().to_batches()
 
 
-def fork_of(catalog: Catalog, parent: Entry, name: str, pos: int) -> Entry:
+def _together(cold: ColdStore, what: str, decide: Callable[[Moment], list[Entry]]) -> dict[str, int]:
+    changed: list[Entry] = []
+
+    def kept(moment: Moment) -> list[Entry]:
+        changed[:] = decide(moment)
+        return changed
+
+    cold.catalog.together(what, kept)
+    return common_tags([part.tags for part in changed])
+
+
+def _retagged(part: Entry, tags: dict[str, int]) -> Entry:
+    return dataclasses.replace(part, tags=tags)
+
+
+def _forks(cold: ColdStore, parents: Sequence[Entry], names: Sequence[str], positions: Sequence[int]) -> list[Entry]:
+    forks = [_fork_of(cold.catalog, *each) for each in zip(parents, names, positions, strict=True)]
+    # a later tag may name a position that some had already
+    common = common_tags([fork.tags for fork in forks])
+    return [_retagged(fork, {tag: pos for tag, pos in fork.tags.items() if tag in common}) for fork in forks]
+
+
+def _fork_of(catalog: Catalog, parent: Entry, name: str, pos: int) -> Entry:
     """What the catalog will say of a fork: it names the nearest ancestor that has rows of its own before `pos`."""
     origin = parent
     for ancestor, upto in ancestors(catalog, parent):
@@ -180,7 +302,7 @@ def fork_of(catalog: Catalog, parent: Entry, name: str, pos: int) -> Entry:
     )
 
 
-def free_name(catalog: Catalog, name: str) -> str:
+def _free_name(catalog: Catalog, name: str) -> str:
     """A name that is not taken, for what a bank was before it went back."""
     namespace, _, bank = name.partition("/")
     number = 1

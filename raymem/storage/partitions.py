@@ -1,6 +1,7 @@
-"""Where a partitioned bank's streams live: one table of all such banks, each change a compare-and-swap.
+"""Which parts a bank has, and where the streams of a partitioned one live.
 
-A stream is known by a hash of its name: what is left of one that was erased says nothing.
+One table has the layouts of all partitioned banks, each change a compare-and-swap. A whole bank is its own only part
+and has no row there. A stream is known by a hash of its name: what is left of one that was erased says nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from raymem.errors import BankNotFound, Conflict, InvalidInput
-from raymem.storage.catalog import Catalog, Entry, part_name, part_prefix
+from raymem.storage.catalog import Catalog, Entry, Line, part_name, part_prefix
 from raymem.storage.spellings import spellings
 from raymem.storage.tables.cas_table import CasTable, Change, Find
 from raymem.storage.tables.tables import Tables, quote
@@ -42,23 +43,35 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Layout:
-    """How many partitions a bank has; `version` grows with them and when a stream has moved, last at `moved`."""
+    """The names of a bank's parts: its partitions, or its own where it is whole.
 
-    id: str
-    name: str
-    spec: BankSpec
-    count: int
+    `version` grows with the partitions and when a stream has moved, last at `moved`. `entry` is the catalog's line of
+    the bank itself.
+    """
+
+    entry: Entry
+    parts: tuple[str, ...]
     version: int = 0
     moved: float = 0.0
 
     @property
-    def parts(self) -> list[str]:
-        """The partitions' names."""
-        return [part_name(self.name, index) for index in range(self.count)]
+    def id(self) -> str:
+        """The bank's id."""
+        return self.entry.id
 
-    def entry(self) -> Entry:
-        """What the catalog says of the bank besides its partitions."""
-        return Entry(self.id, self.name, self.spec, state="split", created=time.time())
+    @property
+    def name(self) -> str:
+        """The bank's name."""
+        return self.entry.name
+
+    @property
+    def whole(self) -> bool:
+        """Whether the bank is its own only part."""
+        return self.entry.state != "split"
+
+    def lines(self, parts: Iterable[Entry]) -> list[Entry]:
+        """What the catalog says of the bank and its parts: of a whole bank that is one line."""
+        return [*parts] if self.whole else [self.entry, *parts]
 
 
 @dataclass(frozen=True)
@@ -83,18 +96,21 @@ class Partitions:
         self._table = CasTable(tables, _TABLE, "the table of partitions")
 
     def create(self, name: str, spec: BankSpec, count: int) -> Layout:
-        """Add a bank of `count` cold partitions, whole or not at all.
+        """Add a cold bank of `count` parts; all of them, or none where this raises.
 
         Raises:
             BankExists: the name is taken.
         """
         layout = self.lay_out(check_bank_name(name), spec, count, {})
-        self._catalog.add_together([layout.entry(), *_new_parts(layout, set())])
+        self._catalog.add_together(layout.lines(_new_parts(layout)))
         return layout
 
     def lay_out(self, name: str, spec: BankSpec, count: int, assignments: Mapping[str, int]) -> Layout:
-        """Write down where the streams of a bank live that is not there yet; a layout that no bank has harms nobody."""
-        layout = Layout(uuid.uuid4().hex, name, spec, count)
+        """The layout of a bank that is not there yet, with where its streams live; without a bank it does no harm."""
+        entry = Entry(uuid.uuid4().hex, name, spec, created=time.time())
+        if count == 1:
+            return Layout(entry, (name,))
+        layout = Layout(dataclasses.replace(entry, state="split"), _part_names(name, count))
         loads = [0] * count
         for home in assignments.values():
             loads[home] += 1
@@ -107,7 +123,7 @@ class Partitions:
     def copy(self, layout: Layout, name: str) -> tuple[Layout, Layout]:
         """Write down for a bank that is not there yet that its streams live where those of another do.
 
-        Who reads the other one meanwhile reads it again.
+        A reader of the other one reads it again then.
 
         Returns:
             The new bank's layout, and the other's as it is now.
@@ -115,7 +131,10 @@ class Partitions:
         Raises:
             Conflict: streams are being moved, or were.
         """
-        made = dataclasses.replace(layout, id=uuid.uuid4().hex, name=name)
+        entry = dataclasses.replace(layout.entry, id=uuid.uuid4().hex, name=name, created=time.time())
+        if layout.whole:
+            return Layout(entry, (name,)), layout
+        made = dataclasses.replace(layout, entry=entry, parts=_part_names(name, len(layout.parts)))
 
         def decide(find: Find) -> Change:
             row = self._require(find, layout.id)
@@ -130,26 +149,51 @@ class Partitions:
 
     def require_still(self, layout: Layout) -> None:
         """Raise Conflict if a bank is laid out otherwise by now, or streams of it are on their way, or left rows."""
-        _require_still(self._table.rows, layout)
+        if not layout.whole:
+            _require_still(self._table.rows, layout)
 
-    def get(self, name: str) -> Layout | None:
-        """The layout of a bank as it is now; None if it is not partitioned.
+    def get(self, name: str) -> Layout:
+        """The layout of a bank as it is now.
 
         Raises:
             BankNotFound: there is no such bank.
         """
-        entry = self._catalog.get(name)
+        return self.of(self._catalog.get(name))
+
+    def of(self, entry: Entry) -> Layout:
+        """As `get`, of a bank that was looked up."""
         if entry.state != "split":
-            return None
+            return Layout(entry, (entry.name,))
         rows = self._table.rows(f"id = {quote(_id(entry.id))}")
         if not rows:
-            raise BankNotFound(f"bank {name} was removed just now")
-        row = rows[0]
-        return Layout(entry.id, name, entry.spec, len(row["streams"]), row["version"], row["moved"])
+            raise BankNotFound(f"bank {entry.name} was removed just now")
+        parts = _part_names(entry.name, len(rows[0]["streams"]))
+        return Layout(entry, parts, rows[0]["version"], rows[0]["moved"])
+
+    def entries(self, layout: Layout) -> list[Entry]:
+        """What the catalog says of each part; of a whole bank what it said when the layout was looked up.
+
+        Raises:
+            BankNotFound: a partition is gone.
+        """
+        if layout.whole:
+            return [layout.entry]
+        found = {entry.name: entry for entry in self._catalog.list(part_prefix(layout.name))}
+        missing = [part for part in layout.parts if part not in found]
+        if missing:
+            raise BankNotFound(f"bank {layout.name} lacks partitions, as if it was being removed: {', '.join(missing)}")
+        return [found[part] for part in layout.parts]
 
     def stands(self, layout: Layout) -> bool:
-        """Whether a bank is still laid out so: asked after a read of all partitions, nothing has passed it by."""
-        return bool(self._table.rows(f"id = {quote(_id(layout.id))} AND version = {layout.version}"))
+        """Whether a bank is still laid out so: then a read of all its parts has missed no stream that moved."""
+        return layout.whole or bool(self._table.rows(f"id = {quote(_id(layout.id))} AND version = {layout.version}"))
+
+    def part_of(self, layout: Layout, stream: str) -> str:
+        """The part in which a stream lives; any, if it has no row yet."""
+        if layout.whole:
+            return layout.name
+        place = self.find(layout.id, stream)
+        return part_name(layout.name, 0 if place is None else place.home)
 
     def find(self, bank: str, stream: str) -> Place | None:
         """Where a stream of the bank of that id lives; None if it has no row yet."""
@@ -193,7 +237,7 @@ class Partitions:
             row = self._require(find, layout.id)
             there = _first(find, layout.id, stream)
             if there is None or _place(there) != before:
-                raise Conflict(f"stream {stream!r} of bank {layout.name} was moved or held by somebody else meanwhile")
+                raise Conflict(f"stream {stream!r} of bank {layout.name} was moved or held by another caller meanwhile")
             if after.home != before.home:
                 row |= {"version": row["version"] + 1, "moved": time.time()}
                 row["streams"][before.home] -= 1
@@ -225,11 +269,12 @@ class Partitions:
         Raises:
             InvalidInput: there are more already.
         """
-        if not layout.count <= count <= MOST:
-            raise InvalidInput(f"bank {layout.name} has {layout.count} partitions; grow it to between that and {MOST}")
-        wider = dataclasses.replace(layout, count=count)
+        has = len(layout.parts)
+        if not has <= count <= MOST:
+            raise InvalidInput(f"bank {layout.name} has {has} partitions; grow it to between that and {MOST}")
+        wider = dataclasses.replace(layout, parts=_part_names(layout.name, count))
         there = {entry.name for entry in self._catalog.list(part_prefix(layout.name))}
-        new = _new_parts(wider, there)
+        new = [entry for entry in _new_parts(wider) if entry.name not in there]
         if new:
             self._catalog.add_together(new, revise=lambda moment, parts: _alike(moment.get(layout.parts[0]), parts))
         return wider
@@ -239,18 +284,19 @@ class Partitions:
 
         def decide(find: Find) -> Change:
             row = self._require(find, layout.id)
-            loads = row["streams"] + [0] * (layout.count - len(row["streams"]))
+            loads = row["streams"] + [0] * (len(layout.parts) - len(row["streams"]))
             return [row | {"streams": loads, "version": row["version"] + 1}], []
 
         self._swap(layout.id, decide)
 
-    def drop(self, bank: str) -> None:
-        """Forget the layout of the bank of that id, and where its streams live."""
+    def drop(self, entry: Entry | Line) -> None:
+        """Forget the layout of a bank, and where its streams live."""
 
         def decide(find: Find) -> Change:
-            return [], [row["id"] for row in find(f"bank = {quote(bank)}")]
+            return [], [row["id"] for row in find(f"bank = {quote(entry.id)}")]
 
-        self._table.swap("forget a layout", "false", "swaps", decide)
+        if entry.state == "split":
+            self._table.swap("forget a layout", "false", "swaps", decide)
 
     def _swap(self, bank: str, decide: Callable[[Find], Change]) -> None:
         self._table.swap("change where streams live", f"id = {quote(_id(bank))}", "swaps", decide)
@@ -304,9 +350,15 @@ def _first(find: Find, bank: str, stream: str) -> dict[str, Any] | None:
     return next((rows[id] for id in _ids(bank, stream) if id in rows), None)
 
 
-def _new_parts(layout: Layout, there: set[str]) -> list[Entry]:
+def _part_names(name: str, count: int) -> tuple[str, ...]:
+    return tuple(part_name(name, index) for index in range(count))
+
+
+def _new_parts(layout: Layout) -> list[Entry]:
+    if layout.whole:
+        return [layout.entry]
     made = time.time()
-    return [Entry(uuid.uuid4().hex, name, layout.spec, created=made) for name in layout.parts if name not in there]
+    return [Entry(uuid.uuid4().hex, name, layout.entry.spec, created=made) for name in layout.parts]
 
 
 def _stream_row(bank: str, stream: str, place: Place) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from raymem.config import ColdSettings, Settings
 from raymem.errors import BankExists, Conflict, InvalidInput, Partitioned, RaymemError, StorageError, TagNotFound
-from raymem.storage.branching import require_no_past
+from raymem.storage.history import require_no_past
 from raymem.storage.partitions import Place
 from raymem.storage.store import ColdStore
 
@@ -29,7 +29,7 @@ def bank(store, tiny):
 
 
 def inner(store):
-    return store._async.backend._inner
+    return store._async.backend
 
 
 def rows_of(store, name: str) -> Counter:

@@ -348,7 +348,7 @@ class Stop(Exception):
     """The end of a process: nothing that raymem catches."""
 
 
-STEPS = ("change 1", "pull 1", "change 2", "release 1", "pull 2", "change 3", "erase 1", "change 4")
+STEPS = ("change 1", "pull 1", "change 2", "release 1", "pull 2", "change 3", "erase_part 1", "change 4")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -360,7 +360,7 @@ def test_a_move_cut_short_before_any_step_keeps_every_row_once_and_is_finished_b
     queries, rows = tiny.trace(5, seed=1).hidden, held(store)
     before = bank.read(queries, 9)
     verb, count = step.split()
-    at = backend(store).cold.partitions if verb == "change" else backend(store)._inner
+    at = backend(store).cold.partitions if verb == "change" else backend(store)
     done, calls = getattr(at, verb), []
 
     def stopped(*args):
@@ -421,7 +421,7 @@ def test_a_mover_that_died_holds_nobody_for_long(store, tiny, monkeypatch):
     bank = filled(store, tiny, partitions=2, streams=2)
     partitions = backend(store).cold.partitions
     layout = partitions.get("lab/many")
-    store._loop.run(backend(store)._inner.release("lab/many.p0", "s0"))
+    store._loop.run(backend(store).release("lab/many.p0", "s0"))
     partitions.change(layout, "s0", Place(0), Place(0, target=1, held=True))
 
     assert bank.write(tiny.trace(30, stream="s0", seed=0)).rows == 13
@@ -430,7 +430,7 @@ def test_a_mover_that_died_holds_nobody_for_long(store, tiny, monkeypatch):
 
 def test_rows_erased_while_their_stream_moves_do_not_come_back(store, tiny):
     bank = filled(store, tiny, partitions=2, streams=2)
-    inner, partitions = backend(store)._inner, backend(store).cold.partitions
+    inner, partitions = backend(store), backend(store).cold.partitions
     layout = partitions.get("lab/many")
     partitions.change(layout, "s0", Place(0), Place(0, target=1))
     assert store._loop.run(inner.pull("lab/many.p1", "lab/many.p0", "s0", 0)) == (17, 17)

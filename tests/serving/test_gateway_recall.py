@@ -87,7 +87,7 @@ def test_a_kind_without_rows_says_so_and_offers_words(told):
 
 
 def test_recall_goes_without_a_partition_that_is_late_where_that_is_allowed(told, raymem, monkeypatch):
-    read, late = LocalBackend.read, asyncio.Event
+    read, late = LocalBackend.read_part, asyncio.Event
 
     async def stalled(self, name, *args):
         if name.endswith(".p1"):
@@ -97,7 +97,7 @@ def test_recall_goes_without_a_partition_that_is_late_where_that_is_allowed(told
     question = "The locker code assigned to Miriam is"
     whole = ask(told, "parts", question).json()
     assert ("4817" in whole["spans"][0]["text"], whole["missing"]) == (True, [])
-    monkeypatch.setattr(LocalBackend, "read", stalled)
+    monkeypatch.setattr(LocalBackend, "read_part", stalled)
 
     some = ask(told, "parts", question, allow_partial=True).json()
     said = raymem("recall", "lab/parts", question, "-k", 3, "--allow-partial", "--store", told, "--json").json

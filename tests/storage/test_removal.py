@@ -20,7 +20,7 @@ def store(tmp_path, tiny):
 
 
 def cold(store):
-    return store._async.backend._inner.cold
+    return store._async.backend.cold
 
 
 def bank_of(store, tiny, kind="spalm", name="lab/a"):

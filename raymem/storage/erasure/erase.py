@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from raymem.storage.catalog import part_of
+from raymem.storage.catalog import bank_of
 from raymem.storage.erasure.audit import Evidence, contents, inspect, sample
 from raymem.storage.erasure.reach import LISTED, beyond, inherited, is_reached, reach
 from raymem.storage.journal.tombstones import Tombstones, bank_schema
@@ -192,7 +192,7 @@ def _beyond(cold: ColdStore, entry: Entry, receipt: EraseReceipt, evidence: Evid
     parent = cold.catalog.by_id(entry.parent) if entry.parent else None
     if parent is None or not evidence.gone.until(entry.base) - cold.journal(entry).tombstones():
         return beyond(receipt)
-    return beyond(receipt, (part_of(parent.name) or (parent.name, 0))[0])
+    return beyond(receipt, bank_of(parent.name))
 
 
 def _left(cold: ColdStore, receipt: EraseReceipt, after: FileCheck) -> str:

@@ -71,6 +71,9 @@ class ExportReport:
 def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progress | None = None) -> ExportReport:
     """Write a bank to one file, which appears under `path` only when it is whole and on disk.
 
+    The file of a partitioned bank is that of one bank: one journal with the rows of all partitions by their times, the
+    sum of their budgets, and no state.
+
     Args:
         store: the cold store.
         name: the bank; rows that it accepts meanwhile may be left out.
@@ -80,29 +83,25 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
     Raises:
         BankNotFound, Corrupt, StorageError, Conflict (rows were erased meanwhile): no file is left behind.
     """
-    entry = store.catalog.get(name)
-    journal = store.journal(entry)
-    with steady(store.catalog, entry):
+    layout = store.partitions.get(name)
+    parts = store.partitions.entries(layout)
+    journals = [store.journal(part) for part in parts]
+    with steady(store.catalog, *parts):
         # first the snapshot: the journal then reaches at least as far
-        found = _told(store.state(entry))
-        end, tombstones = journal.end(), journal.tombstones()
-    rows = int(tombstones.rank(np.array([end]))[0])
-    content = _Content([entry], journal.scan(stop=end), found, tombstones, rows)
-    return _export(store, entry, Path(path), content, progress)
-
-
-def export_together(store: ColdStore, name: str, parts: Sequence[str], path: str | Path) -> ExportReport:
-    """As `export_bank`, of a partitioned bank: one journal with the rows of all partitions by time, and no state.
-
-    A row that two of them have, on its way from one to the other, is there once. The budget is their sum.
-    """
-    entries = [store.catalog.get(part) for part in parts]
-    spec = entries[0].spec
+        found = _told(store.state(layout.entry)) if layout.whole else None
+        ends = [journal.end() for journal in journals]
+        tombstones = journals[0].tombstones() if layout.whole else Tombstones()
+    scans = [journal.scan(stop=end) for journal, end in zip(journals, ends, strict=True)]
+    if layout.whole:
+        content = _Content(parts, scans[0], found, tombstones, int(tombstones.rank(np.array(ends))[0]))
+        return _export(store, layout.entry, Path(path), content, progress)
+    # a row that two partitions have, on its way from one to the other, is there once
+    tables = merged(scans, layout.parts, [""] * len(parts), Tally())
+    spec = parts[0].spec
     spec = spec.model_copy(update={"budget_bytes": len(parts) * spec.budget_bytes})
-    tables = merged([store.journal(entry).scan() for entry in entries], parts, [""] * len(parts), Tally())
     rows = (rows for table in tables for rows in JournalRows.from_arrow(table))
-    entry = dataclasses.replace(store.catalog.get(name), spec=spec)
-    return _export(store, entry, Path(path), _Content(entries, rows, None, Tombstones(), 0), None)
+    entry = dataclasses.replace(layout.entry, spec=spec)
+    return _export(store, entry, Path(path), _Content(parts, rows, None, Tombstones(), 0), progress)
 
 
 @dataclass

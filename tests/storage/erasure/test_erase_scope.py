@@ -403,7 +403,7 @@ def test_a_fork_that_was_away_loses_what_followed_with_the_next_sweep(store, tin
     fork = store.fork(bank.name, "lab/fork")
     fork.attach()
     fork.write(tiny.talk("alice", 10, seq=20, time=5.0))
-    backend = store._async.backend._inner
+    backend = store._async.backend
     erase_hot = backend.erase_hot
 
     async def refusing(name: str, *args: Any) -> Any:

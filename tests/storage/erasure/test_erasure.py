@@ -441,7 +441,7 @@ def test_a_fork_that_could_not_be_erased_keeps_the_receipt_open(store, tiny, mon
     store.fork("lab/a", "lab/fork")
     store.bank("lab/fork").attach()
     # beneath the layer of partitions, where erasures reach forks
-    backend = store._async.backend._inner
+    backend = store._async.backend
     erase_hot = backend.erase_hot
 
     async def refusing(name: str, *args: Any) -> Any:
