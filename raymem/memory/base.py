@@ -1,17 +1,42 @@
-"""What every memory mechanism is: pure tensor code, learned parameters in the module, state outside it.
+"""What every memory mechanism is, the tensors that its state is made of, and the mechanisms by name.
 
-Shape legend: `B` banks, `T` or `N` rows, `Q` queries, `K` key width, `V` value width, `k` candidates.
+A mechanism is pure tensor code: its module holds the learned parameters, its state is a value outside.
+
+Shape legend: `B` banks, `T` or `N` rows, `Q` queries, `K` key width, `P` width of projected keys, `V` value width,
+`k` candidates.
 """
 
 from __future__ import annotations
 
+import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
+from torch.nn.functional import normalize, pad
+
+from raymem.errors import Corrupt, InvalidSpec
+
+# no bank sees as many rows
+ROWS_END = 2**53
+_BLOCK_ROWS = 64
+# the most entries of a projection: 0.5 GB while it is drawn
+_MOST_NUMBERS = 2**26
+_CLASSES = {
+    "compressive": "Compressive",
+    "dct": "Dct",
+    "dnc": "Dnc",
+    "larimar": "Larimar",
+    "lemn": "Lemn",
+    "ntm": "Ntm",
+    "spalm": "Spalm",
+    "titans": "Titans",
+}
 
 State = dict[str, Tensor]
 # what torch's generators take
@@ -30,6 +55,55 @@ class Dims(NamedTuple):
 
     key: int
     value: int
+
+
+class TensorSpec(NamedTuple):
+    """Shape, dtype and domain of one tensor; a -1 in the shape stands for any length.
+
+    Entries lie in `low` … `high`, None being no bound; those of float tensors are finite besides.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one such tensor, its free lengths counted as 1."""
+        return torch.Size([abs(n) for n in self.shape]).numel() * self.dtype.itemsize
+
+
+StateSpec = dict[str, TensorSpec]
+
+
+def check_state(kind: str, tensors: State, spec: StateSpec, *, deep: bool = True) -> None:
+    """Raise Corrupt unless `tensors` are exactly those that `spec` names, each entry in its domain.
+
+    Without `deep`, entries are checked only of tensors with one number a row.
+    """
+    if tensors.keys() != spec.keys():
+        odd = sorted(tensors.keys() ^ spec.keys())
+        raise Corrupt(f"state of a {kind} bank has missing or unknown tensors {odd}; it was made with other options")
+    for name, (shape, dtype, low, high) in spec.items():
+        tensor = tensors[name]
+        fits = len(shape) == tensor.dim() and all(a in (-1, b) for a, b in zip(shape, tensor.shape, strict=True))
+        if not fits or tensor.dtype != dtype:
+            raise Corrupt(
+                f"tensor {name!r} of a {kind} bank is {tensor.dtype} {list(tensor.shape)}; "
+                f"expected {dtype} {list(shape)}"
+            )
+        bounded = low is not None or high is not None or tensor.is_floating_point()
+        if not tensor.numel() or not bounded or not (deep or len(shape) < 2):
+            continue
+        # aminmax gives NaN at both ends where an entry is NaN
+        least, most = (end.item() for end in torch.aminmax(tensor))
+        lowest, highest = -math.inf if low is None else low, math.inf if high is None else high
+        if not (lowest <= least <= most <= highest) or math.inf in (-least, most):
+            raise Corrupt(
+                f"tensor {name!r} of a {kind} bank holds {least} to {most}; "
+                f"expected finite entries of {lowest} to {highest}"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,9 +158,11 @@ class Memory(nn.Module, ABC):
     kind: ClassVar[str]
     merge_rule: ClassVar[MergeRule]
     options_type: ClassVar[type[Options]] = Options
-    # whether a row can be taken out exactly; of the others only a replay without it knows what they would be
+    # whether the state is the rows themselves, and not a bounded record made of them
+    keeps_rows: ClassVar[bool] = False
+    # whether a row can be taken out exactly; other kinds are replayed without it
     forgets: ClassVar[bool] = False
-    # what the names of its learned weights begin with
+    # the beginnings of its learned weights' names
     learns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, dims: Dims, options: Options, budget_bytes: int) -> None:
@@ -134,3 +210,111 @@ class Memory(nn.Module, ABC):
     @abstractmethod
     def nbytes(self, state: Any) -> int:
         """Bytes the state holds; never more than the budget."""
+
+
+class Projection(nn.Module):
+    """Seeded orthonormal projection of unit keys to `dims` dimensions, unit length again; the identity without `dims`.
+
+    The same seed gives every bank the same projection. A key's projection does not depend on the rows beside it.
+    """
+
+    matrix_KP: Tensor
+
+    def __init__(self, width: int, dims: int | None, seed: int) -> None:
+        super().__init__()
+        self.dims = width if dims is None else dims
+        self.identity = self.dims == width
+        if self.dims > width or (not self.identity and self.dims * width > _MOST_NUMBERS):
+            raise InvalidSpec(
+                f"key_dims={self.dims} of keys of width {width}: choose fewer than the width, and at most "
+                f"{_MOST_NUMBERS // width} for keys as wide"
+            )
+        if not self.identity:
+            with torch.device("cpu"):
+                generator = torch.Generator().manual_seed(seed)
+                drawn = torch.randn(width, self.dims, generator=generator, dtype=torch.float64)
+                # made on the CPU in float64, so that every device and machine rounds to the same matrix
+                self.register_buffer("matrix_KP", torch.linalg.qr(drawn)[0].float(), persistent=False)
+
+    def forward(self, keys: Tensor) -> Tensor:
+        """Keys [..., K] -> [..., dims], float32 or the wider type given."""
+        wide = keys if keys.dtype == torch.float64 else keys.float()
+        if self.identity:
+            return wide
+        flat = wide.reshape(-1, wide.shape[-1])
+        # blocks of one size: a matrix product's rounding depends on its shape, and must not on how rows arrived
+        padded = pad(flat, (0, 0, 0, -len(flat) % _BLOCK_ROWS))
+        matrix = self.matrix_KP.to(wide.dtype)
+        parts = [padded[i : i + _BLOCK_ROWS] @ matrix for i in range(0, len(padded), _BLOCK_ROWS)]
+        projected = torch.cat([flat[:0, : self.dims], *parts])[: len(flat)]
+        return normalize(projected, dim=-1).reshape(*keys.shape[:-1], self.dims)
+
+
+def kinds() -> list[str]:
+    """Names of the mechanisms that can be built."""
+    return sorted(_CLASSES)
+
+
+def merge_rule(kind: str) -> MergeRule:
+    """What merging banks of a kind gives: "exact", "approximate" or "refused"; see Memory.
+
+    Raises:
+        InvalidSpec: unknown kind.
+    """
+    return class_of(kind).merge_rule
+
+
+def keeps_rows(kind: str) -> bool:
+    """Whether banks of a kind hold the rows themselves, and not a bounded state made of them.
+
+    Raises:
+        InvalidSpec: unknown kind.
+    """
+    return class_of(kind).keeps_rows
+
+
+def blend(kind: str, options: dict[str, object], scores_Qk: Tensor, vectors_QkV: Tensor) -> Tensor:
+    """What a kind that keeps rows makes of neighbours' vectors, from a bank's options; see `RowMemory.blend`."""
+    from raymem.memory.rows import RowMemory
+
+    cls = class_of(kind)
+    assert issubclass(cls, RowMemory)
+    return cls.blend(cls.options_type.model_validate(options), scores_Qk, vectors_QkV)
+
+
+def option_names(kind: str) -> set[str]:
+    """Names of the options of a kind.
+
+    Raises:
+        InvalidSpec: unknown kind.
+    """
+    return set(class_of(kind).options_type.model_fields)
+
+
+def build(kind: str, dims: Dims, options: dict[str, object], budget_bytes: int) -> Memory:
+    """The mechanism `kind` with checked options.
+
+    Raises:
+        InvalidSpec: unknown kind or option, naming the value and what there is.
+    """
+    cls = class_of(kind)
+    try:
+        checked = cls.options_type.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "options"
+        known = ", ".join(cls.options_type.model_fields)
+        raise InvalidSpec(f"{kind} option {name}={first['input']!r}: {first['msg']}; options are {known}") from error
+    return cls(dims, checked, budget_bytes)
+
+
+def class_of(kind: str) -> type[Memory]:
+    """The class of a kind.
+
+    Raises:
+        InvalidSpec: there is none of that name.
+    """
+    if kind not in _CLASSES:
+        raise InvalidSpec(f"unknown kind {kind[:80]!r}; there is {', '.join(kinds())}")
+    cls: type[Memory] = getattr(importlib.import_module(f"raymem.memory.{kind}"), _CLASSES[kind])
+    return cls

@@ -20,15 +20,14 @@ from torch.nn.functional import pad
 
 from raymem.errors import InvalidSpec
 from raymem.kernels.content_address import cosines
-from raymem.memory.base import Dims, MergeRule, Options, State
+from raymem.memory.base import ROWS_END, Dims, MergeRule, Options, Projection, State, StateSpec, TensorSpec
 from raymem.memory.compressors import CompressorName, compressor
 from raymem.memory.eviction import EvictionOptions
 from raymem.memory.key_reservoir import joined_scopes
 from raymem.memory.merging import bank_by_bank, interleaved
-from raymem.memory.quantize import Projection
-from raymem.memory.slots import SlotOptions, narrowed, put, row_spec, rows_of, widened
-from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
-from raymem.memory.state import Batch, StateMemory
+from raymem.memory.policies import Policy
+from raymem.memory.slots import SlotOptions, narrowed, row_spec, rows_of, widened
+from raymem.memory.state import Batch, StateMemory, put
 
 _LEAST_ROWS = 16
 
@@ -89,7 +88,10 @@ class Compressive(StateMemory):
         self.how = options
         self.block = options.block or options.ratio
         self.compress = compressor(options.compressor, options.ratio, self.key_dims)
-        self.rule = options.rule(self.key_dims, options.strength) if isinstance(options, EvictionOptions) else None
+        if isinstance(options, EvictionOptions) and options.eviction != "fifo":
+            self.rule: Policy | None = options.rule(self.key_dims, options.strength)
+        else:
+            self.rule = None
         self.fine, self.coarse = self._affordable()
         self.check_budget()
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
 from raymem.errors import InvalidSpec
-from raymem.memory.base import Dims, MergeRule, Options, State
+from raymem.memory.base import ROWS_END, Dims, MergeRule, Options, State, StateSpec, TensorSpec
 from raymem.memory.compressive import Blocks, Compressive, CompressiveOptions
 from raymem.memory.eviction import EvictionOptions, Places, make_room, policy_part, policy_spec
 from raymem.memory.policies import Entries, Policy
-from raymem.memory.slots import put, widened
-from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
+from raymem.memory.slots import widened
+from raymem.memory.state import put
 
 KeepName = Literal["novelty", "surprise", "learned", "keep", "discard"]
 _HIDDEN = 64
@@ -148,8 +148,10 @@ class Dct(Compressive):
 
     def coarse_spec(self) -> StateSpec:
         """One compressed slot; its block's number and what the policy keeps of it, where a policy makes room."""
-        number = {} if self.rule is None else {"number": TensorSpec((), torch.int64, low=-1, high=ROWS_END)}
-        return super().coarse_spec() | number | policy_spec(self.rule)
+        spec = super().coarse_spec()
+        if self.rule is None:
+            return spec
+        return spec | {"number": TensorSpec((), torch.int64, low=-1, high=ROWS_END)} | policy_spec(self.rule)
 
     def coarse_order(self, state: State, bank: int) -> Tensor:
         """See Compressive."""

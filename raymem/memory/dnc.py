@@ -14,17 +14,13 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from raymem.errors import Unsupported
 from raymem.kernels.content_address import content_address
 from raymem.kernels.link_update import link_update
-from raymem.memory.base import Dims, MergeRule, Options, State
-from raymem.memory.eviction import EvictionOptions, Places, make_room, policy_part, policy_spec
-from raymem.memory.policies import Entries, Policy
-from raymem.memory.ring import RingMemory, RingOptions
-from raymem.memory.slots import narrowed, put, rows_of
-from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
+from raymem.memory.base import ROWS_END, Dims, MergeRule, Options, State, StateSpec, TensorSpec
+from raymem.memory.eviction import EvictionOptions, Places, policy_spec
+from raymem.memory.slots import CountedSlotOptions, RingMemory
 from raymem.memory.state import Batch
 
 BACKWARD, FORWARD, CONTENT = range(3)
@@ -188,7 +184,7 @@ class Replay(NamedTuple):
     values_QSV: Tensor
 
 
-class DncOptions(RingOptions, EvictionOptions):
+class DncOptions(CountedSlotOptions, EvictionOptions):
     """`sharpness` is the power that keeps a replay's weighting from blurring; 1 leaves it as it is.
 
     `eviction` says which slot a full tape frees for the next row; policies other than "fifo" take rows one by one.
@@ -213,15 +209,16 @@ class Dnc(RingMemory):
     def __init__(self, dims: Dims, options: DncOptions, budget_bytes: int) -> None:
         super().__init__(dims, options, budget_bytes)
         self.dnc = options
+        evicts = options.eviction != "fifo"
+        self.rule = options.rule(self.key_dims, options.strength) if evicts else None
+        self.size_slots()
 
     def slot_spec(self) -> StateSpec:
         """A slot of the ring, and the slot written before it; its row's number where a policy asks for it."""
         spec = super().slot_spec() | {"before": TensorSpec((), torch.int32, low=-1)}
-        return (
-            spec
-            if self.rule is None
-            else spec | {"arrival": TensorSpec((), torch.int64, low=-1, high=ROWS_END)} | policy_spec(self.rule)
-        )
+        if self.rule is None:
+            return spec
+        return spec | {"arrival": TensorSpec((), torch.int64, low=-1, high=ROWS_END)} | policy_spec(self.rule)
 
     def own_spec(self) -> StateSpec:
         """All slots, and the one written last where that is not told by the count of rows."""
@@ -233,14 +230,14 @@ class Dnc(RingMemory):
     def start(self, banks: int) -> State:
         """Free slots without links."""
         own = super().start(banks)
-        return own | {name: own[name] - 1 for name in ("before", "arrival", "last") if name in own}
+        return own | {name: own[name] - 1 for name in ("before", "last") if name in own}
 
     def write_batch(self, state: State, batch: Batch) -> State:
-        """Allocate, write and link; see RingMemory.write_batch."""
+        """Allocate, write and link; see RingMemory."""
         if self.rule is not None:
-            return self._write_each(state, batch, self.rule)
+            return self.write_each(state, batch, self.rule)
         own = super().write_batch(state, batch)
-        bank_M, row_M, slot_M = self._places(state["count"], batch)
+        bank_M, row_M, slot_M = self.places(state["count"], batch)
         number_M = state["count"][bank_M] + row_M
         linked_M = (number_M > 0) & (self.slots > 1)
         before = state["before"].index_put(
@@ -297,24 +294,7 @@ class Dnc(RingMemory):
             "dnc banks can't be merged: two tapes have no common order; write both journals to a new bank"
         )
 
-    def _write_each(self, state: State, batch: Batch, rule: Policy) -> State:
-        """Rows one by one, each in a free slot or in the one that the policy frees."""
-        rows = rows_of(batch, self.dims)
-        rows["key"] = narrowed(rows["key"], state["key"].dtype)
-        own = {name: state[name] for name in self.own_spec()}
-        unit_BNK = normalize(state["key"].detach().to(batch.keys_BTK.dtype), dim=-1)
-        units_BTK = normalize(rows["key"].detach().to(state["key"].dtype).to(batch.keys_BTK.dtype), dim=-1)
-        for t in range(batch.keys_BTK.shape[1]):
-            number_B = state["count"] + t
-            entries = Entries(unit_BNK, own["arrival"], units_BTK[:, t], number_B)
-            seen, where = make_room(rule, policy_part(own), entries, t < batch.length_B)
-            row = {name: column[where[0], t] for name, column in rows.items()} | {"arrival": number_B[where[0]]}
-            own |= {f"policy_{name}": column for name, column in seen.items()}
-            own |= {name: put(own[name], where, column) for name, column in row.items()} | self._linked(own, where)
-            unit_BNK = unit_BNK.index_put_(where, units_BTK[where[0], t])
-        return own
-
-    def _linked(self, own: State, where: Places) -> State:
+    def linked(self, own: State, where: Places) -> State:
         """`before` and `last` after slots were written: a slot that is overwritten loses its links both ways."""
         bank, slot = where
         before, last = own["before"].clone(), own["last"].clone()

@@ -9,16 +9,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raymem.memory.base import Options, State
+from raymem.memory.base import Options, State, StateSpec
 from raymem.memory.policies import Entries, Policy, PolicyName, policy
-from raymem.memory.slots import put
-from raymem.memory.spec import StateSpec
+from raymem.memory.state import put
 
 Places = tuple[Tensor, Tensor]
 
 
 class EvictionOptions(Options):
-    """Who makes room when a memory is full: a policy of policies.py, "fifo" the oldest.
+    """Which row a full memory evicts: `eviction` is one of policies.py, "fifo" the oldest row.
 
     `gamma` is that of "im" (None: learned), `hidden` the width of the agents "s" and "st".
     """
@@ -27,10 +26,8 @@ class EvictionOptions(Options):
     gamma: float | None = Field(default=0.5, ge=0)
     hidden: int = Field(default=32, ge=1, le=4096)
 
-    def rule(self, key_dims: int, strength: float) -> Policy | None:
-        """The policy for keys of `key_dims`; None for "fifo", which each memory has a faster way for."""
-        if self.eviction == "fifo":
-            return None
+    def rule(self, key_dims: int, strength: float) -> Policy:
+        """The policy for keys of `key_dims`; a memory does "fifo" without one, faster."""
         return policy(self.eviction, key_dims, strength=strength, gamma=self.gamma, hidden=self.hidden)
 
 
@@ -86,9 +83,9 @@ def survivors(rule: Policy, kept: State, keys_MK: Tensor, number_M: Tensor, room
     return left
 
 
-def policy_spec(rule: Policy | None) -> StateSpec:
+def policy_spec(rule: Policy) -> StateSpec:
     """One slot's entry in each of the policy's tensors, named as among a memory's own."""
-    return {} if rule is None else {f"policy_{name}": spec for name, spec in rule.spec().items()}
+    return {f"policy_{name}": spec for name, spec in rule.spec().items()}
 
 
 def policy_part(columns: State) -> State:

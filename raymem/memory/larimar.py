@@ -3,14 +3,15 @@
 Das et al. 2024, "Larimar: Large Language Models with Episodic Memory Control" (arXiv 2403.11901), after the Kanerva
 machine. Kept in information form, `C = sum w^T w` and `B = sum w^T z`; reading solves `M = (C + lambda I)^-1 B`.
 
-Shape legend: `B` banks, `T` rows, `Q` queries, `K` key width, `S` memory rows, `V` value width (`U` token columns).
+Shape legend: `B` banks, `T` rows, `Q` queries, `K` key width, `S` memory rows, `V` value width, `U` token columns.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from math import isqrt
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -19,23 +20,35 @@ from torch.nn.functional import pad
 
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec, InvalidTrace, Unsupported
 from raymem.kernels.rls_update import information_update, leverage, ridge_factor, to_grid
-from raymem.memory.base import Dims, EncodedRows, MergeRule, Options, Seed, State
-from raymem.memory.columns import take_columns
-from raymem.memory.discriminant import log_posterior
+from raymem.memory.base import (
+    ROWS_END,
+    Dims,
+    EncodedRows,
+    MergeRule,
+    Options,
+    Projection,
+    Seed,
+    State,
+    StateSpec,
+    TensorSpec,
+)
 from raymem.memory.key_reservoir import joined_scopes
 from raymem.memory.merging import check_states
-from raymem.memory.quantize import Projection, pack
+from raymem.memory.quantize import pack
 from raymem.memory.reference import Addressing, Reference
-from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 
 _LEAST_ROWS, _LEAST_TOKENS = 8, 16
 _BLOCK_ROWS = 256
 # the finest grid on which float32 sums of weights stay exact for tens of thousands of rows of one token
 _FLOAT32_BITS = 12
-# a ridge so small that only written keys lie within the sums, and what rounding then does to a share of 1
+# a ridge so small that only written keys lie within the sums, and how far rounding moves a leverage of 1
 _TRACE_RIDGE = 1e-6
 _SLACK = 1e-3
+# how many rows the prior of a token's mean, which is zero, is worth
+_PRIOR_ROWS = 0.3
+# the share of a sphere of the rows' own size in the tokens' covariance
+_ROUND = 0.3
 
 
 class LarimarOptions(Options):
@@ -120,12 +133,12 @@ class Larimar(StateMemory):
         own = {name: state[name] for name in self.own_spec()}
         slots = None
         if not self.dims.value:
-            seats = take_columns(own["slot_token"], own["slot_used"], batch.tokens_BT, batch.length_B, state["count"])
-            own |= {"slot_token": seats.token_BU, "slot_used": seats.used_BU}
-            if bool(seats.lost_BU.any()):
-                own["cross"] = own["cross"].masked_fill(seats.lost_BU[:, None], 0.0)
-                own["energy"] = own["energy"].masked_fill(seats.lost_BU, 0.0)
-            slots = seats.slot_BT
+            columns = take_columns(own["slot_token"], own["slot_used"], batch.tokens_BT, batch.length_B, state["count"])
+            own |= {"slot_token": columns.token_BU, "slot_used": columns.used_BU}
+            if bool(columns.lost_BU.any()):
+                own["cross"] = own["cross"].masked_fill(columns.lost_BU[:, None], 0.0)
+                own["energy"] = own["energy"].masked_fill(columns.lost_BU, 0.0)
+            slots = columns.slot_BT
         real_BT = torch.arange(batch.keys_BTK.shape[1], device=batch.length_B.device) < batch.length_B[:, None]
         for start in range(0, batch.keys_BTK.shape[1], _BLOCK_ROWS):
             part = slice(start, start + _BLOCK_ROWS)
@@ -299,3 +312,100 @@ class Larimar(StateMemory):
         # a column keeps its age; the younger of two counts
         used = state["slot_used"][bank, held] + count - int(state["count"][bank])
         merged["slot_used"][bank, where] = torch.maximum(merged["slot_used"][bank, where], used)
+
+
+class Columns(NamedTuple):
+    """The table of tokens after a batch, and the columns of the batch's rows.
+
+    `token_BU` is -1 where free, `used_BU` the number of the row that wrote a column last; `slot_BT` each row's column,
+    -1 where it was lost to a later row; `lost_BU` bool, columns whose old content is gone.
+    """
+
+    token_BU: Tensor
+    used_BU: Tensor
+    slot_BT: Tensor
+    lost_BU: Tensor
+
+
+def take_columns(token_BU: Tensor, used_BU: Tensor, tokens_BT: Tensor, length_B: Tensor, count_B: Tensor) -> Columns:
+    """Columns of rows, one row after another, so that the cuts between calls change nothing.
+
+    A new token takes the first free column, or that of the token unseen for longest.
+
+    Args:
+        token_BU: int64 `[B, U]`, -1 where a column is free.
+        used_BU: int64 `[B, U]`.
+        tokens_BT: int64 `[B, T]`; a negative token gets no column.
+        length_B: int64 `[B]` how many of the T rows are real.
+        count_B: int64 `[B]` rows seen before.
+    """
+    given = (token_BU, used_BU, tokens_BT, length_B, count_B)
+    taken = [_take(*bank) for bank in zip(*(tensor.tolist() for tensor in given), strict=True)]
+    return Columns(*(torch.tensor(part, device=token_BU.device) for part in zip(*taken, strict=True)))
+
+
+def _take(
+    table: list[int], used: list[int], tokens: list[int], length: int, count: int
+) -> tuple[list[int], list[int], list[int], list[bool]]:
+    held = sorted((slot for slot, token in enumerate(table) if token >= 0), key=used.__getitem__)
+    by_age = OrderedDict((table[slot], slot) for slot in held)
+    free = [slot for slot, token in reversed(list(enumerate(table))) if token < 0]
+    since, lost = [0] * len(table), [False] * len(table)
+    for row, token in enumerate(tokens[:length]):
+        if token < 0:
+            continue
+        if token in by_age:
+            by_age.move_to_end(token)
+        else:
+            slot = free.pop() if free else by_age.popitem(last=False)[1]
+            lost[slot], since[slot] = table[slot] >= 0, row
+            by_age[token] = slot
+            table[slot] = token
+        used[by_age[token]] = count + row
+    slots = [by_age.get(token, -1) for token in tokens]
+    valid = [row < length and slot >= 0 and row >= since[slot] for row, slot in enumerate(slots)]
+    return table, used, [slot if good else -1 for slot, good in zip(slots, valid, strict=True)], lost
+
+
+def log_posterior(gram_BSS: Tensor, cross_BSU: Tensor, rows_BU: Tensor, points_BQS: Tensor) -> Tensor:
+    """Logarithms `[B, Q, U]` of each token's probability at the points, up to a constant a query.
+
+    Each token's rows are a class, a Gaussian whose covariance all classes share.
+
+    A class of n rows that sum to b has the mean b / (n + kappa), known as well as n + kappa rows allow; the covariance
+    is that of rows about their own class's mean, and part of a sphere that makes it positive definite. So
+    `log n - |q - m|^2 / 2v - S/2 log v`, the distance in that covariance and `v = 1 + 1 / (n + kappa)`. A class without
+    rows has a finite logarithm that means nothing.
+
+    Args:
+        gram_BSS: float64, the sum of `w^T w` over all rows, those of no class among them.
+        cross_BSU: the sum of each class's rows.
+        rows_BU: how many rows each class has.
+        points_BQS: float64.
+
+    Reference:
+        Fisher 1936, linear discriminants; Ledoit and Wolf 2004 for the sphere; the predictive distribution of a
+        Gaussian of known covariance whose mean has a conjugate prior.
+    """
+    cross, rows = cross_BSU.double(), rows_BU.double().clamp_min(1)
+    # rows are unit, so that the trace of their sum of squares counts them
+    total_B11 = gram_BSS.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]
+    within_BSS = gram_BSS - (cross / rows[:, None]) @ cross.mT
+    unit_SS = torch.eye(gram_BSS.shape[-1], dtype=gram_BSS.dtype, device=gram_BSS.device)
+    # a bank that has seen nothing has no scatter either
+    sphere_B11 = (_ROUND / len(unit_SS) * total_B11).clamp_min(torch.finfo(total_B11.dtype).eps)
+    factor_BSS = torch.linalg.cholesky(within_BSS + sphere_B11 * unit_SS)
+    known_BU = rows + _PRIOR_ROWS
+    means_BSU = _whitened(factor_BSS, cross / known_BU[:, None])
+    asked_BSQ = _whitened(factor_BSS, points_BQS.mT)
+    square_BQU = asked_BSQ.square().sum(1)[..., None] + means_BSU.square().sum(1)[:, None]
+    distance_BQU = (square_BQU - 2 * asked_BSQ.mT @ means_BSU).clamp_min(0) * total_B11
+    spread_B1U = (1 + 1 / known_BU)[:, None]
+    volume_B1U = gram_BSS.shape[-1] * spread_B1U.log()
+    log_posterior_BQU: Tensor = rows.log()[:, None] - (distance_BQU / spread_B1U + volume_B1U) / 2
+    return log_posterior_BQU
+
+
+def _whitened(factor_BSS: Tensor, columns_BSN: Tensor) -> Tensor:
+    solved: Tensor = torch.linalg.solve_triangular(factor_BSS, columns_BSN, upper=False)
+    return solved

@@ -17,8 +17,8 @@ from torch.nn.functional import one_hot
 
 from raymem.errors import Unsupported
 from raymem.kernels.content_address import content_address
-from raymem.memory.base import MergeRule, Options, State
-from raymem.memory.ring import RingMemory, RingOptions
+from raymem.memory.base import Dims, MergeRule, State
+from raymem.memory.slots import CountedSlotOptions, RingMemory
 
 # far under any weight that matters, far over the smallest float32
 _LEAST_WEIGHT = 1e-30
@@ -129,13 +129,17 @@ def ring_step(memory_BNW: Tensor, weights_BN: Tensor, words_BW: Tensor) -> tuple
 class Ntm(RingMemory):
     """A write head that moves on by one slot a row, and read heads that look everywhere by content.
 
-    Nothing decides what to keep: the ring overwrites. The head's place is the count of rows, modulo the slots. Two
-    banks can't be merged, for a slot is a place and not a thing; rows leave only by rebuilding a bank from its journal.
+    The ring overwrites its oldest row. The head's place is the count of rows, modulo the slots. Two banks can't be
+    merged, since a slot is a place and its row's age is told by it; rows leave only by rebuilding a bank from its
+    journal.
     """
 
     kind: ClassVar[str] = "ntm"
     merge_rule: ClassVar[MergeRule] = "refused"
-    options_type: ClassVar[type[Options]] = RingOptions
+
+    def __init__(self, dims: Dims, options: CountedSlotOptions, budget_bytes: int) -> None:
+        super().__init__(dims, options, budget_bytes)
+        self.size_slots()
 
     def pointer(self, state: State) -> Tensor:
         """The write head's weighting `[B, N]` after the last write, one-hot; before any, on the last slot."""

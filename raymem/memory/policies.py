@@ -14,9 +14,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from raymem.memory.base import State
+from raymem.memory.base import State, StateSpec, TensorSpec
 from raymem.memory.key_reservoir import hash62
-from raymem.memory.spec import StateSpec, TensorSpec
 
 PolicyName = Literal["fifo", "lifo", "uniform", "reservoir", "lru", "im", "s", "st"]
 # how much of the attention's moving average an old value keeps (D-NTM's least-recently-used rule)

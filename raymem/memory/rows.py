@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec
-from raymem.memory.base import Dims, EncodedRows, Found, Memory, Options, State
+from raymem.memory.base import Dims, EncodedRows, Found, Memory, Options, State, StateSpec, TensorSpec, check_state
 from raymem.memory.eviction import make_room, policy_part, policy_spec, survivors
 from raymem.memory.policies import Entries, Policy
-from raymem.memory.spec import StateSpec, TensorSpec, check_state
 
 _FIRST_ROWS = 256
 
@@ -29,8 +28,8 @@ _FIRST_ROWS = 256
 class RowState:
     """One bank's rows.
 
-    `columns` are buffers [allocated, ...] of which the first `count` rows are held, in no particular order: their
-    column `pos` says the order. `head` is the slot that the next row takes.
+    `columns` are buffers [allocated, ...] of which the first `count` rows are held; their order is that of the column
+    `pos`. `head` is the slot that the next row takes.
     """
 
     columns: State
@@ -38,18 +37,21 @@ class RowState:
     head: int = 0
 
     def held(self) -> State:
-        """Views of the rows held, valid until the next append or drop."""
+        """Views of the rows held, valid until the next `absorb`."""
         return {name: column[: self.count] for name, column in self.columns.items()}
 
 
 class RowMemory(Memory):
     """A mechanism that keeps rows, one bank at a time; nothing already held is copied per write.
 
-    A kind says what a row's columns are (`columns_spec`), how rows fill them (`encode`), and how to `read`. Capacity
-    follows from the budget; at capacity the row that `rule` picks makes room, the oldest where that is None. The newest
-    `newest` rows always stay, at most half of what there is room for.
+    A kind says what a row's columns are (`columns_spec`), how rows fill them (`encode`), and how to read them
+    (`lookup`). Capacity follows from the budget; at capacity the row that `rule` picks makes room, the oldest where
+    that is None. The newest `newest` rows always stay, at most half of what there is room for.
+
+    `row_spec` is one row's entry in each column, those of the policy among them.
     """
 
+    keeps_rows: ClassVar[bool] = True
     forgets: ClassVar[bool] = True
 
     def __init__(
@@ -57,7 +59,8 @@ class RowMemory(Memory):
     ) -> None:
         super().__init__(dims, options, budget_bytes)
         self.rule = rule
-        row_bytes = sum(spec.nbytes for spec in self.all_columns_spec().values())
+        self.row_spec = self.columns_spec() | ({} if rule is None else policy_spec(rule))
+        row_bytes = sum(spec.nbytes for spec in self.row_spec.values())
         self.capacity = budget_bytes // row_bytes
         if self.capacity < 1:
             raise InvalidSpec(
@@ -65,10 +68,6 @@ class RowMemory(Memory):
                 "raise the budget, or lower key_dims"
             )
         self.newest = min(newest, self.capacity // 2)
-
-    def all_columns_spec(self) -> StateSpec:
-        """A row's columns, and what the policy keeps of it."""
-        return self.columns_spec() | policy_spec(self.rule)
 
     @abstractmethod
     def columns_spec(self) -> StateSpec:
@@ -83,7 +82,7 @@ class RowMemory(Memory):
         """Unit keys `[N, K]` float32 of rows as `encode` made them."""
 
     @abstractmethod
-    def read(self, state: RowState, queries_QK: Tensor, k: int, mask: Tensor | None = None) -> Found:
+    def lookup(self, state: RowState, queries_QK: Tensor, k: int, mask: Tensor | None = None) -> Found:
         """Read without changing the state.
 
         Args:
@@ -104,14 +103,16 @@ class RowMemory(Memory):
             vectors_QkV: their vectors.
         """
 
-    def append(self, state: RowState, rows: EncodedRows) -> RowState:
+    def absorb(self, state: RowState, rows: EncodedRows) -> RowState:
         """Add rows, each over another once the bank is full; changes and returns `state`."""
+        if not len(rows):
+            return state
         return self._append_ring(state, rows) if self.rule is None else self._append_each(state, rows, self.rule)
 
     def _append_ring(self, state: RowState, rows: EncodedRows) -> RowState:
         added = len(rows)
         skipped = max(0, added - self.capacity)
-        columns = self.encode(_tail(rows, skipped))
+        columns = self.encode(_from(rows, skipped))
         self._grow(state, min(self.capacity, state.count + added))
         start = (state.head + skipped) % self.capacity
         for name, values in columns.items():
@@ -125,7 +126,7 @@ class RowMemory(Memory):
 
     @torch.no_grad()
     def _append_each(self, state: RowState, rows: EncodedRows, rule: Policy) -> RowState:
-        """Rows one by one, each asking the policy; if it goes by keys, all are unpacked once a call."""
+        """Rows one by one, each by the policy; keys are unpacked once a call, and only for a policy that reads them."""
         new = self.encode(rows)
         held, room = state.count, min(self.capacity, state.count + len(rows))
         self._grow(state, room)
@@ -171,22 +172,18 @@ class RowMemory(Memory):
     def _looked_at(self, columns: State, rule: Policy) -> Tensor:
         return self.units(columns) if rule.by_content else columns["pos"].new_zeros(len(columns["pos"]), 0).float()
 
-    def drop(self, state: RowState, positions: Tensor) -> RowState:
-        """The state without the rows at these journal positions; what is left keeps its order and its values."""
+    def forget(self, state: RowState, positions: Tensor) -> RowState:
+        """The state without the rows at these journal positions, exactly; the others keep their order and values."""
         held = state.held()
         kept = torch.nonzero(~torch.isin(held["pos"], positions.to(held["pos"].device)))[:, 0]
         kept = kept[torch.argsort(held["pos"][kept])]
         return RowState({name: column[kept] for name, column in held.items()}, len(kept), len(kept) % self.capacity)
 
-    def forget(self, state: RowState, positions: Tensor) -> RowState:
-        """Exact: no trace of the rows at these positions is left in the state."""
-        return self.drop(state, positions)
-
     def merge(self, states: Sequence[RowState]) -> RowState:
-        """The set union of the rows, of which the policy lets go one after another where there are too many.
+        """The set union of the rows; where they are too many the policy evicts one after another.
 
-        Rows are the same where position, source and seq are: states of banks that count theirs apart are `renumbered`
-        first. Read, it answers as the best of all the states' answers.
+        Two rows are one where their position, source and seq are equal: states of banks with positions of their own
+        are `renumbered` first. A read of the union gives the best of all the states' answers.
 
         Raises:
             InvalidInput: no states.
@@ -216,22 +213,12 @@ class RowMemory(Memory):
 
     def state_spec(self) -> StateSpec:
         """Shapes and dtypes of a dumped state; -1 is the number of rows."""
-        columns = {name: spec._replace(shape=(-1, *spec.shape)) for name, spec in self.all_columns_spec().items()}
+        columns = {name: spec._replace(shape=(-1, *spec.shape)) for name, spec in self.row_spec.items()}
         return columns | {"head": TensorSpec((), torch.int64)}
 
     def empty(self) -> RowState:
         """A bank without rows."""
-        return RowState(
-            {n: torch.empty(0, *spec.shape, dtype=spec.dtype) for n, spec in self.all_columns_spec().items()}
-        )
-
-    def absorb(self, state: RowState, rows: EncodedRows) -> RowState:
-        """Append the rows."""
-        return self.append(state, rows) if len(rows) else state
-
-    def lookup(self, state: RowState, queries_QK: Tensor, k: int) -> Found:
-        """Read all rows."""
-        return self.read(state, queries_QK, k)
+        return RowState({name: torch.empty(0, *spec.shape, dtype=spec.dtype) for name, spec in self.row_spec.items()})
 
     def dump(self, state: RowState) -> State:
         """The rows held, copied, and the slot that the next one takes."""
@@ -240,7 +227,7 @@ class RowMemory(Memory):
 
     def load(self, tensors: State) -> RowState:
         """The state that `dump` wrote; see Memory.load."""
-        # a look at every key would take as long as reading them
+        # checking every key would take as long as reading it
         check_state(self.kind, tensors, self.state_spec(), deep=False)
         columns = {name: tensor for name, tensor in tensors.items() if name != "head"}
         lengths = {len(column) for column in columns.values()}
@@ -259,7 +246,7 @@ class RowMemory(Memory):
         return sum(column.nbytes for column in state.columns.values())
 
     def _with_room(self, column: Tensor) -> Tensor:
-        # some room: a bank that has just moved must not be copied at its first write
+        # with room to grow, so that the first write after a move does not copy the bank
         rows = len(column)
         room = min(self.capacity, rows + max(_FIRST_ROWS, rows // 8))
         behind = column.untyped_storage().nbytes() // column.element_size() - column.numel()
@@ -281,7 +268,7 @@ def _longer(column: Tensor, rows: int) -> Tensor:
     """A copy of a column with room for `rows`."""
     shape = (rows, *column.shape[1:])
     if column.device.type == "cpu":
-        # torch takes small pages, whose first use costs ten times as much as copying into them; NumPy large ones
+        # torch allocates small pages, whose first use costs ten times what copying does; numpy allocates large ones
         new = torch.from_numpy(np.empty(math.prod(shape) * column.element_size(), np.uint8))
         new = new.view(column.dtype).reshape(shape)
     else:
@@ -290,7 +277,7 @@ def _longer(column: Tensor, rows: int) -> Tensor:
     return new
 
 
-def _tail(rows: EncodedRows, start: int) -> EncodedRows:
+def _from(rows: EncodedRows, start: int) -> EncodedRows:
     values = None if rows.values_NV is None else rows.values_NV[start:]
     origin = (rows.pos_N[start:], rows.seq_N[start:], rows.source_N[start:])
     return EncodedRows(rows.keys_NK[start:], rows.tokens_N[start:], values, *origin)

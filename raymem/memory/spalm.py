@@ -16,11 +16,22 @@ from torch import Tensor, nn
 
 from raymem.errors import InvalidTrace
 from raymem.kernels.topk_cosine import topk_cosine
-from raymem.memory.base import Dims, EncodedRows, Found, MergeRule, Options, Seed, State
+from raymem.memory.base import (
+    ROWS_END,
+    Dims,
+    EncodedRows,
+    Found,
+    MergeRule,
+    Options,
+    Projection,
+    Seed,
+    State,
+    StateSpec,
+    TensorSpec,
+)
 from raymem.memory.eviction import EvictionOptions
-from raymem.memory.quantize import STORED, KeyDtype, Projection, pack, unpack
+from raymem.memory.quantize import STORED, KeyDtype, pack, unpack
 from raymem.memory.rows import RowMemory, RowState
-from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec
 
 _TOKEN_MAX = torch.iinfo(torch.int32).max
 
@@ -56,9 +67,11 @@ class Spalm(RowMemory):
     learns: ClassVar[tuple[str, ...]] = ("rule",)
 
     def __init__(self, dims: Dims, options: SpalmOptions, budget_bytes: int) -> None:
-        self._widths = (options.key_dims or dims.key, dims.value)
+        width = options.key_dims or dims.key
+        self._widths = (width, dims.value)
         self._stored = STORED[options.key_dtype]
-        rule = options.rule(options.key_dims or dims.key, 1 / options.tau)
+        # first in, first out is what a ring of rows does without a policy
+        rule = None if options.eviction == "fifo" else options.rule(width, 1 / options.tau)
         super().__init__(dims, options, budget_bytes, rule, options.n_short)
         self.spalm = options
         self.project = Projection(dims.key, options.key_dims, options.projection_seed)
@@ -105,14 +118,17 @@ class Spalm(RowMemory):
         """See RowMemory."""
         return unpack(columns["key"], columns["key_scale"])
 
-    def read(self, state: RowState, queries_QK: Tensor, k: int, mask: Tensor | None = None) -> Found:
-        """The k nearest rows, and their vectors blended by softmax(cosine / tau); see RowMemory.read."""
-        held = state.held()
-        queries = self.project(queries_QK).float()
+    def lookup(self, state: RowState, queries_QK: Tensor, k: int, mask: Tensor | None = None) -> Found:
+        """The k nearest rows, and their vectors blended by softmax(cosine / tau); see RowMemory.lookup."""
+        held, width = state.held(), self.dims.value
+        queries = (queries_QK if self.project.identity else self.project(queries_QK)).float()
         scores, index = topk_cosine(queries, held["key"], held["key_scale"], held["pos"], k, mask=mask)
         tokens, pos, seq, source = (_pick(held[name], index) for name in ("token", "pos", "seq", "source"))
+        if width and state.count:
+            vectors = held["value"][index.clamp_min(0)]
+        else:
+            vectors = torch.zeros(*index.shape, width, dtype=torch.bfloat16)
         best = scores[:, 0] if k else scores.new_full((len(scores),), -1.0)
-        vectors = self._vectors(held, index)
         return Found(
             values_QV=self.blend(self.spalm, scores, vectors),
             similarity_Q=best.clamp(-1, 1),
@@ -135,12 +151,6 @@ class Spalm(RowMemory):
         held = state.held()
         newest = torch.argsort(held["pos"])[max(0, state.count - self.spalm.n_short) :]
         return unpack(held["key"][newest], held["key_scale"][newest]), held["token"][newest].long()
-
-    def _vectors(self, held: State, index_Qk: Tensor) -> Tensor:
-        width = self.dims.value
-        if not width or not len(held["value"]):
-            return torch.zeros(*index_Qk.shape, width, dtype=torch.bfloat16)
-        return held["value"][index_Qk.clamp_min(0)]
 
 
 class SpalmGate(nn.Module):

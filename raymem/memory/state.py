@@ -12,10 +12,20 @@ import torch
 from torch import Tensor
 
 from raymem.errors import InvalidSpec
-from raymem.memory.base import Dims, EncodedRows, Found, Memory, Options, State
+from raymem.memory.base import (
+    ROWS_END,
+    Dims,
+    EncodedRows,
+    Found,
+    Memory,
+    Options,
+    Projection,
+    State,
+    StateSpec,
+    TensorSpec,
+    check_state,
+)
 from raymem.memory.key_reservoir import SCOPE_ROWS, sample, similarity
-from raymem.memory.quantize import Projection
-from raymem.memory.spec import ROWS_END, StateSpec, TensorSpec, check_state
 
 
 class Batch(NamedTuple):
@@ -182,3 +192,9 @@ class StateMemory(Memory):
     def nbytes(self, state: State) -> int:
         """Bytes of the tensors held, one bank's share of the arena."""
         return sum(tensor[0].nbytes for tensor in state.values())
+
+
+def put(column: Tensor, where: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+    """`column` `[B, N, ...]` with rows `[M, ...]` at the places `(bank, slot)`; in place when gradients are off."""
+    rows = rows.to(column.dtype)
+    return column.index_put(where, rows) if torch.is_grad_enabled() else column.index_put_(where, rows)

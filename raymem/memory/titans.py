@@ -25,12 +25,10 @@ from raymem.kernels.delta_update import (
     transition,
 )
 from raymem.memory import nets
-from raymem.memory.base import Dims, MergeRule, Options, Seed, State
+from raymem.memory.base import Dims, MergeRule, Options, Projection, Seed, State, StateSpec, TensorSpec
 from raymem.memory.codes import OneHotCode, SignCode, SoftmaxCode, TokenCode, ValueCode, VectorCode
 from raymem.memory.key_reservoir import joined_scopes
 from raymem.memory.merging import bank_by_bank, interleaved
-from raymem.memory.quantize import Projection
-from raymem.memory.spec import StateSpec, TensorSpec
 from raymem.memory.state import Batch, StateMemory
 
 _LEAST_SLOTS = 16

@@ -14,7 +14,7 @@ WIDTH = 576
 def full(memory):
     """Bytes of a bank into which nothing more fits."""
     if isinstance(memory, RowMemory):
-        return memory.capacity * sum(spec.nbytes for spec in memory.all_columns_spec().values())
+        return memory.capacity * sum(spec.nbytes for spec in memory.row_spec.values())
     return memory.nbytes(memory.empty())
 
 

@@ -9,7 +9,7 @@ from raymem.errors import InvalidSpec, Unsupported
 from raymem.memory.base import Dims, EncodedRows
 from raymem.memory.ntm import Heads, Ntm, address, interpolated, read, ring_step, sharpened, shifted, step, write
 from raymem.memory.ntm_cell import NtmCell
-from raymem.memory.ring import RingOptions
+from raymem.memory.slots import CountedSlotOptions
 
 B, N, W, H = 3, 7, 5, 2
 LARGE = 2**24
@@ -165,7 +165,7 @@ K, V = 6, 4
 
 
 def ring(slots: int = N, value: int = V, **options) -> Ntm:
-    return Ntm(Dims(K, value), RingOptions(slots=slots, **options), LARGE)
+    return Ntm(Dims(K, value), CountedSlotOptions(slots=slots, **options), LARGE)
 
 
 def rows_of(count: int, value: int = V) -> EncodedRows:
@@ -205,7 +205,7 @@ def test_the_ring_overwrites_the_oldest():
 
 def test_a_budget_too_small_is_refused_with_its_numbers():
     with pytest.raises(InvalidSpec, match=r"budget_bytes=4096 leaves a ntm bank 7 slots of 404 bytes; it needs 16"):
-        Ntm(Dims(100, 0), RingOptions(), 4096)
+        Ntm(Dims(100, 0), CountedSlotOptions(), 4096)
 
 
 def test_rings_are_not_merged():

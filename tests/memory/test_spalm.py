@@ -92,7 +92,7 @@ def test_a_mask_hides_rows_inside_the_search(rows_of):
     memory, rows = bank(), rows_of(60, key=KEY)
     state = memory.absorb(memory.empty(), rows)
     mine = state.held()["source"] == 1
-    found = memory.read(state, rows.keys_NK, 20, mask=mine)
+    found = memory.lookup(state, rows.keys_NK, 20, mask=mine)
     # 20 of the 60 rows are mine, and all 20 are found whatever the others' scores
     assert bool((found.source_Qk == 1).all())
 
@@ -106,7 +106,7 @@ def test_forgetting_rows_leaves_what_never_having_seen_them_would(rows_of):
     assert same(memory.dump(state), memory.dump(never))
     more = rows_of(40, 300, key=KEY)
     assert same(memory.dump(memory.absorb(state, more)), memory.dump(memory.absorb(never, more)))
-    nothing = memory.drop(never, torch.tensor([], dtype=torch.int64))
+    nothing = memory.forget(never, torch.tensor([], dtype=torch.int64))
     assert same(memory.dump(nothing), memory.dump(never))
 
 
@@ -114,7 +114,7 @@ def test_forgetting_in_a_full_ring_keeps_the_order_of_eviction(rows_of):
     memory = bank(budget=100 * 80)
     room = memory.capacity
     state = memory.absorb(memory.empty(), rows_of(room + 30, key=KEY))
-    state = memory.drop(state, torch.arange(40, 50))
+    state = memory.forget(state, torch.arange(40, 50))
     assert state.count == room - 10
     state = memory.absorb(state, rows_of(15, room + 30, key=KEY))
     # ten rows fill the gap, five take the place of the oldest

@@ -10,8 +10,7 @@ from torch.nn.functional import cross_entropy, normalize
 from raymem.errors import InvalidSpec, InvalidTrace
 from raymem.memory import build, nets
 from raymem.memory.base import Dims
-from raymem.memory.codes import SignCode
-from raymem.memory.table import seat
+from raymem.memory.codes import SignCode, seat
 
 # float64, products of at most a few hundred terms of size one
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
