@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raymem.kernels.topk_cosine.coarse import rounding
+from raymem.kernels.topk_cosine import rounding
 
 # rows whose best score stands for all of them when the threshold is sought
 _GROUP = 16

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from raymem.errors import ConfigError, InvalidInput
-from raymem.kernels.topk_cosine import coarse, topk_cosine, topk_cosine_reference
+from raymem.kernels.topk_cosine import coarse_scores, topk_cosine, topk_cosine_reference
 from raymem.memory.quantize import STORED, pack, unpack
 
 DTYPES = sorted(STORED)
@@ -117,7 +117,7 @@ def test_any_search_equals_the_reference(count, width, k, dtype, seed, copies):
 def test_coarse_scores_stay_within_their_own_bound(dtype):
     rows, scale, _ = rows_of(500, 257, dtype)
     asked = queries_of(20, 257)
-    got, error = coarse.coarse_scores(asked, rows, scale)
+    got, error = coarse_scores(asked, rows, scale)
     exact = asked.double() @ (rows.double() * scale.double()[:, None]).T
     assert bool(((got - exact).abs() <= error[:, None]).all())
     # a bound that is never approached would send every query to the slow path
@@ -222,7 +222,7 @@ def test_plain_rough_scores_know_how_torch_was_told_to_multiply(dtype, precision
     exact = asked.double() @ (rows.double() * scale.double()[:, None]).T
     torch.set_float32_matmul_precision(precision)
     try:
-        got, error = coarse.coarse_scores(*on(device, asked, rows, scale))
+        got, error = coarse_scores(*on(device, asked, rows, scale))
     finally:
         torch.set_float32_matmul_precision("highest")
     assert bool(((got.cpu() - exact).abs() <= error.cpu()[:, None]).all())
