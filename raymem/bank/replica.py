@@ -24,7 +24,6 @@ from raymem.bank.prefetch import prefetch
 from raymem.encode.encoder import Encoder, assemble
 from raymem.errors import Corrupt, RaymemError, StoreClosed, TooLarge
 from raymem.logs import get_logger
-from raymem.memory import keeps_rows
 from raymem.memory.base import EncodedRows, Found, State
 from raymem.memory.learned import Learned
 from raymem.rows import JournalRows
@@ -166,7 +165,7 @@ class Replica:
 
     def _lookup(self, queries_QK: Tensor, k: int, wanted: Wanted) -> Found:
         # a state of bounded size takes no time; rows do, and each query is answered by itself
-        size = _BLOCK_QUERIES if keeps_rows(self.spec.kind) else max(1, len(queries_QK))
+        size = _BLOCK_QUERIES if self.memory.keeps_rows else max(1, len(queries_QK))
         parts = []
         for block_QK in torch.split(queries_QK, size):
             if not wanted():
@@ -434,7 +433,7 @@ class Runtime(Replica):
 
     def mark(self, tag: str) -> dict[str, int]:
         """Tag the present position; return all tags. A bounded state can't be wound back, so it is kept there."""
-        if not keeps_rows(self.spec.kind):
+        if not self.memory.keeps_rows:
             self.snapshot()
         self.cold.catalog.tag(self.entry.name, tag, self.end)
         return self.cold.catalog.tags(self.entry.name)
