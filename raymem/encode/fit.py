@@ -42,7 +42,7 @@ class States(Protocol):
         ...
 
 
-class Reader(Protocol):
+class CalibrationModel(Protocol):
     """The part of a language model that calibrating needs; `raymem.lm.models.LanguageModel` has it."""
 
     content_hash: str
@@ -74,7 +74,7 @@ class Sample:
 
 
 def calibrate(
-    model: Reader,
+    model: CalibrationModel,
     layers: Sequence[int],
     *,
     whiten: bool = False,
@@ -106,7 +106,9 @@ def bundled_texts() -> list[str]:
     return [topics[name] for name in sorted(by_size[RESERVED_TOPICS : RESERVED_TOPICS + _TOPICS])]
 
 
-def read_sample(model: Reader, layers: Sequence[int], texts: Sequence[str], progress: Progress | None = None) -> Sample:
+def read_sample(
+    model: CalibrationModel, layers: Sequence[int], texts: Sequence[str], progress: Progress | None = None
+) -> Sample:
     """Read texts with a model: every other one is the bank's, and read again in part after a piece of its neighbour.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from raymem.lm.models import LanguageModel, Pass
-from raymem.lm.text import Document, Span, Split, chunks, split
+from raymem.lm.text import Document, Split, TokenRange, chunks, split
 
 if TYPE_CHECKING:
     from raymem.encode.calibration import Calibration
@@ -45,7 +45,7 @@ class CachedModel:
 class Window:
     """Rows of a window before each of its targets: states [W, L, d], final states [W, d], targets [W]."""
 
-    span: Span
+    span: TokenRange
     hidden_WLd: Tensor
     final_Wd: Tensor
     targets_W: Tensor
@@ -106,13 +106,13 @@ def losses(logits_WV: Tensor, targets_W: Tensor) -> Tensor:
     return cross_entropy(logits_WV.float(), targets_W, reduction="none")
 
 
-def _window(model: CachedModel, parts: Split, span: Span, layers: Sequence[int]) -> Window:
+def _window(model: CachedModel, parts: Split, span: TokenRange, layers: Sequence[int]) -> Window:
     ids_T = parts.tokens_T[slice(*span)]
     done = model.run(ids_T, layers)
     return Window(span, done.hidden_TLd[:-1], done.final_Td[:-1], ids_T[1:])
 
 
-def _best(reading: Reading, window: Window, calibration: Calibration, pieces: int) -> list[Span]:
+def _best(reading: Reading, window: Window, calibration: Calibration, pieces: int) -> list[TokenRange]:
     spans = chunks(reading.split.written, CHUNK_TOKENS)
     asked_K = _mean_state(window.hidden_WLd[1:], calibration)
     likeness = [float(_mean_state(reading.whole.hidden_TLd[max(1, a) : b], calibration) @ asked_K) for a, b in spans]

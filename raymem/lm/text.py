@@ -26,7 +26,7 @@ class Document:
     text: str
 
 
-class Span(NamedTuple):
+class TokenRange(NamedTuple):
     """Tokens [start, stop) of a document."""
 
     start: int
@@ -38,7 +38,7 @@ class Split(NamedTuple):
 
     tokens_T: Tensor
     written: int
-    windows: tuple[Span, ...]
+    windows: tuple[TokenRange, ...]
 
 
 def find_documents(paths: Sequence[Path], max_docs: int) -> list[Document]:
@@ -72,15 +72,15 @@ def split(name: str, tokens_T: Tensor, max_tokens: int, window: int) -> Split:
     if total < LEAST_TOKENS:
         raise InvalidInput(f"document {name!r} has {total} tokens; {LEAST_TOKENS} or more are needed: leave it out")
     written = int(total * WRITTEN_SHARE)
-    spans = (Span(start, min(start + window, total)) for start in range(written, total, window))
+    spans = (TokenRange(start, min(start + window, total)) for start in range(written, total, window))
     # a window of one token has nothing to predict from
     return Split(tokens_T, written, tuple(span for span in spans if span.stop - span.start > 1))
 
 
-def chunks(written: int, size: int) -> list[Span]:
+def chunks(written: int, size: int) -> list[TokenRange]:
     """Whole pieces of `size` tokens of what was written; the rest at the end is one more if it is all there is."""
-    whole = [Span(start, start + size) for start in range(0, written - size + 1, size)]
-    return whole or [Span(0, written)]
+    whole = [TokenRange(start, start + size) for start in range(0, written - size + 1, size)]
+    return whole or [TokenRange(0, written)]
 
 
 def _files(folder: Path) -> list[Path]:

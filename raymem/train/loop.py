@@ -49,7 +49,7 @@ class Task(ABC):
         """The tensors to keep and the options that a bank needs for them; see Learned."""
 
 
-class Loop:
+class TrainingLoop:
     """Adam with a falling rate over a task.
 
     Args:

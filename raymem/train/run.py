@@ -13,7 +13,7 @@ from raymem.errors import FingerprintMismatch, InvalidSpec
 from raymem.memory.learned import Learned
 from raymem.storage.store import ColdStore, Entry
 from raymem.train.data import Lessons, lessons_of, require_same
-from raymem.train.loop import Loop, Progress, Task, read_checkpoint
+from raymem.train.loop import Progress, Task, TrainingLoop, read_checkpoint
 from raymem.types import BankSpec
 
 # the option by which a kind has something to learn and the values that will do, the first being taken otherwise
@@ -107,7 +107,7 @@ def train(
         require_same(lessons, begun[0]["digest"])
     task = _task(cold, entry, spec, settings, lessons)
     identity = {"end": lessons.end, "digest": lessons.digest}
-    loop = Loop(
+    loop = TrainingLoop(
         task,
         steps=steps,
         rate=settings.rate or _RATES[settings.kind],
@@ -179,7 +179,7 @@ def _task(cold: ColdStore, entry: Entry, spec: BankSpec, settings: TrainSettings
 
         return LemnTask(memory, lessons)
     from raymem.lm.models import LanguageModel
-    from raymem.train.spalm import Bench, SpalmTask
+    from raymem.train.spalm import GateSetup, SpalmTask
 
     model = LanguageModel.load(settings.model or spec.fingerprint.model)
     if not model.made(spec.fingerprint):
@@ -189,7 +189,7 @@ def _task(cold: ColdStore, entry: Entry, spec: BankSpec, settings: TrainSettings
             fields=["content"],
         )
     journal = cold.journal(entry)
-    return SpalmTask(Bench(memory, encoder, model, journal, spec.fingerprint.layers, lessons.sources), lessons)
+    return SpalmTask(GateSetup(memory, encoder, model, journal, spec.fingerprint.layers, lessons.sources), lessons)
 
 
 def _digest(entry: Entry, settings: TrainSettings) -> str:

@@ -36,7 +36,7 @@ _NEAR = 1e-3
 _FIXED = tuple(n / 20 for n in range(1, 20))
 
 
-class Reader(Protocol):
+class TrainingModel(Protocol):
     """What training needs of a language model."""
 
     def run_cached(self, tokens_T: Tensor, layers: tuple[int, ...]) -> Pass: ...
@@ -54,12 +54,12 @@ class Predictions(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Bench:
+class GateSetup:
     """A model beside a memory: what a bank's tokens are read with."""
 
     memory: Memory
     encoder: Encoder
-    model: Reader
+    model: TrainingModel
     journal: Journal
     layers: tuple[int, ...]
     sources: list[tuple[str, str]]
@@ -73,13 +73,13 @@ class SpalmTask(Task):
 
     metric = "perplexity of tokens read again without their context; lower is better"
 
-    def __init__(self, bench: Bench, lessons: Lessons) -> None:
+    def __init__(self, setup: GateSetup, lessons: Lessons) -> None:
         self._gate = shipped_gates()["spalm"]
         memory_rows = int(lessons.split * _MEMORY_SHARE)
         with torch.no_grad():
-            state = bench.memory.absorb(bench.memory.empty(), part_of(lessons.rows, 0, memory_rows))
-            self._own = _predicted(bench, state, lessons, memory_rows, lessons.split)
-            self._held = _predicted(bench, state, lessons, lessons.split, len(lessons.rows))
+            state = setup.memory.absorb(setup.memory.empty(), part_of(lessons.rows, 0, memory_rows))
+            self._own = _predicted(setup, state, lessons, memory_rows, lessons.split)
+            self._held = _predicted(setup, state, lessons, lessons.split, len(lessons.rows))
         self._weight_GF = self._gate.weight_GF.clone().requires_grad_()
         self._bias_G = self._gate.bias_G.clone().requires_grad_()
 
@@ -124,9 +124,9 @@ def _surprise(gate: Gate, seen: Predictions) -> Tensor:
     return -torch.logsumexp(logs_NG + gate.log_weights(seen.features_NF), 1).mean()
 
 
-def _predicted(bench: Bench, state: Any, lessons: Lessons, start: int, stop: int) -> Predictions:
+def _predicted(setup: GateSetup, state: Any, lessons: Lessons, start: int, stop: int) -> Predictions:
     """What model and memory make of the tokens of rows [start, stop)."""
-    found = [_window(bench, state, tokens_T) for tokens_T in _windows(bench, lessons, start, stop)]
+    found = [_window(setup, state, tokens_T) for tokens_T in _windows(setup, lessons, start, stop)]
     if not found:
         raise InvalidInput(
             f"rows {start} to {stop} hold no {_LEAST_WINDOW} tokens of one run in a row, which a gate learns from: "
@@ -135,27 +135,27 @@ def _predicted(bench: Bench, state: Any, lessons: Lessons, start: int, stop: int
     return Predictions(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
-def _windows(bench: Bench, lessons: Lessons, start: int, stop: int) -> Iterator[Tensor]:
+def _windows(setup: GateSetup, lessons: Lessons, start: int, stop: int) -> Iterator[Tensor]:
     rows = part_of(lessons.rows, start, stop)
     for source in sorted(set(rows.source_N.tolist())):
         seq_N = rows.seq_N[rows.source_N == source]
         first, last = int(seq_N.min()), int(seq_N.max()) + 2
-        stream, run = bench.sources[source]
-        tokens_T = bench.journal.tokens(stream, run, first, last)
+        stream, run = setup.sources[source]
+        tokens_T = setup.journal.tokens(stream, run, first, last)
         # a gap in a run: what stands before it did not lead to what comes after
         if len(tokens_T) == last - first:
             yield from (part for part in torch.split(tokens_T, _WINDOW) if len(part) >= _LEAST_WINDOW)
 
 
-def _window(bench: Bench, state: Any, tokens_T: Tensor) -> Predictions:
-    done, targets_W = bench.model.run_cached(tokens_T, bench.layers), tokens_T[1:]
-    found = bench.memory.lookup(state, bench.encoder.keys(done.hidden_TLd[:-1], 0), NEIGHBOURS)
+def _window(setup: GateSetup, state: Any, tokens_T: Tensor) -> Predictions:
+    done, targets_W = setup.model.run_cached(tokens_T, setup.layers), tokens_T[1:]
+    found = setup.memory.lookup(state, setup.encoder.keys(done.hidden_TLd[:-1], 0), NEIGHBOURS)
     readout = Readout(
-        found.values_QV, bench.encoder.relevance(found.similarity_Q), found.tokens_Qk, found.scores_Qk, found.pos_Qk
+        found.values_QV, setup.encoder.relevance(found.similarity_Q), found.tokens_Qk, found.scores_Qk, found.pos_Qk
     )
-    log_probs_WV = torch.log_softmax(bench.model.logits(done.final_Td[:-1]).float(), -1)
+    log_probs_WV = torch.log_softmax(setup.model.logits(done.final_Td[:-1]).float(), -1)
     hit_W1k = (found.tokens_Qk == targets_W[:, None])[:, None]
-    taus = taus_of(bench.memory.kind)
+    taus = taus_of(setup.memory.kind)
     found_WE = (shares(found.scores_Qk.float(), taus) * hit_W1k).sum(-1)
     own_W = log_probs_WV.gather(1, targets_W[:, None])[:, 0]
     return Predictions(features(log_probs_WV, readout, taus), found_WE, own_W)

@@ -12,8 +12,8 @@ from raymem.lm.mixing import Mixer
 from raymem.lm.models import Pass
 from raymem.memory.learned import Learned, name_of
 from raymem.train.data import lessons_of
-from raymem.train.loop import Loop
-from raymem.train.spalm import Bench, SpalmTask
+from raymem.train.loop import TrainingLoop
+from raymem.train.spalm import GateSetup, SpalmTask
 
 VOCABULARY, WIDTH = 60, 24
 
@@ -64,11 +64,11 @@ def task(store, cold, tiny, model) -> SpalmTask:
     entry = cold.catalog.get("lab/spalm")
     encoder, memory = assemble(entry.spec, tiny.calibration)
     lessons = lessons_of(cold, entry, 5000, 640)
-    return SpalmTask(Bench(memory, encoder, model, cold.journal(entry), (3, 5), lessons.sources), lessons)
+    return SpalmTask(GateSetup(memory, encoder, model, cold.journal(entry), (3, 5), lessons.sources), lessons)
 
 
-def loop(task: SpalmTask, path, steps: int = 60) -> Loop:
-    return Loop(task, steps=steps, rate=0.05, seed=0, checkpoint=path, every=10, identity={})
+def loop(task: SpalmTask, path, steps: int = 60) -> TrainingLoop:
+    return TrainingLoop(task, steps=steps, rate=0.05, seed=0, checkpoint=path, every=10, identity={})
 
 
 def test_a_trained_gate_beats_the_shipped_one_and_the_best_fixed_weight(task, tmp_path, model):
@@ -105,7 +105,8 @@ def test_a_cut_run_ends_with_the_same_bits(task, tmp_path, store, cold, tiny, mo
     lessons = lessons_of(cold, entry, 5000, 640)
     encoder, memory = assemble(entry.spec, tiny.calibration)
     again, whole = (
-        SpalmTask(Bench(memory, encoder, model, cold.journal(entry), (3, 5), lessons.sources), lessons) for _ in "ab"
+        SpalmTask(GateSetup(memory, encoder, model, cold.journal(entry), (3, 5), lessons.sources), lessons)
+        for _ in "ab"
     )
     assert loop(again, tmp_path / "c", 30).run() == 10
     loop(whole, tmp_path / "d", 30).run()
@@ -121,4 +122,4 @@ def test_runs_too_short_to_read_again_are_refused(store, cold, tiny, model):
     lessons = lessons_of(cold, entry, 5000, 640)
     encoder, memory = Encoder(entry.spec, tiny.calibration), assemble(entry.spec, tiny.calibration)[1]
     with pytest.raises(InvalidInput, match="write longer runs"):
-        SpalmTask(Bench(memory, encoder, model, cold.journal(entry), (3, 5), lessons.sources), lessons)
+        SpalmTask(GateSetup(memory, encoder, model, cold.journal(entry), (3, 5), lessons.sources), lessons)
