@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from raymem.actors.calls import Peer
 from raymem.actors.migration import move
 from raymem.actors.placement import draining, node_prefix
@@ -67,7 +69,8 @@ class Shard:
     async def write(self, name: str, trace: dict[str, Any], durable: bool, caller: str) -> Ack:
         """Journal and apply a trace that `pack_fields` packed."""
         host = await self._hot(name)
-        return await host.write(name, unpack_fields(Trace, trace), durable=durable, caller=caller)
+        given = unpack_fields(Trace, trace).checked(torch.float32)
+        return await host.write(name, given, durable=durable, caller=caller)
 
     async def read(
         self, name: str, hidden_QLD: Packed, k: int, start: int, caller: str, as_of: str | float | None = None

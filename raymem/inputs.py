@@ -17,13 +17,17 @@ import typing
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
+import torch
 from pydantic import BeforeValidator, Field
+from torch import Tensor
 
-from raymem.errors import InvalidInput, InvalidName, InvalidSpec
+from raymem.errors import InvalidInput, InvalidName, InvalidSpec, InvalidTrace, TooLarge
 
 # what JSON carries everywhere without losing a digit; far inside the 64 bits of a journal's columns
 COUNT_END = 2**53
@@ -34,13 +38,16 @@ MOST_PARTITIONS = 256
 MOST_NEIGHBOURS = 4096
 MOST_SOURCES = 1000
 
+# what a message may carry, too
+MOST_BYTES = 2**30
+
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 # a composed character has at most four
 _DECOMPOSED = 4
-# controls, halves of a pair, line and paragraph separators
-_NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}
-# what turns the order of the text around it: a name must not look like another
-_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+# controls, halves of a pair, line and paragraph separators, and what turns the order of the text around it: a name must
+# not look like another
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _LONGEST = 80
 
 C = TypeVar("C")
@@ -48,7 +55,7 @@ Check = Callable[[Any], Any]
 
 
 def shorten(text: str, limit: int = _LONGEST) -> str:
-    """`text`, cut in the middle of nothing: its head and its length when it is longer than `limit`."""
+    """`text`, or its head and its length when it is longer than `limit`."""
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
 
 
@@ -75,13 +82,14 @@ def label(value: object) -> str:
     Raises:
         InvalidName: naming the value (shortened) and the rule.
     """
-    text = _text(value, InvalidName)
-    if len(text) <= LABEL_MAX * _DECOMPOSED and not _unfit(text):
-        composed = text if text.isascii() else unicodedata.normalize("NFC", text)
-        if 0 < len(composed) <= LABEL_MAX:
-            return composed
+    # of a subclass, an enumeration's member for one, what it is made of
+    text = str.__str__(value) if isinstance(value, str) else ""
+    if len(text) <= LABEL_MAX * _DECOMPOSED and not _UNFIT.search(text):
+        name = text if text.isascii() else unicodedata.normalize("NFC", text)
+        if 0 < len(name) <= LABEL_MAX:
+            return name
     raise InvalidName(
-        f"{shown(text)}; give 1 to {LABEL_MAX} characters without controls, line breaks and marks that turn the "
+        f"{shown(value)}; give 1 to {LABEL_MAX} characters without controls, line breaks and marks that turn the "
         "direction of text"
     )
 
@@ -132,20 +140,24 @@ def count(value: object) -> int:
     return whole(value, 0, COUNT_END)
 
 
-def moment(value: object) -> float:
+def moment(value: object, error: type[InvalidInput] = InvalidInput) -> float:
     """A time as seconds since the epoch, before the year 10000; a datetime must name its zone.
 
     Raises:
-        InvalidInput: naming the value and the range.
+        InvalidInput: or `error`, naming the value and the range.
     """
     if isinstance(value, datetime):
         if value.tzinfo is None:
-            raise InvalidInput(f"{shown(value)}, which names no time zone; give datetime.now(UTC) or seconds")
+            raise error(f"{shown(value)}, which names no time zone; give datetime.now(UTC) or seconds")
         value = value.timestamp()
-    seconds = _real(value)
-    if seconds is None or not 0 <= seconds < TIME_END:
-        raise InvalidInput(f"{shown(value)}; give seconds since the epoch, from 0 to before {TIME_END} (year 10000)")
-    return seconds
+    if type(value) is not bool and isinstance(value, Real):
+        try:
+            seconds = float(value)
+        except (OverflowError, ValueError):
+            seconds = math.inf
+        if 0 <= seconds < TIME_END:
+            return seconds
+    raise error(f"{shown(value)}; give seconds since the epoch, from 0 to before {TIME_END} (year 10000)")
 
 
 def lifetime(value: object) -> float | None:
@@ -154,10 +166,14 @@ def lifetime(value: object) -> float | None:
     Raises:
         InvalidInput: naming the value and the range.
     """
-    seconds = None if value is None else _real(value)
-    if value is not None and (seconds is None or not 0 < seconds < TIME_END):
-        raise InvalidInput(f"{shown(value)}; rows may live for a number of seconds over 0, or for good: None")
-    return seconds
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, datetime) and (seconds := moment(value)) > 0:
+            return seconds
+    except InvalidInput:
+        pass
+    raise InvalidInput(f"{shown(value)}; rows may live for a number of seconds over 0, or for good: None")
 
 
 def as_of(value: object) -> str | float | None:
@@ -198,7 +214,7 @@ def prefix(value: object) -> str:
         InvalidInput: naming the value.
     """
     text = _text(value, InvalidInput)
-    if len(text) > LABEL_MAX or _unfit(text):
+    if len(text) > LABEL_MAX or _UNFIT.search(text):
         raise InvalidInput(f"{shown(text)}; give the beginning of a bank's name, at most {LABEL_MAX} characters")
     return text
 
@@ -262,15 +278,15 @@ def layers(value: object) -> tuple[int, ...]:
     return tuple(whole(layer, 1, COUNT_END) for layer in value)
 
 
-def text(value: object) -> str:
+def text(value: object, error: type[InvalidInput] = InvalidInput) -> str:
     """Text of any kind that can be sent.
 
     Raises:
-        InvalidInput: naming the value.
+        InvalidInput: or `error`, naming the value.
     """
-    found = _text(value, InvalidInput)
-    if any(unicodedata.category(each) == "Cs" for each in found):
-        raise InvalidInput(f"{shown(found)}; give text without lone surrogates")
+    found = _text(value, error)
+    if _SURROGATE.search(found):
+        raise error(f"{shown(found)}; give text without lone surrogates")
     return found
 
 
@@ -283,10 +299,7 @@ def json_value(value: object, depth: int = 8) -> Any:
     if value is None or type(value) is bool:
         return value
     if isinstance(value, str):
-        text = _text(value, InvalidSpec)
-        if any(unicodedata.category(each) == "Cs" for each in text):
-            raise InvalidSpec(f"{shown(text)}; give text without lone surrogates")
-        return text
+        return text(value, InvalidSpec)
     if depth and isinstance(value, dict):
         return {json_value(_text(key, InvalidSpec)): json_value(each, depth - 1) for key, each in value.items()}
     if depth and isinstance(value, list | tuple):
@@ -309,8 +322,8 @@ def instance(kind: type[Any], error: type[InvalidInput] = InvalidInput) -> Check
     return check
 
 
-def _within(first: int, last: int) -> Check:
-    return lambda value: whole(value, first, last)
+def _from_one(last: int) -> BeforeValidator:
+    return BeforeValidator(partial(whole, first=1, last=last))
 
 
 def _text(value: object, error: type[InvalidInput]) -> str:
@@ -318,22 +331,6 @@ def _text(value: object, error: type[InvalidInput]) -> str:
         raise error(f"{shown(value)}; give text")
     # of a subclass, an enumeration's member for one, what it is made of
     return str.__str__(value)
-
-
-def _real(value: object) -> float | None:
-    if type(value) is bool or not isinstance(value, Real):
-        return None
-    try:
-        found = float(value)
-    except (OverflowError, ValueError):
-        return None
-    return found if math.isfinite(found) else None
-
-
-def _unfit(text: str) -> bool:
-    if text.isascii():
-        return not text.isprintable()
-    return any(each in _TURNS or unicodedata.category(each) in _NO_TEXT for each in text)
 
 
 def _kind(value: object) -> str:
@@ -347,8 +344,8 @@ Label = Annotated[str, BeforeValidator(label), Field(min_length=1, max_length=LA
 BankName = Annotated[str, BeforeValidator(bank_name), Field(max_length=127)]
 BankNames = Annotated[Sequence[str], BeforeValidator(bank_names), Field(min_length=1, max_length=MOST_SOURCES)]
 Count = Annotated[int, BeforeValidator(count), Field(ge=0, le=COUNT_END)]
-Neighbours = Annotated[int, BeforeValidator(_within(1, MOST_NEIGHBOURS)), Field(ge=1, le=MOST_NEIGHBOURS)]
-Partitions = Annotated[int, BeforeValidator(_within(1, MOST_PARTITIONS)), Field(ge=1, le=MOST_PARTITIONS)]
+Neighbours = Annotated[int, _from_one(MOST_NEIGHBOURS), Field(ge=1, le=MOST_NEIGHBOURS)]
+Partitions = Annotated[int, _from_one(MOST_PARTITIONS), Field(ge=1, le=MOST_PARTITIONS)]
 Flag = Annotated[bool, BeforeValidator(flag)]
 Moment = Annotated[float, BeforeValidator(moment), Field(ge=0, lt=TIME_END)]
 Lifetime = Annotated[float | None, BeforeValidator(lifetime)]
@@ -364,12 +361,12 @@ AnyAsOf = Annotated[str | float | datetime | None, BeforeValidator(as_of)]
 
 
 def checked(cls: type[C]) -> type[C]:
-    """A class whose public verbs check their arguments against the domains that their signatures name, before all else.
+    """A class whose public async verbs check their arguments against the domains that their signatures name, first.
 
     Each raises InvalidInput, or the class that the domain says, naming the argument, the value and the fix.
     """
     for name, verb in list(vars(cls).items()):
-        if inspect.isfunction(verb) and not name.startswith("_"):
+        if inspect.iscoroutinefunction(verb) and not name.startswith("_"):
             setattr(cls, name, _checked(verb))
     return cls
 
@@ -382,33 +379,24 @@ def domains(verb: Callable[..., Any]) -> dict[str, Check | None]:
 
 def _checked(verb: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(verb)
-    # the classes that a signature names may come after it
-    known = functools.cache(lambda: [(name, check) for name, check in domains(verb).items() if check is not None])
+    # once it is called: the classes that a signature names may come after it
+    checks = functools.cache(lambda: [(name, check) for name, check in domains(verb).items() if check is not None])
 
-    def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    @functools.wraps(verb)
+    async def checked_verb(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        for name, check in known():
+        for name, check in checks():
             if name in bound.arguments:
                 bound.arguments[name] = named(name, check, bound.arguments[name])
-        return bound
-
-    @functools.wraps(verb)
-    async def later(*args: Any, **kwargs: Any) -> Any:
-        bound = apply(args, kwargs)
         return await verb(*bound.args, **bound.kwargs)
 
-    @functools.wraps(verb)
-    def now(*args: Any, **kwargs: Any) -> Any:
-        bound = apply(args, kwargs)
-        return verb(*bound.args, **bound.kwargs)
-
-    return later if inspect.iscoroutinefunction(verb) else now
+    return checked_verb
 
 
-def named(name: str, check: Check, value: object) -> Any:
-    """A value that was checked; an error says which argument it was."""
+def named(name: str, check: Callable[..., Any], value: object, *more: Any) -> Any:
+    """A value that was checked; an error says which argument it was. `more` is for the check."""
     try:
-        return check(value)
+        return check(value, *more)
     except InvalidInput as error:
         said = error.message if error.message.startswith("bank name") else f"{name} is {error.message}"
         raise type(error)(said, **error.details) from None
@@ -423,6 +411,71 @@ def _check_of(hint: Any) -> Check | None:
         if isinstance(part, BeforeValidator):
             return typing.cast(Check, part.func)
     return None
+
+
+def numbers(what: str, given: object, dtype: torch.dtype) -> Tensor:
+    """A tensor, an array or nested lists of numbers as a dense tensor on the CPU, without gradients.
+
+    A tensor of floats keeps its dtype and its strides, and nothing is copied that is there already; arrays and lists
+    are cast to `dtype`. Where that is int64, only whole numbers are taken, and all are cast.
+
+    Raises:
+        InvalidTrace: no numbers, ragged lists, or a tensor that is sparse, nested, quantised or on the meta device.
+        TooLarge: over 1 GiB.
+    """
+    found = given if isinstance(given, Tensor) else _from_array(what, given, dtype)
+    if not is_dense(found):
+        kind = "quantised" if found.is_quantized else f"{found.layout} on {found.device}"
+        raise InvalidTrace(f"{what} are a tensor that is {kind}; give a dense one: .to_dense(), .dequantize()")
+    if found.nbytes > MOST_BYTES:
+        raise TooLarge(f"{what} have {found.nbytes:,} bytes; give at most {MOST_BYTES:,} at once", limit=MOST_BYTES)
+    found = found.detach().as_subclass(Tensor).cpu().resolve_conj().resolve_neg()
+    if dtype != torch.int64:
+        return found
+    if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+        raise InvalidTrace(f"{what} are {found.dtype}; give whole numbers, such as torch.int64")
+    return found.to(torch.int64)
+
+
+def is_dense(given: object) -> bool:
+    """Whether this is a tensor whose values are there to be looked at."""
+    return (
+        isinstance(given, Tensor)
+        and given.layout == torch.strided
+        and not (given.is_nested or given.is_quantized or given.is_meta)
+    )
+
+
+def _from_array(what: str, given: object, dtype: torch.dtype) -> Tensor:
+    kinds, kept = ("iu", np.int64) if dtype == torch.int64 else ("fiu", np.float32)
+    if kept is np.int64 and isinstance(given, list | tuple) and any(isinstance(number, bool) for number in given):
+        raise InvalidTrace(f"{what} are a list with True or False in it; give whole numbers")
+    if given is None or isinstance(given, str | bytes | dict | set | frozenset):
+        raise InvalidTrace(f"{what} are {shown(given)}; give a tensor, an array or lists of numbers")
+    try:
+        # a range may claim any length
+        if isinstance(given, Sequence) and len(given) > MOST_BYTES:
+            raise TooLarge(
+                f"{what} have {len(given)} rows; give at most {MOST_BYTES:,} bytes at once", limit=MOST_BYTES
+            )
+        array = np.asarray(given)
+    except TooLarge:
+        raise
+    # what an object's own way of becoming an array raises, too
+    except (ValueError, TypeError, OverflowError, RuntimeError, AttributeError, LookupError, MemoryError) as error:
+        raise InvalidTrace(f"{what} can't be made an array: {str(error)[:200]}; give lists of equal lengths") from error
+    if array.nbytes > MOST_BYTES:
+        raise TooLarge(f"{what} have {array.nbytes:,} bytes; give at most {MOST_BYTES:,} at once", limit=MOST_BYTES)
+    # an empty list is an array of floats; jax's bfloat16 is of no kind that numpy knows
+    if array.dtype.kind not in kinds and array.size and array.dtype.name != "bfloat16":
+        raise InvalidTrace(f"{what} are {shown(given)} of {array.dtype}; give a tensor, an array or lists of numbers")
+    if array.dtype == np.uint64 and kept is np.int64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise InvalidTrace(f"{what} hold {array.max()}; give numbers of at most 63 bits")
+    with np.errstate(over="ignore"):
+        # too large for a float32 is infinite, which a bank refuses
+        found = torch.from_numpy(np.array(array, dtype=kept, order="C"))
+    # numpy's strides of nothing are none that torch takes
+    return found.to(dtype) if found.numel() else torch.zeros(found.shape, dtype=dtype)
 
 
 class Known:

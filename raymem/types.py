@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import math
 import time
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NamedTuple
@@ -29,6 +28,7 @@ from raymem.inputs import (
     label,
     moment,
     named,
+    numbers,
     shown,
     text,
     whole,
@@ -41,7 +41,6 @@ from raymem.reports import MigrationReport as MigrationReport
 from raymem.reports import RebalanceReport as RebalanceReport
 from raymem.reports import RestoreReport as RestoreReport
 from raymem.reports import ShardInfo as ShardInfo
-from raymem.tensors import dense, states, token_ids
 
 # a bank's line is read whenever banks are listed: no name and no hash in it is longer, and no set of options
 _MOST_OPTIONS, _LONGEST, _MOST_LAYERS = 100, 4096, 1024
@@ -237,42 +236,22 @@ class Trace:
         Raises:
             InvalidTrace, InvalidName, TooLarge: with the field and the offending value.
         """
-        hidden = states("hidden states", self.hidden, dtype)
+        hidden = numbers("hidden states", self.hidden, dtype)
         if hidden.dim() != 3:
             raise InvalidTrace(f"hidden states are {list(hidden.shape)}; give [rows, layers, width]")
         if not isinstance(self.fingerprint, Fingerprint | None):
             raise InvalidTrace(f"fingerprint is {shown(self.fingerprint)}; give a raymem.Fingerprint, or leave it out")
-        values = None if self.values is None else states("values", self.values, torch.float32)
+        values = None if self.values is None else numbers("values", self.values, torch.float32)
         return replace(
             self,
             hidden=hidden,
-            tokens=token_ids(self.tokens),
+            tokens=numbers("tokens", self.tokens, torch.int64),
             stream=named("stream", label, self.stream),
             run=named("run", label, self.run),
-            seq=named("seq", _seq_before(len(hidden)), self.seq),
+            seq=named("seq", whole, self.seq, 0, COUNT_END - len(hidden), InvalidTrace),
             values=values.to(torch.float32) if values is not None and values.is_floating_point() else values,
-            time=named("time", _trace_time, self.time),
+            time=named("time", moment, self.time, InvalidTrace),
         )
-
-    def require(self) -> None:
-        """Check what takes no look at the rows: names, numbers, kinds of tensors.
-
-        Raises:
-            InvalidTrace, InvalidName: with the field and the offending value.
-        """
-        for what, given in (("stream", self.stream), ("run", self.run)):
-            named(what, label, given)
-        for what, tensor in (("hidden", self.hidden), ("tokens", self.tokens), ("values", self.values)):
-            if not isinstance(tensor, Tensor) and not (what == "values" and tensor is None):
-                raise InvalidTrace(f"{what} is {shown(tensor)}; give a tensor")
-            if tensor is not None:
-                dense(what, tensor)
-        if self.hidden.dim() != 3:
-            raise InvalidTrace(f"hidden states are {list(self.hidden.shape)}; give [rows, layers, width]")
-        if not isinstance(self.fingerprint, Fingerprint | None):
-            raise InvalidTrace(f"fingerprint is {shown(self.fingerprint)}; give a raymem.Fingerprint, or leave it out")
-        named("seq", _seq_before(len(self)), self.seq)
-        named("time", _trace_time, self.time)
 
     def validate(self, fingerprint: Fingerprint) -> None:
         """Check everything against a bank's fingerprint: what made the rows, shapes, dtype, names, numbers, finiteness.
@@ -281,31 +260,31 @@ class Trace:
             InvalidTrace, NonFinite, InvalidName: with the offending value; nothing has been changed.
             FingerprintMismatch: another model made the rows, or they are of other layers.
         """
-        self.require()
+        for what, tensor in (("hidden", self.hidden), ("tokens", self.tokens), ("values", self.values)):
+            if not isinstance(tensor, Tensor) and not (what == "values" and tensor is None):
+                raise InvalidTrace(f"{what} is {shown(tensor)}; give a tensor")
+        rows = len(self.checked(self.hidden.dtype).hidden)
         if self.fingerprint is not None:
             fingerprint.accept(self.fingerprint)
         check_hidden(self.hidden, fingerprint)
-        if self.tokens.shape != (len(self),) or self.tokens.dtype != torch.int64:
+        if self.tokens.shape != (rows,) or self.tokens.dtype != torch.int64:
             found = f"{self.tokens.dtype} {list(self.tokens.shape)}"
-            raise InvalidTrace(f"tokens are {found}; expected torch.int64 [{len(self)}], one id a row")
-        if len(self) and not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < _TOKENS:
+            raise InvalidTrace(f"tokens are {found}; expected torch.int64 [{rows}], one id a row")
+        if rows and not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < _TOKENS:
             wrong = min(int(self.tokens.min()), 0) or int(self.tokens.max())
             raise InvalidTrace(f"token id {wrong} is not in 0 … {_TOKENS - 1}")
-        self._validate_values(fingerprint)
-
-    def _validate_values(self, fingerprint: Fingerprint) -> None:
         if self.values is None:
             if fingerprint.values:
                 raise InvalidTrace("this bank's rows carry vectors (its fingerprint names a value space): send values")
             return
         if not fingerprint.values:
             raise InvalidTrace("this bank's fingerprint names no value space: leave values out, or create it with one")
-        expected = (len(self), fingerprint.width)
+        expected = (rows, fingerprint.width)
         if self.values.shape != expected or not self.values.is_floating_point():
             raise InvalidTrace(
                 f"values are {self.values.dtype} {list(self.values.shape)}; expected floats {list(expected)}"
             )
-        if not _finite(self.values):
+        if rows and not torch.stack(torch.aminmax(self.values)).isfinite().all():
             raise NonFinite("values hold NaN or Inf; the trace was refused whole")
 
 
@@ -518,13 +497,7 @@ class SweepReport:
     receipts: tuple[EraseReceipt, ...] = ()
 
 
-def check_bank_name(name: str) -> str:
-    """Return `name` if it is `namespace/name`.
-
-    Raises:
-        InvalidName: naming the value (shortened) and the rule.
-    """
-    return bank_name(name)
+check_bank_name = bank_name
 
 
 def check_label(what: str, value: str) -> str:
@@ -563,25 +536,10 @@ def check_hidden(hidden: Tensor, fingerprint: Fingerprint) -> None:
         raise InvalidTrace(
             f"hidden states are {hidden.dtype}; this bank holds {fingerprint.dtype}: cast before writing"
         )
-    if not _finite(hidden):
+    # NaN goes through both ends; no mask as large as the tensor is made
+    if hidden.numel() and not torch.stack(torch.aminmax(hidden)).isfinite().all():
         bad = int((~torch.isfinite(hidden)).flatten(1).any(1).nonzero()[0])
         raise NonFinite(f"row {bad} holds NaN or Inf; it was refused whole, nothing was written")
-
-
-def _finite(tensor: Tensor) -> bool:
-    # NaN goes through both ends; no mask as large as the tensor is made
-    return not tensor.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
-
-
-def _seq_before(rows: int) -> Check:
-    return lambda value: whole(value, 0, COUNT_END - rows, InvalidTrace)
-
-
-def _trace_time(value: object) -> float:
-    try:
-        return moment(value)
-    except InvalidInput as error:
-        raise InvalidTrace(error.message) from None
 
 
 def _invalid_spec(name: str, error: ValidationError) -> InvalidSpec:

@@ -79,12 +79,10 @@ class BankWorker:
         return isinstance(self._ending, Moved)
 
     def write(self, trace: Trace) -> asyncio.Future[Ack]:
-        """Queue a trace; its Ack comes once the group it went into is committed, and every later read sees it.
+        """Queue a trace that `Trace.checked` gave; its Ack comes once the group it went into is committed.
 
-        Raises:
-            InvalidTrace, InvalidName: nothing was queued: what is in the queue can be gathered into groups.
+        Every later read sees it.
         """
-        trace.require()
         done: asyncio.Future[Ack] = self._loop.create_future()
         self._put(_Write(trace, done))
         return done

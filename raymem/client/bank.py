@@ -35,10 +35,10 @@ from raymem.inputs import (
     Place,
     TargetPath,
     checked,
+    numbers,
     shown,
 )
 from raymem.logs import get_logger
-from raymem.tensors import states
 from raymem.types import (
     DTYPES,
     Ack,
@@ -275,7 +275,7 @@ class AsyncBank:
         """
         if not isinstance(trace, Trace):
             raise InvalidTrace(f"trace is {shown(trace)}; give a raymem.Trace")
-        given = trace.checked(await self._dtype(trace.hidden))
+        given = trace.checked(torch.float32 if isinstance(trace.hidden, Tensor) else await self._dtype())
         if not durable:
             self._handle.keep()
         return await self._handle.backend.write(self.name, given, durable)
@@ -299,7 +299,8 @@ class AsyncBank:
                 had all rows before the first that was stamped later.
             allow_partial: take an answer without those partitions that don't give theirs in time, `Readout.missing`.
         """
-        asked = states("queries", queries, await self._dtype(queries))
+        dtype = torch.float32 if isinstance(queries, Tensor) else await self._dtype()
+        asked = numbers("queries", queries, dtype)
         return await self._handle.backend.read(
             self.name, asked, k, start, cast(str | float | None, as_of), allow_partial
         )
@@ -420,9 +421,9 @@ class AsyncBank:
         """Let rows expire that are older than `ttl_s` seconds, or none; the owner erases them in batches."""
         return await self._handle.backend.set_ttl(self.name, ttl_s)
 
-    async def _dtype(self, given: object) -> torch.dtype:
-        # a tensor has one of its own, and is taken with it or not at all
-        return torch.float32 if isinstance(given, Tensor) else DTYPES[(await self.info()).spec.fingerprint.dtype]
+    async def _dtype(self) -> torch.dtype:
+        # what arrays and lists are cast to; a tensor is taken in its own or refused
+        return DTYPES[(await self.info()).spec.fingerprint.dtype]
 
 
 class Blocking(Generic[A]):

@@ -30,8 +30,10 @@ from raymem.inputs import (
     Partitions,
     Place,
     Prefix,
+    bank_name,
     checked,
     instance,
+    named,
     shown,
 )
 from raymem.memory.learned import Learned
@@ -105,7 +107,7 @@ class AsyncStore:
 
     def bank(self, name: BankName) -> AsyncBank:
         """A handle on a bank; it is looked up on first use."""
-        return AsyncBank(self._handle, name)
+        return AsyncBank(self._handle, named("name", bank_name, name))
 
     async def banks(self, prefix: Prefix = "") -> list[BankInfo]:
         """The catalog, by name; `prefix` may be a namespace with its slash."""
