@@ -61,7 +61,8 @@ class Encoder:
     def __init__(self, spec: BankSpec, calibration: Calibration, *, max_open_runs: int = 1024) -> None:
         fingerprint = spec.fingerprint
         # a calibration that an earlier release made names the model by the hash of that time
-        content = calibration.model if calibration.model in fingerprint.content_hashes() else fingerprint.content
+        old = fingerprint.legacy is not None and calibration.model == fingerprint.legacy[0]
+        content = calibration.model if old else fingerprint.content
         wanted = {"calibration": fingerprint.calibration, "model": content, "width": fingerprint.width}
         given = {"calibration": calibration.hash, "model": calibration.model, "width": calibration.width}
         if wrong := [name for name in wanted if wanted[name] != given[name]]:

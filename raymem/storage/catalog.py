@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import difflib
+import functools
 import json
 import time
 import uuid
@@ -560,10 +561,14 @@ def _bank_exists(name: str) -> BankExists:
     return BankExists(f"bank {name} exists already; choose another name or remove it first")
 
 
+# a bank's spec never changes, and its line is read for every verb that asks the catalog
+_read_spec = functools.lru_cache(maxsize=256)(BankSpec.model_validate_json)
+
+
 def _entry(row: dict[str, Any]) -> Entry:
     try:
         tags = json.loads(row["tags"])
-        parsed = {"spec": BankSpec.model_validate_json(row["spec"]), "tags": tags}
+        parsed = {"spec": _read_spec(row["spec"]).model_copy(deep=True), "tags": tags}
         if any(type(pos) is not int for pos in tags.values()):
             raise ValueError(f"its tags are {tags}")
         # earlier versions took other spellings; of two of one name, the usual one stands
