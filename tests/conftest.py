@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+pytest_plugins = ["spreading", "lending"]
 ROOT = Path(__file__).parents[1]
 
 # set before anything imports triton, vllm or ray: they read these once
@@ -30,6 +30,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    # two engines would be bound to the same core, while another is free
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -239,17 +241,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = {(row["kind"], row["task"]): row for row in kept}
 
 
-# seconds that each file took in a whole run. each run keeps its own in durations.json at the root
-DURATIONS: dict[str, float] = json.loads(Path(__file__).with_name("durations.json").read_text())
-SECONDS: Counter[str] = Counter()
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what measures a figure, so that `make test-slow` shows all of them in one table; give slow tests time.
-
-    The files that take longest come first, so that two workers end together.
-    """
+    """Mark what measures a figure, so that `make test-slow` shows all of them in one table; give slow tests time."""
     if not GPU:
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     for item in items:
@@ -257,26 +251,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
         if "figure" in getattr(item, "fixturenames", ()):
             item.add_marker("figures")
-    # a stable sort: tests of a file stay in order. a file that was never measured comes early
-    items.sort(key=lambda item: -DURATIONS.get(_file(item.nodeid), 60.0))
-
-
-def _file(nodeid: str) -> str:
-    return nodeid.partition("::")[0]
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add up what each file takes."""
-    SECONDS[_file(report.nodeid)] += report.duration
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Keep the durations of files, of those that ran and of earlier runs, longest first."""
-    file = ROOT / "durations.json"
-    if not hasattr(session.config, "workerinput"):
-        kept = json.loads(file.read_text()) if file.exists() else {}
-        kept |= {name: round(took, 1) for name, took in SECONDS.items()}
-        file.write_text(json.dumps(dict(sorted(kept.items(), key=lambda each: -each[1])), indent=1) + "\n")
 
 
 @pytest.fixture

@@ -1,89 +1,20 @@
-"""A real engine, one for all tests: what leaves it, what reaches the banks, and what memory does to its logits."""
+"""A real engine: what leaves it, what reaches the banks, and what memory does to its logits."""
 
 import math
-import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 import pytest
 import torch
+from shared_engine import BLOCK, CHUNK, LAYERS, LENGTH, MODEL, QUEUE_ROWS, ROW_BYTES, WINDOWS, inputs_of
 
-import raymem
-from raymem.encode.calibration import Calibration, Range, measured_keys
 from raymem.errors import ConfigError
-from raymem.lm.fingerprint import fingerprint_of
-from raymem.lm.models import LanguageModel, model_path
+from raymem.lm.models import model_path
 from raymem.serving.vllm import engine_args, raymem_params
 from raymem.storage.store import ColdStore
-from raymem.types import BankSpec, Trace
+from raymem.types import Trace
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-
-MODEL = "smollm2-135m"
-LAYERS = (15, 26)
-CHUNK = 64
-# room for the longest request, and too little for four of them
-NUM_BLOCKS = 24
-BLOCK = 32
-ROW_BYTES = len(LAYERS) * 576 * 2
-# more than any test has under way at once, whatever the disk does, but for the one with a stuck bank
-QUEUE_ROWS = 1000
-PARTS = Path(__file__).parent / "vllm_parts"
-NAMES = ("plain", "many", "again", "same", "tight", "edge", "late", "after", "last")
-BANKS = ("stuck/one", *(f"lab/{name}" for name in NAMES))
-WINDOWS = {"lab/single": {"layers": (26,)}, "lab/window": {"layers": (26,), "function": "window", "window": 4}}
-
-
-@dataclass
-class Engine:
-    llm: Any
-    uri: str
-    gate: Path
-    model: LanguageModel
-
-    def run(self, prompts, bank=None, stream=None, **sampling):
-        """Generate greedily with rows streaming to a bank; prompts are token ids."""
-        from vllm import SamplingParams
-
-        extra = raymem_params(bank, stream, sampling.pop("read", ()))
-        params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, "extra_args": extra} | sampling)
-        return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-
-    def call(self, name, *args, **kwargs):
-        (answer,) = self.llm.collective_rpc(name, args=args, kwargs=kwargs)
-        return answer
-
-    def streamed(self):
-        # a draft that is accepted at a request's very end leaves one engine step later
-        for _ in range(2):
-            assert self.call("flush_memory", 60.0)
-        return self.call("memory_stats")["streamed"]
-
-    def traces(self, bank) -> dict[str, Trace]:
-        """The bank's rows by run, as the journal has them; a row that is missing or there twice fails."""
-        self.streamed()
-        store = ColdStore.open(self.uri)
-        rows: dict[str, list] = {}
-        for part in store.journal(store.catalog.get(bank)).scan():
-            for i, run in enumerate(part.runs):
-                rows.setdefault(run, []).append((int(part.seq_T[i]), int(part.token_T[i]), part.hidden_TLD[i]))
-        for run, found in rows.items():
-            assert [seq for seq, _, _ in found] == list(range(len(found))), run
-        return {
-            run: Trace(torch.stack([h for _, _, h in found]), torch.tensor([t for _, t, _ in found]), bank, run)
-            for run, found in rows.items()
-        }
-
-    def tokens(self, text: str, count: int) -> list[int]:
-        return self.model.encode(text)[:count].tolist()
-
-
-def inputs_of(output) -> list[int]:
-    """Every token that was an input: all but the last one sampled."""
-    return [*output.prompt_token_ids, *output.outputs[0].token_ids][:-1]
 
 
 def run_of(output, traces) -> Trace:
@@ -94,60 +25,6 @@ def run_of(output, traces) -> Trace:
 
 def assert_whole(output, traces):
     assert run_of(output, traces).tokens.tolist() == inputs_of(output)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return LanguageModel.load(MODEL, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def engine(model, tmp_path_factory):
-    from vllm import LLM
-
-    folder = tmp_path_factory.mktemp("engine")
-    uri, gate = str(folder / "memory"), folder / "gate"
-    make_banks(uri, model)
-    with pytest.MonkeyPatch.context() as patch:
-        # the engine's processes inherit both; they start while the fixture is being made
-        patch.setattr(sys, "path", [str(PARTS), *sys.path])
-        patch.setenv("STUCK_BANKS_GATE", str(gate))
-        args = engine_args(uri, layers=LAYERS, queue_bytes=QUEUE_ROWS * ROW_BYTES)
-        args["kv_transfer_config"] |= {"kv_connector": "GatedConnector", "kv_connector_module_path": "gated_connector"}
-        llm = LLM(
-            model=str(model_path(MODEL)),
-            max_model_len=256,
-            max_num_batched_tokens=CHUNK,
-            max_num_seqs=4,
-            block_size=BLOCK,
-            num_gpu_blocks_override=NUM_BLOCKS,
-            disable_log_stats=False,
-            **args,
-        )
-    yield Engine(llm, uri, gate, model)
-    llm.llm_engine.engine_core.shutdown()
-
-
-def make_banks(uri, model):
-    states = model.run(model.encode(topics["booleans"]), LAYERS).hidden_TLd[1:]
-    ranges = {key: Range(0.3, 0.9) for key in measured_keys(LAYERS)}
-    print_ = fingerprint_of(MODEL, LAYERS)
-    other = fingerprint_of(MODEL, (20,))
-    with raymem.connect(uri) as store:
-        store.put_calibration(Calibration(model.content_hash, LAYERS, states.mean(0), ranges=ranges))
-        store.put_calibration(
-            Calibration(
-                model.content_hash,
-                (20,),
-                torch.zeros(1, 576),
-                ranges={k: Range(0.3, 0.9) for k in measured_keys((20,))},
-            )
-        )
-        for name in BANKS:
-            store.create(name, BankSpec(kind="spalm", fingerprint=print_, key={"layers": (26,)}))
-        for name, key in WINDOWS.items():
-            store.create(name, BankSpec(kind="spalm", fingerprint=print_, key=key))
-        store.create("lab/other", BankSpec(kind="spalm", fingerprint=other))
 
 
 def test_a_long_prompt_in_chunks_and_its_answer_are_there_once_and_as_transformers_has_them(engine):
@@ -198,7 +75,7 @@ def test_accepted_drafts_are_there_and_rejected_ones_are_not(engine):
 
 def test_preempted_requests_are_there_once(engine):
     before = preemptions(engine)
-    prompts = [engine.tokens(topics[name], 150) for name in ("class", "import", "yield", "del")]
+    prompts = [engine.tokens(topics[name], 150) for name in ("class", "import", "yield", "del", "try", "with")]
     outputs = engine.run(prompts, "lab/tight", max_tokens=90)
     assert preemptions(engine) > before
     traces = engine.traces("lab/tight")
@@ -223,7 +100,7 @@ def test_what_was_written_shows_in_vllms_own_metrics(engine):
 
 
 def test_a_request_that_fills_the_models_whole_length_is_there_to_the_end(engine):
-    prompt = engine.tokens(topics["operator-summary"], 250)
+    prompt = engine.tokens(topics["operator-summary"], LENGTH - 6)
     (output,) = engine.run([prompt], "lab/edge", max_tokens=100)
     assert len(output.outputs[0].token_ids) == 6
     assert_whole(output, engine.traces("lab/edge"))
@@ -393,7 +270,7 @@ def test_requests_that_ask_for_a_bank_that_is_not_attached_are_counted(engine, r
 def test_shutting_down_writes_what_is_still_queued(engine):
     prompt = engine.tokens(topics["truth"], 60)
     (output,) = engine.run([prompt], "lab/last", max_tokens=2)
-    engine.llm.llm_engine.engine_core.shutdown()
+    engine.shutdown()
     store = ColdStore.open(engine.uri)
     tokens = [t for part in store.journal(store.catalog.get("lab/last")).scan() for t in part.token_T.tolist()]
     assert tokens == inputs_of(output)

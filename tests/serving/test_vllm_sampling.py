@@ -7,32 +7,22 @@ is then uniform between 0 and 1, whatever the text was: tokens of all positions 
 
 import re
 import time
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import Counter
 from pydoc_data.topics import topics
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2, chisquare
+from shared_engine import CHUNK, LAYERS, inputs_of
 
-import raymem
-from raymem.encode.calibration import Calibration, Range, measured_keys
-from raymem.lm.fingerprint import fingerprint_of
-from raymem.lm.models import LanguageModel, model_path
-from raymem.serving.vllm import engine_args, raymem_params
-from raymem.storage.store import ColdStore
-from raymem.types import BankSpec
+from raymem.serving.vllm import raymem_params
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-MODEL = "smollm2-135m"
-LAYERS = (26,)
 # so many likeliest tokens are listed for each position: the rest is one lump
 LISTED = 400
 LISTING = {"logprobs": LISTED, "flat_logprobs": True, "detokenize": False}
-CHUNK = 256
 BINS = 10
 ANSWER = 10
 # a right engine fails once in a million runs; a wrong one never comes near it
@@ -54,69 +44,6 @@ USES = {
     "mixing": {"read": ["lab/read"]},
     "both": {"bank": "lab/written", "read": ["lab/read"]},
 }
-
-
-@dataclass
-class Engine:
-    llm: Any
-    uri: str
-    model: LanguageModel
-
-    def call(self, name, *args):
-        (answer,) = self.llm.collective_rpc(name, args=args)
-        return answer
-
-    def stats(self):
-        for _ in range(2):
-            assert self.call("flush_memory", 60.0)
-        return self.call("memory_stats")
-
-    def tokens(self, text, count):
-        return self.model.encode(text)[:count].tolist()
-
-    def run(self, prompts, **sampling):
-        """Generate; one set of sampling parameters for all prompts, `extra` says what raymem does."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(**{"max_tokens": 16} | sampling)
-        return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-
-    def rows(self, bank):
-        """A bank's tokens by run, in order."""
-        store = ColdStore.open(self.uri)
-        found = defaultdict(list)
-        for part in store.journal(store.catalog.get(bank)).scan():
-            for run, token in zip(part.runs, part.token_T.tolist(), strict=True):
-                found[run].append(token)
-        return found
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    from vllm import LLM
-
-    model = LanguageModel.load(MODEL, torch.float32)
-    uri = str(tmp_path_factory.mktemp("engine") / "memory")
-    states = model.run(model.encode(topics["booleans"]), LAYERS).hidden_TLd[1:]
-    ranges = {key: Range(0.3, 0.9) for key in measured_keys(LAYERS)}
-    with raymem.connect(uri) as store:
-        store.put_calibration(Calibration(model.content_hash, LAYERS, states.mean(0), ranges=ranges))
-        for name in ("lab/written", "lab/read", "lab/chat", "secret/bank"):
-            store.create(name, BankSpec(kind="spalm", fingerprint=fingerprint_of(MODEL, LAYERS)))
-    llm = LLM(
-        model=str(model_path(MODEL)),
-        max_model_len=1024,
-        max_num_batched_tokens=CHUNK,
-        max_num_seqs=64,
-        max_logprobs=-1,
-        **engine_args(uri, LAYERS, write_banks=["lab/*"], read_banks=["lab/read"]),
-    )
-    made = Engine(llm, uri, model)
-    made.run([made.tokens(topics["string-methods"], 400)], max_tokens=1, extra_args=raymem_params("lab/read"))
-    made.stats()
-    assert made.call("attach_bank", "lab/read")["rows"] == 400
-    yield made
-    llm.llm_engine.engine_core.shutdown()
 
 
 def placed(raw, token, rng, seen, sampling, offset):
@@ -308,13 +235,13 @@ def test_tokens_of_every_position_are_drawn_right(drawn, position):
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 def test_first_tokens_of_many_seeds_have_the_models_own_frequencies(engine, temperature):
     prompt = engine.tokens("The three of them went to the", 20)
-    (whole,) = engine.run([prompt], max_tokens=1, logprobs=-1, flat_logprobs=True, detokenize=False, temperature=0.0)
+    (whole,) = engine.draw([prompt], max_tokens=1, logprobs=-1, flat_logprobs=True, detokenize=False, temperature=0.0)
     raw = _listed(whole.outputs[0].logprobs, 0)
     assert len(raw) == 49152
     weights = {token: np.exp(logprob / temperature) for token, logprob in raw.items()}
     scale, count = sum(weights.values()), 400
     extra = raymem_params("lab/written")
-    (output,) = engine.run([prompt], n=count, max_tokens=1, seed=1000, temperature=temperature, extra_args=extra)
+    (output,) = engine.draw([prompt], n=count, max_tokens=1, seed=1000, temperature=temperature, extra_args=extra)
     found = Counter(answer.token_ids[0] for answer in output.outputs)
     # a bin is expected to hold 5 at least, and all other tokens are one
     often = [token for token, weight in weights.items() if count * weight / scale >= 5]
@@ -326,9 +253,9 @@ def test_first_tokens_of_many_seeds_have_the_models_own_frequencies(engine, temp
     assert p > SURE
 
 
-def whole(output):
-    """All tokens of a request that were inputs: the last one drawn never was."""
-    return [*output.prompt_token_ids, *output.outputs[0].token_ids][:-1]
+def runs(engine, bank):
+    """The tokens of each run, in order."""
+    return [[token for _, token, _ in rows] for rows in engine.rows(bank).values()]
 
 
 def test_chat_at_the_defaults_and_long_answers_are_drawn_right_and_in_the_bank_to_the_end(engine):
@@ -340,28 +267,28 @@ def test_chat_at_the_defaults_and_long_answers_are_drawn_right_and_in_the_bank_t
     outputs = engine.llm.chat(talks, params, use_tqdm=False)
     assert_even(places(engine, outputs, {}, reads=False, rng=np.random.default_rng(0)))
     engine.stats()
-    rows = engine.rows("lab/chat")
+    rows = runs(engine, "lab/chat")
     for output in outputs:
-        assert whole(output) in rows.values()
+        assert inputs_of(output) in rows
 
 
 def test_what_bounds_an_answer_holds_for_tokens_that_are_drawn(engine):
     prompt = engine.tokens("Question: is the sky blue? Answer:", 20)
     extra = raymem_params("lab/chat")
     only = engine.tokens(" yes no maybe", 3)
-    (bound,) = engine.run([prompt], allowed_token_ids=only, n=4, max_tokens=20, extra_args=extra)
+    (bound,) = engine.draw([prompt], allowed_token_ids=only, n=4, max_tokens=20, extra_args=extra)
     assert {token for answer in bound.outputs for token in answer.token_ids} <= set(only)
-    (stopped,) = engine.run([prompt], stop=["e"], max_tokens=200, extra_args=extra)
+    (stopped,) = engine.draw([prompt], stop=["e"], max_tokens=200, extra_args=extra)
     assert "e" not in stopped.outputs[0].text
     assert stopped.outputs[0].finish_reason == "stop"
-    (clean,) = engine.run([prompt], bad_words=[" the", "the"], n=4, max_tokens=60, temperature=0.5, extra_args=extra)
+    (clean,) = engine.draw([prompt], bad_words=[" the", "the"], n=4, max_tokens=60, temperature=0.5, extra_args=extra)
     assert not any(re.search(r"\bthe\b", answer.text) for answer in clean.outputs)
-    (longer,) = engine.run([prompt], min_tokens=40, max_tokens=40, n=4, temperature=1.3, extra_args=extra)
+    (longer,) = engine.draw([prompt], min_tokens=40, max_tokens=40, n=4, temperature=1.3, extra_args=extra)
     assert {len(answer.token_ids) for answer in longer.outputs} == {40}
     engine.stats()
     # vLLM looks for stop strings outside of its engine, which goes on until it is told: there may be more rows
-    said = whole(stopped)
-    assert any(tokens[: len(said)] == said for tokens in engine.rows("lab/chat").values())
+    said = inputs_of(stopped)
+    assert any(tokens[: len(said)] == said for tokens in runs(engine, "lab/chat"))
 
 
 def test_structured_output_keeps_its_grammar_when_it_is_drawn(engine):
@@ -370,7 +297,7 @@ def test_structured_output_keeps_its_grammar_when_it_is_drawn(engine):
     prompts = [engine.tokens(f"A number with eight digits, like {i}:", 20) for i in (11111111, 77777777, 12345678)]
     grammar = StructuredOutputsParams(regex="[0-9]{8}")
     extra = raymem_params("lab/chat", read=["lab/read"])
-    for output in engine.run(prompts, structured_outputs=grammar, n=4, max_tokens=30, extra_args=extra):
+    for output in engine.draw(prompts, structured_outputs=grammar, n=4, max_tokens=30, extra_args=extra):
         for answer in output.outputs:
             assert re.fullmatch("[0-9]{8}", answer.text)
 
@@ -380,14 +307,14 @@ def test_what_vllm_cannot_do_beside_extraction_it_refuses(engine, refused):
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
-        engine.run([[1, 2, 3]], **refused)
+        engine.draw([[1, 2, 3]], **refused)
 
 
 def test_a_seeded_request_whose_prompt_comes_in_pieces_says_the_same_each_time(engine):
     long, short = engine.tokens(topics["string-methods"], 3 * CHUNK - 11), engine.tokens("Once upon a time", 5)
     seeded = {"seed": 5, "max_tokens": 12, "extra_args": raymem_params("lab/chat")}
-    (first,) = engine.run([long], **seeded)
-    others = engine.run([short, long, short], **seeded)
+    (first,) = engine.draw([long], **seeded)
+    others = engine.draw([short, long, short], **seeded)
     assert others[1].outputs[0].token_ids == first.outputs[0].token_ids
 
 
@@ -403,7 +330,7 @@ def test_a_bank_that_requests_may_not_touch_gets_no_row_and_the_others_lose_none
     assert all(len(output.outputs[0].token_ids) == 5 for output in outputs)
     assert after["requests_refused"] - before["requests_refused"] == 3
     assert after["rows_written"] - before["rows_written"] == 34
-    assert whole(outputs[1]) in engine.rows("lab/chat").values()
+    assert inputs_of(outputs[1]) in runs(engine, "lab/chat")
     assert engine.rows("secret/bank") == {}
 
 
