@@ -19,10 +19,10 @@ from raymem.actors.transfer import pack, pack_fields, unpack_fields
 from raymem.config import Settings
 from raymem.errors import BankDetached, BankNotFound, ConfigError, Conflict, NotShared, RaymemError
 from raymem.host.admission import Limiter, caller
-from raymem.host.backend import shard_info
+from raymem.host.backend import OwnerVerb, shard_info
 from raymem.partition.backend import PartitionedBackend
 from raymem.storage.store import ColdStore, Entry
-from raymem.types import Ack, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
+from raymem.types import Ack, DrainReport, MigrationReport, Readout, ShardInfo, Trace
 
 
 class RayBackend(PartitionedBackend):
@@ -127,32 +127,9 @@ class RayBackend(PartitionedBackend):
             found = await call(name, "read", pack(hidden_QLD), k, start, asks, as_of)
         return unpack_fields(Readout, found)
 
-    async def mark(self, name: str, tag: str) -> dict[str, int]:
-        """Tag a hot bank."""
-        tags: dict[str, int] = await self._router.call(name, "mark", tag)
-        return tags
-
-    async def materialise_hot(self, name: str) -> None:
-        """Copy what a hot fork inherited."""
-        await self._router.call(name, "materialise")
-
-    async def digest_part(self, name: str) -> str:
-        """sha256 of the part's state."""
-        return str(await self._router.call(name, "digest"))
-
-    async def erase_hot(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
-        """Erase rows."""
-        receipt: EraseReceipt = await self._router.call(name, "erase", what, rebuild)
-        return receipt
-
-    async def release(self, name: str, stream: str | None) -> None:
-        """Finish writes, and look up where streams live before later ones."""
-        await self._router.call(name, "release", stream)
-
-    async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
-        """Copy a stream from another part's journal."""
-        copied, end = await self._router.call(name, "pull", source, stream, start)
-        return copied, end
+    async def ask(self, name: str, verb: OwnerVerb, *args: Any) -> Any:
+        """Run a verb of the shard that has a part."""
+        return await self._router.call(name, verb, *args)
 
     async def migrate_part(self, name: str, to: str) -> MigrationReport:
         """Move a part to another node while it is read and written.

@@ -16,12 +16,11 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
 from concurrent.futures import thread as pools
 from pathlib import Path
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from raymem.client.backend import Backend
 from raymem.errors import InvalidTrace, RaymemError, StoreClosed
 from raymem.inputs import (
     AnyAsOf,
@@ -51,6 +50,13 @@ from raymem.types import (
     Selection,
     Trace,
 )
+
+if TYPE_CHECKING:
+    from raymem.client.http import HttpBackend
+    from raymem.partition.backend import PartitionedBackend
+
+    # both have every verb of a store; names are checked before they come there
+    Backend: TypeAlias = HttpBackend | PartitionedBackend
 
 A = TypeVar("A")
 T = TypeVar("T")

@@ -15,12 +15,12 @@ from torch import Tensor
 from raymem.config import Settings
 from raymem.errors import Conflict, InvalidInput, Moved, NotOwner
 from raymem.host.admission import caller
-from raymem.host.backend import detached, shard_info
+from raymem.host.backend import OwnerVerb, detached, shard_info
 from raymem.host.host import Host
 from raymem.host.lease import Watch
 from raymem.partition.backend import PartitionedBackend
 from raymem.storage.store import ColdStore, Entry, LeaseTable
-from raymem.types import Ack, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
+from raymem.types import Ack, DrainReport, MigrationReport, Readout, ShardInfo, Trace
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -70,29 +70,9 @@ class LocalBackend(PartitionedBackend):
             await self._reload(name)
         return MigrationReport(name, NODE, NODE, rows=0, pause_ms=0.0, total_ms=0.0)
 
-    async def digest_part(self, name: str) -> str:
-        """sha256 of the part's state."""
-        return await self._owned(self.host.digest, name)
-
-    async def mark(self, name: str, tag: str) -> dict[str, int]:
-        """Tag a hot bank."""
-        return await self._owned(self.host.mark, name, tag)
-
-    async def materialise_hot(self, name: str) -> None:
-        """Copy what a hot fork inherited."""
-        await self._owned(self.host.materialise, name)
-
-    async def erase_hot(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
-        """Erase rows."""
-        return await self._owned(self.host.erase, name, what, rebuild=rebuild)
-
-    async def release(self, name: str, stream: str | None) -> None:
-        """Finish writes, and look up where streams live before later ones."""
-        await self._owned(self.host.release, name, stream)
-
-    async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
-        """Copy a stream from another part's journal."""
-        return await self._owned(self.host.pull, name, source, stream, start)
+    async def ask(self, name: str, verb: OwnerVerb, *args: Any) -> Any:
+        """Run a verb of the host on a part."""
+        return await self._owned(getattr(self.host, verb), name, *args)
 
     async def nodes(self) -> list[str]:
         """This process."""

@@ -9,11 +9,10 @@ import os
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Concatenate, ParamSpec, Self
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, Self
 
 from pydantic import BeforeValidator
 
-from raymem.client.backend import Backend
 from raymem.client.bank import AsyncBank as AsyncBank
 from raymem.client.bank import Bank as Bank
 from raymem.client.bank import Blocking, Handle, LoopThread, blocking
@@ -38,6 +37,9 @@ from raymem.inputs import (
 )
 from raymem.memory.learned import Learned
 from raymem.types import BankInfo, BankSpec, DrainReport, MergeReport, ShardInfo, SweepReport, check_spec
+
+if TYPE_CHECKING:
+    from raymem.client.bank import Backend
 
 _Spec = Annotated[BankSpec, BeforeValidator(check_spec)]
 _Calibration = Annotated[Calibration, BeforeValidator(instance(Calibration))]

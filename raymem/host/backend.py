@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -15,9 +16,10 @@ from raymem.storage.erasure.erase import record_forks
 from raymem.storage.erasure.reach import inherited
 from raymem.storage.history import materialise_cold
 from raymem.storage.store import ColdStore, Entry
-from raymem.types import Ack, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
+from raymem.types import Ack, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
 
 log = get_logger("raymem.host.backend")
+OwnerVerb = Literal["digest", "erase", "mark", "materialise", "pull", "release"]
 
 
 class Hosts(ABC):
@@ -55,32 +57,12 @@ class Hosts(ABC):
         """Read a part, or what it was."""
 
     @abstractmethod
-    async def digest_part(self, name: str) -> str:
-        """sha256 of the part's state."""
-
-    @abstractmethod
     async def migrate_part(self, name: str, to: str) -> MigrationReport:
         """Move a part to another node while it is read and written."""
 
     @abstractmethod
-    async def release(self, name: str, stream: str | None) -> None:
-        """Finish writes to a part; its owner then looks up where a stream, or any, lives before later ones."""
-
-    @abstractmethod
-    async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
-        """Have a part's owner copy a stream from another part's journal; see `Host.pull`."""
-
-    @abstractmethod
-    async def mark(self, name: str, tag: str) -> dict[str, int]:
-        """Tag a hot bank where its owner is now, which keeps a bounded state there."""
-
-    @abstractmethod
-    async def materialise_hot(self, name: str) -> None:
-        """Have the owner of a hot fork copy what it inherited."""
-
-    @abstractmethod
-    async def erase_hot(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
-        """Erase rows of a hot part, by its owner."""
+    async def ask(self, name: str, verb: OwnerVerb, *args: Any) -> Any:
+        """Have the owner of a hot part run a verb of `Host` on it, which has these arguments after the name."""
 
     @abstractmethod
     async def hot_bytes(self) -> dict[str, int]:
@@ -90,26 +72,49 @@ class Hosts(ABC):
     def node_of(self, owner: str) -> str | None:
         """The node an owner lives on, if known."""
 
+    @abstractmethod
+    async def nodes(self) -> list[str]:
+        """Where parts can live."""
+
+    @abstractmethod
+    async def shards(self) -> list[ShardInfo]:
+        """The processes that parts are hot in, and the room each has."""
+
+    @abstractmethod
+    async def drain(self, node: str, undo: bool) -> DrainReport:
+        """Move every part away from a node."""
+
+    @abstractmethod
+    async def stats(self) -> dict[str, Any]:
+        """Counters of the hosts and of each hot part."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of the hosts."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """As `close`, once the event loop has ended."""
+
     async def materialise_part(self, name: str) -> None:
         """Give a fork a journal of its own, so that it needs its parent no more."""
         entry = await asyncio.to_thread(self.cold.catalog.get, name)
         if entry.parent is None:
             return
         if entry.state == "hot":
-            await self.materialise_hot(name)
+            await self.ask(name, "materialise")
         else:
             await asyncio.to_thread(materialise_cold, self.cold, entry)
 
     async def erase_part(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
         """Erase rows of a part, hot or cold, and of its forks; a cold one is loaded for it and detached again."""
         entry = await asyncio.to_thread(self.cold.catalog.get, name)
-        if entry.state == "hot":
-            receipt = await self.erase_hot(name, what, rebuild)
-        else:
+        if entry.state == "cold":
             await self.attach_part(entry, None)
-            try:
-                receipt = await self.erase_hot(name, what, rebuild)
-            finally:
+        try:
+            receipt: EraseReceipt = await self.ask(name, "erase", what, rebuild)
+        finally:
+            if entry.state == "cold":
                 await self.detach_part(name)
         return await self.erase_in_forks(entry, receipt, rebuild)
 

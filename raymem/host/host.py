@@ -237,7 +237,7 @@ class Host:
         worker = self._worker(name)
         await worker.rewrite(worker.runtime.materialise)
 
-    async def erase(self, name: str, what: Selection, *, rebuild: bool = False) -> EraseReceipt:
+    async def erase(self, name: str, what: Selection, rebuild: bool = False) -> EraseReceipt:
         """Erase rows after the writes queued so far; later ones wait; see `raymem.bank.erase`."""
         worker = self._worker(name)
         receipt = await worker.rewrite(lambda: erase(worker.runtime, what, rebuild=rebuild))

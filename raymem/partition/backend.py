@@ -327,7 +327,8 @@ class PartitionedBackend(Hosts):
     async def digest(self, name: str) -> str:
         """sha256 of a bank's state; of a partitioned one of its partitions' digests."""
         layout, _ = await self._look(name)
-        digests = await _as_one(name, asyncio.gather(*map(self.digest_part, layout.parts)))
+        asked = (self.ask(part, "digest") for part in layout.parts)
+        digests: list[str] = await _as_one(name, asyncio.gather(*asked))
         return digests[0] if layout.whole else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
     async def tag(self, name: str, tag: str) -> dict[str, int]:
@@ -335,9 +336,11 @@ class PartitionedBackend(Hosts):
         layout, parts = await self._look(name)
         hot = _hot(parts)
         if hot and not keeps_rows(layout.entry.spec.kind):
-            return await self.mark(name, tag)
+            # the owner of a bounded state keeps it there
+            tags: dict[str, int] = await self.ask(name, "mark", tag)
+            return tags
         # also what was written without waiting
-        await asyncio.gather(*(self.release(part, None) for part in hot))
+        await asyncio.gather(*(self.ask(part, "release", None) for part in hot))
         return await asyncio.to_thread(tag_at, self.cold, layout, tag)
 
     async def untag(self, name: str, tag: str) -> dict[str, int]:
@@ -405,7 +408,7 @@ class PartitionedBackend(Hosts):
             # a stream on its way stays at home, and no row of it is copied any more
             await asyncio.to_thread(self._partitions.cancel, layout, what.stream)
             for part in _hot(parts):
-                await self.release(part, what.stream)
+                await self.ask(part, "release", what.stream)
         receipts = [await self.erase_part(part, what, rebuild) for part in layout.parts]
         return receipts[0] if layout.whole else one_receipt(name, layout.id, receipts)
 

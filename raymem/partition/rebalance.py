@@ -121,11 +121,11 @@ class Mover:
         # a tag or fork made in between is seen here, and a later one sees the target
         await asyncio.to_thread(self._require_no_past)
         home, away = self._layout.parts[place.home], self._layout.parts[target]
-        copied, seen = await self._hosts.pull(away, home, stream, 0)
+        copied, seen = await self._hosts.ask(away, "pull", home, stream, 0)
         began = time.perf_counter()
         place = await self._put(stream, place, dataclasses.replace(place, held=True))
-        await self._hosts.release(home, stream)
-        rest, _ = await self._hosts.pull(away, home, stream, seen)
+        await self._hosts.ask(home, "release", stream)
+        rest, _ = await self._hosts.ask(away, "pull", home, stream, seen)
         place = await self._put(stream, place, Place(target, stale=place.home))
         self._pauses.append(1e3 * (time.perf_counter() - began))
         self._moved.append(copied + rest)

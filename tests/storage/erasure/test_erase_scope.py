@@ -404,15 +404,15 @@ def test_a_fork_that_was_away_loses_what_followed_with_the_next_sweep(store, tin
     fork.attach()
     fork.write(tiny.talk("alice", 10, seq=20, time=5.0))
     backend = store._async.backend
-    erase_hot = backend.erase_hot
+    ask = backend.ask
 
-    async def refusing(name: str, *args: Any) -> Any:
-        if name == "lab/fork":
+    async def refusing(name: str, verb: str, *args: Any) -> Any:
+        if (name, verb) == ("lab/fork", "erase"):
             raise StorageError("its node is away")
-        return await erase_hot(name, *args)
+        return await ask(name, verb, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(backend, "erase_hot", refusing)
+        patched.setattr(backend, "ask", refusing)
         receipt = bank.erase(stream="alice", before=2.0, scope="run")
 
     assert (receipt.status, receipt.rows) == ("pending", 20)

@@ -442,15 +442,15 @@ def test_a_fork_that_could_not_be_erased_keeps_the_receipt_open(store, tiny, mon
     store.bank("lab/fork").attach()
     # beneath the layer of partitions, where erasures reach forks
     backend = store._async.backend
-    erase_hot = backend.erase_hot
+    ask = backend.ask
 
-    async def refusing(name: str, *args: Any) -> Any:
-        if name == "lab/fork":
+    async def refusing(name: str, verb: str, *args: Any) -> Any:
+        if (name, verb) == ("lab/fork", "erase"):
             raise raymem.errors.StorageError("its node is away")
-        return await erase_hot(name, *args)
+        return await ask(name, verb, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(backend, "erase_hot", refusing)
+        patched.setattr(backend, "ask", refusing)
         receipt = bank.erase(stream="alice")
 
     assert (receipt.status, receipt.forks) == ("pending", {"lab/fork": ""})
