@@ -55,7 +55,7 @@ def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild
         for entry in cold.partitions.entries(layout)
     ]
     with steady(cold.catalog, *(entry for entry, _ in found)):
-        parts = [_Part(cold, entry, prefix) for entry, prefix in found]
+        parts = [_SourcePart(cold, entry, prefix) for entry, prefix in found]
         state = _merged_state(cold, parts) if rule != "exact" and not rebuild else None
     placed = _placed(parts, max(len(layout.parts) for layout in layouts))
     # after the ends were read: a stream with a row before them is among these
@@ -97,7 +97,7 @@ def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild
     )
 
 
-class _Part:
+class _SourcePart:
     """A part of a source, as it is when this is made."""
 
     def __init__(self, cold: ColdStore, entry: Entry, prefix: str) -> None:
@@ -114,9 +114,9 @@ class _Part:
         return [self.prefix + stream for stream in self._journal.streams(self.end)]
 
 
-def _placed(parts: Sequence[_Part], count: int) -> list[list[_Part]]:
+def _placed(parts: Sequence[_SourcePart], count: int) -> list[list[_SourcePart]]:
     """The parts that come together in each new one: of one source never two, the largest where there is least."""
-    placed: list[list[_Part]] = [[] for _ in range(count)]
+    placed: list[list[_SourcePart]] = [[] for _ in range(count)]
     for source in dict.fromkeys(bank_of(part.entry.name) for part in parts):
         emptiest = sorted(placed, key=lambda each: sum(part.rows for part in each))
         largest = sorted((part for part in parts if bank_of(part.entry.name) == source), key=lambda part: -part.rows)
@@ -125,7 +125,7 @@ def _placed(parts: Sequence[_Part], count: int) -> list[list[_Part]]:
     return placed
 
 
-def _together(cold: ColdStore, parts: Sequence[_Part], tally: Tally) -> Iterator[pa.RecordBatch]:
+def _together(cold: ColdStore, parts: Sequence[_SourcePart], tally: Tally) -> Iterator[pa.RecordBatch]:
     scans, names = [part.scan() for part in parts], [bank_of(part.entry.name) for part in parts]
     # an error after the last table still keeps the new bank from becoming visible
     with steady(cold.catalog, *(part.entry for part in parts)):
@@ -156,7 +156,7 @@ def _common_spec(entries: Sequence[Entry]) -> BankSpec:
     )
 
 
-def _merged_state(cold: ColdStore, parts: Sequence[_Part]) -> State:
+def _merged_state(cold: ColdStore, parts: Sequence[_SourcePart]) -> State:
     replicas = [Replica(cold, part.entry) for part in parts]
     for replica, part in zip(replicas, parts, strict=True):
         replica.recover(upto=part.end)

@@ -41,8 +41,14 @@ class LocalBackend(PartitionedBackend):
 
     async def attach_part(self, entry: Entry, node: str | None) -> Entry:
         """Load a part into this process."""
-        _check_node(node)
-        return entry if self.host.has(entry.name) else await self._take(entry)
+        if node not in (None, NODE):
+            raise _no_node(node)
+        if self.host.has(entry.name):
+            return entry
+        if entry.owner not in (None, self.host.owner):
+            await self._require_over(entry.name, entry.owner)
+        # another host may have taken it meanwhile: take it only from the owner that we know of
+        return await self.host.attach(entry.name, take_from=entry.owner or "")
 
     async def detach_part(self, name: str) -> None:
         """Flush, snapshot, free."""
@@ -52,7 +58,8 @@ class LocalBackend(PartitionedBackend):
 
     async def discard_part(self, name: str, owner: str | None) -> None:
         """Free a part that is about to be removed."""
-        await self._require_over(name, owner)
+        if owner not in (None, self.host.owner):
+            await self._require_over(name, owner)
         await self.host.discard(name)
 
     async def write_part(self, name: str, trace: Trace, durable: bool) -> Ack:
@@ -65,7 +72,8 @@ class LocalBackend(PartitionedBackend):
 
     async def migrate_part(self, name: str, to: str) -> MigrationReport:
         """There is one node here: a move to it moves nothing."""
-        _check_node(to)
+        if to != NODE:
+            raise _no_node(to)
         if not self.host.has(name):
             await self._reload(name)
         return MigrationReport(name, NODE, NODE, rows=0, pause_ms=0.0, total_ms=0.0)
@@ -85,7 +93,8 @@ class LocalBackend(PartitionedBackend):
 
     async def drain(self, node: str, undo: bool) -> DrainReport:
         """There is nowhere else to go."""
-        _check_node(node)
+        if node != NODE:
+            raise _no_node(node)
         if not undo:
             raise Conflict(f"node {node!r} is the only one: no other can take its banks; detach them: bank.detach()")
         return DrainReport(node, (), {}, total_ms=0.0, draining=False)
@@ -135,16 +144,9 @@ class LocalBackend(PartitionedBackend):
                 f"gone, take the bank: bank.attach() or `raymem bank attach {name}`",
                 owner=entry.owner,
             )
-        await self._take(entry)
+        await self.attach_part(entry, None)
 
-    async def _take(self, entry: Entry) -> Entry:
-        await self._require_over(entry.name, entry.owner)
-        # another host may have taken it meanwhile: take it only from the owner that we know of
-        return await self.host.attach(entry.name, take_from=entry.owner or "")
-
-    async def _require_over(self, name: str, owner: str | None) -> None:
-        if owner in (None, self.host.owner):
-            return
+    async def _require_over(self, name: str, owner: str) -> None:
         if not await over(self.cold.lease_table, owner, self.settings.host.lease_s / 10):
             raise Conflict(
                 f"bank {name!r} is held by {owner}; close it there, or share it: "
@@ -153,9 +155,8 @@ class LocalBackend(PartitionedBackend):
             )
 
 
-def _check_node(node: str | None) -> None:
-    if node not in (None, NODE):
-        raise InvalidInput(f"there is no node {node!r} in a local store; its only node is {NODE!r}")
+def _no_node(node: str) -> InvalidInput:
+    return InvalidInput(f"there is no node {node!r} in a local store; its only node is {NODE!r}")
 
 
 def _this_process() -> str:

@@ -16,7 +16,7 @@ class AssignmentCache:
     """The streams that live in one partition, as far as they were asked for while its present worker lives.
 
     The table of partitions is the truth. A stream is looked up at its first write, and again once it was released:
-    whoever changes where one lives says so in the table first, and then releases it here.
+    a mover changes the table first, and then releases the stream here.
     """
 
     def __init__(self, cold: ColdStore, name: str) -> None:

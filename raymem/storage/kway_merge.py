@@ -38,7 +38,7 @@ def interleave(journals: Sequence[Iterable[JournalRows]]) -> Iterator[tuple[int,
 
     A row's time is the latest that its journal has had up to it, so that a journal's own order always stays.
     """
-    heads = [_Head(index, iter(rows)) for index, rows in enumerate(journals)]
+    heads = [_Cursor(index, iter(rows)) for index, rows in enumerate(journals)]
     heads = [head for head in heads if head.more()]
     while heads:
         first = min(heads, key=lambda head: head.place)
@@ -48,7 +48,7 @@ def interleave(journals: Sequence[Iterable[JournalRows]]) -> Iterator[tuple[int,
             heads.remove(first)
 
 
-class _Head:
+class _Cursor:
     """How far one journal has been read."""
 
     def __init__(self, index: int, rows: Iterator[JournalRows]) -> None:

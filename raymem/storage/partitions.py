@@ -78,7 +78,7 @@ class Layout:
 class Place:
     """Where a stream lives.
 
-    On its way to another partition that is its `target`, and while it is `held` nobody writes to it. Partition `stale`
+    On its way to another partition that is its `target`, and while it is `held` it takes no writes. Partition `stale`
     has rows of it that are to be erased there.
     """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from raymem.errors import Corrupt, InvalidInput, TooLarge
-from raymem.storage.export.manifest import JOURNAL, MANIFEST, MANIFEST_BYTES, MEMBERS, Manifest, Member, parse
+from raymem.storage.export.manifest import JOURNAL, MANIFEST, MANIFEST_BYTES, MEMBERS, ExportManifest, Member, parse
 
 _CHUNK_BYTES = 2**20
 # five members take a few hundred bytes
@@ -113,7 +113,7 @@ class Archive:
         if MANIFEST not in seen:
             raise self.corrupt(MANIFEST, "is missing")
 
-    def _manifest(self) -> Manifest:
+    def _manifest(self) -> ExportManifest:
         data = self.read(MANIFEST, MANIFEST_BYTES)
         # before it is parsed, when each takes twenty times its bytes: one a run, and a run has a row
         lists, most = data.count(b"[") + data.count(b"{"), 10_000 + self.rows_at_most

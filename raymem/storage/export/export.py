@@ -44,9 +44,9 @@ from raymem.storage.export.manifest import (
     PARAMS,
     STATE,
     VERSION,
-    Manifest,
+    ExportedState,
+    ExportManifest,
     Member,
-    State,
 )
 from raymem.storage.journal.fork_journal import steady
 from raymem.storage.journal.tombstones import Tombstones, bank_schema
@@ -133,7 +133,7 @@ def _export(store: ColdStore, entry: Entry, path: Path, content: _Content, progr
         if found is not None:
             state = save(found[1])
             members[STATE] = _write(archive, STATE, lambda out: out.write(state))
-        manifest = Manifest(
+        manifest = ExportManifest(
             format=FORMAT,
             version=VERSION,
             made_by=f"raymem {__version__}",
@@ -145,7 +145,7 @@ def _export(store: ColdStore, entry: Entry, path: Path, content: _Content, progr
             tags=entry.tags,
             rows=content.rows,
             end=content.rows + len(content.tombstones),
-            state=None if found is None else State(pos=found[0], meta=found[2]),
+            state=None if found is None else ExportedState(pos=found[0], meta=found[2]),
             members=members,
         )
         archive.writestr(MANIFEST, manifest.model_dump_json(indent=1))

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import assemble, mechanism
-from raymem.errors import BankExists, BankNotFound, CalibrationNotFound, Corrupt, InvalidInput
+from raymem.errors import CalibrationNotFound, Corrupt, InvalidInput
 from raymem.memory.learned import Learned
 from raymem.rows import JournalRows
 from raymem.storage.catalog import Entry
@@ -53,7 +53,6 @@ def import_bank(store: ColdStore, path: str | Path, name: str, progress: Progres
     check_bank_name(name)
     with opened(Path(path)) as archive:
         archive.verify()
-        _require_free(store, name)
         manifest = archive.manifest
         calibration, learned = _calibration(archive), _params(archive)
         _require_usable(store, archive, calibration, learned and learned[1])
@@ -65,7 +64,7 @@ def import_bank(store: ColdStore, path: str | Path, name: str, progress: Progres
             tags={check_label("tag", tag): pos for tag, pos in manifest.tags.items()},
         )
         with archive.open(JOURNAL) as file:
-            rows = _Rows(archive, file)
+            rows = _ImportedRows(archive, file)
 
             def checked() -> Iterator[pa.RecordBatch]:
                 yield from rows.batches(progress)
@@ -78,7 +77,7 @@ def import_bank(store: ColdStore, path: str | Path, name: str, progress: Progres
             return store.catalog.add(entry, checked(), rows.tombstones)
 
 
-class _Rows:
+class _ImportedRows:
     """The journal of a file, row by row as a bank takes rows."""
 
     def __init__(self, archive: Archive, file: IO[bytes]) -> None:
@@ -226,11 +225,3 @@ def _known(store: ColdStore, spec: BankSpec) -> Calibration | None:
         return Calibration.from_bytes(store.calibrations.get(spec.fingerprint.calibration))
     except CalibrationNotFound:
         return None
-
-
-def _require_free(store: ColdStore, name: str) -> None:
-    try:
-        store.catalog.get(name)
-    except BankNotFound:
-        return
-    raise BankExists(f"bank {name} exists already; import under another name or remove it first")

@@ -32,25 +32,25 @@ _ROW_NUMBERS = 2**24
 _Count = Annotated[int, Field(ge=0, lt=COUNT_END)]
 
 
-class _Frozen(BaseModel):
+class _ManifestPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
-class Member(_Frozen):
+class Member(_ManifestPart):
     """Bytes and sha256 of one member."""
 
     bytes: _Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class State(_Frozen):
+class ExportedState(_ManifestPart):
     """Where the state stands, and plain data that belongs to its tensors."""
 
     pos: _Count
     meta: dict[str, Any]
 
 
-class Manifest(_Frozen):
+class ExportManifest(_ManifestPart):
     """The compatibility surface of the format: what `manifest.json` says."""
 
     format: str
@@ -64,7 +64,7 @@ class Manifest(_Frozen):
     tags: dict[str, _Count]
     rows: _Count
     end: _Count | None = None
-    state: State | None
+    state: ExportedState | None
     members: dict[str, Member]
 
     @property
@@ -73,7 +73,7 @@ class Manifest(_Frozen):
         return self.rows if self.end is None else self.end
 
 
-def parse(data: bytes, where: str) -> Manifest:
+def parse(data: bytes, where: str) -> ExportManifest:
     """Read a manifest; `where` names the file in errors.
 
     Raises:
@@ -92,7 +92,7 @@ def parse(data: bytes, where: str) -> Manifest:
         )
     del said
     try:
-        manifest = Manifest.model_validate_json(data)
+        manifest = ExportManifest.model_validate_json(data)
         for tag in manifest.tags:
             check_label("tag", tag)
     except ValidationError as error:
@@ -107,7 +107,7 @@ def parse(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def _fit(manifest: Manifest) -> None:
+def _fit(manifest: ExportManifest) -> None:
     """What holds between the fields."""
     end, fingerprint = manifest.last, manifest.spec.fingerprint
     needed = {JOURNAL} | ({STATE} if manifest.state else set()) | ({PARAMS} if manifest.spec.params else set())
