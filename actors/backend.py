@@ -155,8 +155,7 @@ class RayBackend(PartitionedBackend):
 
     async def shards(self) -> list[ShardInfo]:
         """The shards that answer, and the room each has."""
-        topology = await self._router.refresh()
-        answers = await ask_all([self._router.remote(info.name) for info in topology.shards], "memory")
+        topology, answers = await self._ask_shards("memory")
         entries = await asyncio.to_thread(self.cold.catalog.list)
         return [
             shard_info(info.name, info.node.name, entries, *answer, draining=topology.is_draining(info.name))
@@ -190,7 +189,11 @@ class RayBackend(PartitionedBackend):
         moved: list[MigrationReport] = []
         failed: dict[str, str] = {}
         # again, for what came while the others went
-        while names := [name for name in await self._owned(leaving) if name not in failed]:
+        while True:
+            entries = await asyncio.to_thread(self.cold.catalog.list)
+            names = [entry.name for entry in entries if entry.owner in leaving and entry.name not in failed]
+            if not names:
+                return moved, failed
             for name in names:
                 try:
                     moved.append(await self._move(name, await self._router.least(name, others)))
@@ -199,18 +202,14 @@ class RayBackend(PartitionedBackend):
                     continue
                 except RaymemError as error:
                     failed[name] = error.message
-        return moved, failed
-
-    async def _owned(self, shards: set[str]) -> list[str]:
-        entries = await asyncio.to_thread(self.cold.catalog.list)
-        return [entry.name for entry in entries if entry.owner in shards]
 
     async def stats(self) -> dict[str, Any]:
         """Counters of every shard; one that does not answer has its error in their place."""
-        topology = await self._router.refresh()
-        answers = await ask_all([self._router.remote(info.name) for info in topology.shards], "stats")
+        topology, answers = await self._ask_shards("stats")
         shards = [
-            {"shard": name, "node": topology.node_of(name)} | _plain(name, answer) for name, answer in answers.items()
+            {"shard": name, "node": topology.node_of(name)}
+            | ({"owner": name, "error": found.to_wire()} if isinstance(found, RaymemError) else found)
+            for name, found in answers.items()
         ]
         failed = {node: error.to_wire() for node, error in topology.failures.items()}
         about = {"backend": "ray", "cold": self.cold.uri, "sync": self.cold.sync}
@@ -226,21 +225,20 @@ class RayBackend(PartitionedBackend):
 
     async def hot_bytes(self) -> dict[str, int]:
         """Bytes of each hot bank, of the shards that answer."""
-        topology = await self._router.refresh()
-        answers = await ask_all([self._router.remote(info.name) for info in topology.shards], "bytes")
+        _, answers = await self._ask_shards("bytes")
         return {bank: size for answer in answers.values() if isinstance(answer, dict) for bank, size in answer.items()}
 
     def node_of(self, owner: str) -> str | None:
         """The node that a shard is on, if the shard is known."""
         return self._router.topology.node_of(owner)
 
+    async def _ask_shards(self, method: str) -> tuple[placement.Topology, dict[str, Any]]:
+        topology = await self._router.refresh()
+        return topology, await ask_all([self._router.remote(info.name) for info in topology.shards], method)
+
     def _caller(self) -> str:
         # the holder of a key is the same through every gateway
         return caller.get() or self._self
-
-
-def _plain(shard: str, answer: Any) -> dict[str, Any]:
-    return {"owner": shard, "error": answer.to_wire()} if isinstance(answer, RaymemError) else dict(answer)
 
 
 def _same_store(spec: ClusterSpec, cold: str | None) -> ColdStore:

@@ -13,7 +13,7 @@ from raymem.errors import InvalidInput, InvalidSpec, Partitioned, Unsupported
 from raymem.memory import keeps_rows, merge_rule
 from raymem.memory.base import State
 from raymem.rows import JournalRows
-from raymem.storage.catalog import Moment, bank_of
+from raymem.storage.catalog import bank_of
 from raymem.storage.journal.fork_journal import steady
 from raymem.storage.kway_merge import Tally, merged
 from raymem.storage.snapshots import MERGED_TAG
@@ -71,16 +71,9 @@ def merge_banks(cold: ColdStore, target: str, sources: Sequence[str], *, rebuild
         # the position is known only when all rows have passed, and the tag must be there with the bank
         entries[0].tags[MERGED_TAG] = sum(given.values())
         journals[entries[0].id] = _with_state(cold, entries[0], journals[entries[0].id], state, tally)
-
-    def still(_: Moment, lines: Sequence[Entry]) -> Sequence[Entry]:
-        for layout in layouts:
-            cold.partitions.require_still(layout)
-        return lines
-
     try:
-        cold.catalog.add_together(layout.lines(entries), journals, revise=still)
+        cold.partitions.add(layout, entries, layouts, journals)
     except BaseException:
-        cold.partitions.drop(layout.entry)
         for entry in entries:
             cold.tables.drop(snapshot_table(entry.id))
         raise

@@ -83,7 +83,7 @@ class Mover:
             Conflict: tags or forks read rows where they are, or it is a fork. BankDetached: a partition is cold.
         """
         began = time.perf_counter()
-        await asyncio.to_thread(self._require_no_past)
+        await asyncio.to_thread(require_no_past, self._hosts.cold, self._layout)
         held = await asyncio.to_thread(self._streams)
         every = {stream for streams in held for stream in streams}
         unfinished = await asyncio.to_thread(self._partitions.unfinished, self._layout, every)
@@ -119,7 +119,7 @@ class Mover:
     async def _move(self, stream: str, place: Place, target: int) -> None:
         place = await self._put(stream, place, dataclasses.replace(place, target=target))
         # a tag or fork made in between is seen here, and a later one sees the target
-        await asyncio.to_thread(self._require_no_past)
+        await asyncio.to_thread(require_no_past, self._hosts.cold, self._layout)
         home, away = self._layout.parts[place.home], self._layout.parts[target]
         copied, seen = await self._hosts.ask(away, "pull", home, stream, 0)
         began = time.perf_counter()
@@ -143,6 +143,3 @@ class Mover:
     def _streams(self) -> list[dict[str, int]]:
         cold = self._hosts.cold
         return [cold.journal(cold.catalog.get(part)).streams() for part in self._layout.parts]
-
-    def _require_no_past(self) -> None:
-        require_no_past(self._hosts.cold, self._layout)

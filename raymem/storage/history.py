@@ -165,18 +165,9 @@ def fork_at(cold: ColdStore, source: str, target: str, at: str | int | None) -> 
     # first: a row that is before its position has a stream that is written down
     positions, _ = positions_of(cold, parents, at)
     made, now = cold.partitions.copy(layout, target)
-    lines = made.lines(_forks(cold, parents, made.parts, positions))
-
-    def still(_: Moment, entries: Sequence[Entry]) -> Sequence[Entry]:
-        cold.partitions.require_still(now)
-        return entries
-
-    try:
-        cold.catalog.add_together(lines, revise=still)
-    except RaymemError:
-        cold.partitions.drop(made.entry)
-        raise
-    return lines[0]
+    forks = _forks(cold, parents, made.parts, positions)
+    cold.partitions.add(made, forks, [now])
+    return forks[0] if made.whole else made.entry
 
 
 def restore_to(cold: ColdStore, name: str, at: str | int) -> RestoreReport:

@@ -12,12 +12,13 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
-from raymem.errors import BankNotFound, Conflict, InvalidInput
-from raymem.storage.catalog import Catalog, Entry, Line, part_name, part_prefix
+from raymem.errors import BankNotFound, Conflict, InvalidInput, RaymemError
+from raymem.storage.catalog import Catalog, Entry, Line, Moment, part_name, part_prefix
 from raymem.storage.spellings import spellings
 from raymem.storage.tables.cas_table import CasTable, Change, Find
 from raymem.storage.tables.tables import Tables, quote
@@ -102,8 +103,38 @@ class Partitions:
             BankExists: the name is taken.
         """
         layout = self.lay_out(check_bank_name(name), spec, count, {})
-        self._catalog.add_together(layout.lines(_new_parts(layout)))
+        self.add(layout, _new_parts(layout))
         return layout
+
+    def add(
+        self,
+        layout: Layout,
+        parts: Iterable[Entry],
+        still: Sequence[Layout] = (),
+        journals: Mapping[str, Iterable[pa.RecordBatch]] = MappingProxyType({}),
+    ) -> None:
+        """Enter a bank in the catalog, all or nothing; without it its layout is forgotten.
+
+        Args:
+            layout: the bank's.
+            parts: its parts, which are not there yet.
+            still: the layouts of the banks that its rows come from, which must not have changed.
+            journals: rows of some parts, by their ids.
+
+        Raises:
+            BankExists: a name is taken. BankNotFound: a parent is gone. Conflict: streams were or are being moved.
+        """
+
+        def revise(_: Moment, lines: Sequence[Entry]) -> Sequence[Entry]:
+            for each in still:
+                self.require_still(each)
+            return lines
+
+        try:
+            self._catalog.add_together(layout.lines(parts), journals, revise=revise)
+        except RaymemError:
+            self.drop(layout.entry)
+            raise
 
     def lay_out(self, name: str, spec: BankSpec, count: int, assignments: Mapping[str, int]) -> Layout:
         """The layout of a bank that is not there yet, with where its streams live; without a bank it does no harm."""
