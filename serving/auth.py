@@ -1,9 +1,11 @@
-"""The gateway's door: who may come in, and how much they may carry. Both are settled before a body is read."""
+"""Authentication of callers, and the limit on a body's size: both are checked before a body is read."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,12 +15,11 @@ from raymem.config import GatewaySettings
 from raymem.errors import ConfigError, InvalidInput, RaymemError, TooLarge, Unauthorized
 from raymem.host.admission import caller
 from raymem.serving.errors import NOT_HTTP, Carried, respond
-from raymem.serving.origin import check_local, is_loopback
 
 DOCS = "/docs"
-# probes know no key, and learn nothing but that the gateway lives
+# probes need no key, and learn only that the gateway lives
 _OPEN = {routes.HEALTH.path, routes.READY.path, "/openapi.json", DOCS}
-# no page may frame an answer, guess what it is or keep it; nothing is fetched from anywhere
+# no page may frame an answer, guess its type or cache it, and an answer may load nothing
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -27,12 +28,14 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+# what a browser says of a request that was not made by a page of another site
+_OWN = {"same-origin", "none"}
 
 
 class Auth:
-    """ASGI middleware: API keys, or loopback callers alone where there are none, and the limit on bodies.
+    """ASGI middleware that checks API keys (without keys it lets in loopback callers only) and limits bodies.
 
-    What is refused is answered at once; the server reads and drops the body that may still come.
+    It answers a refused request at once; the server reads and drops the body that may still come.
     """
 
     def __init__(self, app: ASGIApp, settings: GatewaySettings) -> None:
@@ -60,15 +63,15 @@ class Auth:
         await self._app(scope, self._counted(receive), guarded)
 
     def _check_caller(self, scope: Scope, headers: Headers) -> str:
-        """Who asks, by a name that doesn't give the key away; callers of this machine that need none are one."""
+        """The caller's name, which doesn't reveal the key; all loopback callers of a gateway without keys share one."""
         if not self._keys:
-            check_local(scope, headers, self._address)
+            _check_local(scope, headers, self._address)
             return ""
         said = headers.getlist("authorization")
         scheme, _, given = said[0].partition(" ") if len(said) == 1 else ("", "", "")
-        # headers are read as latin-1, whatever they hold
+        # headers are decoded as latin-1, whatever bytes they hold
         key = given.strip().encode("latin-1")
-        # every key is compared, so that the time taken says nothing
+        # every key is compared, so that the time taken reveals nothing
         matches = [hmac.compare_digest(known, key) for known in self._keys]
         if scheme.lower() != "bearer" or not key or not any(matches):
             raise Unauthorized(
@@ -111,11 +114,56 @@ def _guarded(send: Send) -> Send:
     return guarded
 
 
-def check_bind(settings: GatewaySettings) -> None:
-    """Refuse to listen to other machines without keys.
+def _check_local(scope: Scope, headers: Headers, address: str) -> None:
+    """Let in programs of this machine that call it by a loopback name, and of pages only the gateway's own.
+
+    A page is the gateway's own if it comes from the address that is called, or from `address`, where it listens.
 
     Raises:
-        ConfigError: naming the address and the two ways out.
+        Unauthorized: another machine, a name that isn't loopback's (DNS rebinding), or another page.
+    """
+    client, hosts = scope.get("client"), headers.getlist("host")
+    called = _split(f"//{hosts[0]}").hostname if len(hosts) == 1 else None
+    if client is None or called is None or not (is_loopback(client[0]) and is_loopback(called)):
+        raise Unauthorized(
+            "this gateway has no API keys, so it serves its own machine only, at its own address; "
+            "set RAYMEM_GATEWAY__API_KEYS or gateway.api_keys"
+        )
+    if not _is_own_page({f"{scope['scheme']}://{hosts[0]}".lower(), address}, headers):
+        raise Unauthorized(
+            "this gateway has no API keys, so it answers no page of another site; call it from a program, "
+            "or set RAYMEM_GATEWAY__API_KEYS or gateway.api_keys"
+        )
+
+
+def _is_own_page(mine: set[str], headers: Headers) -> bool:
+    origins = {origin.lower() for origin in headers.getlist("origin")}
+    pages = {f"{page.scheme}://{page.netloc}".lower() for page in map(_split, headers.getlist("referer"))}
+    return origins | pages <= mine and set(headers.getlist("sec-fetch-site")) <= _OWN
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only be reached from its own machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_bind(settings: GatewaySettings) -> None:
+    """Refuse to listen for other machines without API keys.
+
+    Raises:
+        ConfigError: naming the address and the two fixes.
     """
     if not settings.api_keys and not is_loopback(settings.host):
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import socket
 from collections.abc import Callable
@@ -14,15 +15,17 @@ from fastapi import FastAPI
 from raymem.client.store import AsyncStore
 from raymem.config import Settings
 from raymem.errors import ConfigError
+from raymem.logs import RateLimit
 from raymem.serving.app import create_app
 from raymem.serving.auth import check_bind
 from raymem.serving.connections import BoundedConfig, Limits, watch
-from raymem.serving.quiet import keep_quiet
 
 Listening = Callable[[str, str], None]
 # requests that are being worked on may end; a caller that doesn't take its answer is not waited for
 _GRACE_S = 10
 _LAST_WAIT_S = 2.0
+# callers can make these speak: the server, its sockets, the gateway's own errors
+_LOGGERS = ("uvicorn.error", "asyncio", "raymem.gateway")
 _DESCRIPTORS = 2**16
 _QUEUE = 2048
 
@@ -65,7 +68,9 @@ def _listens(listener: socket.socket, uri: str, on_listen: Listening | None) -> 
 
 def make_server(app: FastAPI, settings: Settings, on_start: Callable[[], None] = lambda: None) -> uvicorn.Server:
     """A server for an app of `create_app` that callers can't keep waiting; `on_start` is called once it answers."""
-    keep_quiet()
+    for logger in map(logging.getLogger, _LOGGERS):
+        if not any(isinstance(found, RateLimit) for found in logger.filters):
+            logger.addFilter(RateLimit())
     descriptors = _raise_descriptors()
     limits = Limits.of(settings.gateway, descriptors)
     # so many connections are taken before the first of them is looked at

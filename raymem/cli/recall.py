@@ -62,7 +62,7 @@ async def _recall(
     name: str, text: str, k: int, as_of: str | None, allow_partial: bool, model: str, store: str, cold: str | None
 ) -> RecallAnswer:
     from raymem.client.store import AsyncStore
-    from raymem.serving.recall import Reader, recall
+    from raymem.serving.recall import RecallModel, recall
     from raymem.serving.schemas import RecallAnswer
 
     require_store(store)
@@ -74,7 +74,7 @@ async def _recall(
 
             assert isinstance(memory.backend, HttpBackend)
             return RecallAnswer.model_validate(await memory.backend.recall(name, text, k, as_of, allow_partial))
-        return await recall(bank, Reader(model), text, k, as_of, allow_partial)
+        return await recall(bank, RecallModel(model), text, k, as_of, allow_partial)
     finally:
         await memory.close()
 

@@ -1,4 +1,4 @@
-"""Banks as things: create, list, show, delete, move, tag, carry away and bring back."""
+"""Routes of whole banks: create, list, show, delete, move, tag, erase, export, import; and their history."""
 
 from __future__ import annotations
 
@@ -20,20 +20,37 @@ from raymem.errors import (
     CalibrationNotFound,
     Conflict,
     Corrupt,
+    FingerprintMismatch,
+    InvalidInput,
     InvalidName,
     InvalidSpec,
     NotOwner,
     StorageError,
+    TagNotFound,
     Unsupported,
 )
 from raymem.host.admission import caller
 from raymem.serving.intake import Intake
-from raymem.serving.routes.common import BankDep, NameDep, StoreDep, TransfersDep, serve
-from raymem.serving.schemas import Attach, Create, Digest, Erase, Grow, Migrate, Pin, Tag, Tags, Ttl
-from raymem.types import BankInfo, EraseReceipt, MigrationReport, RebalanceReport
+from raymem.serving.routes.common import BYTES_BODY, BankDep, NameDep, StoreDep, TransfersDep, serve
+from raymem.serving.schemas import (
+    Attach,
+    Create,
+    Digest,
+    Erase,
+    Fork,
+    Grow,
+    Merge,
+    Migrate,
+    Pin,
+    Restore,
+    Tag,
+    Tags,
+    Ttl,
+)
+from raymem.types import BankInfo, EraseReceipt, MergeReport, MigrationReport, RebalanceReport, RestoreReport
 
 router = APIRouter(tags=["banks"], route_class=Intake)
-_BODY = {"content": {routes.BYTES: {"schema": {"type": "string", "format": "binary"}}}}
+history = APIRouter(tags=["history"], route_class=Intake)
 
 
 @serve(router, routes.BANKS)
@@ -156,7 +173,7 @@ async def export(bank: BankDep, transfers: TransfersDep) -> FileResponse:
     routes.IMPORT,
     *(BankExists, Corrupt, InvalidName, InvalidSpec, StorageError),
     status_code=201,
-    openapi_extra={"requestBody": {"required": True, **_BODY}},
+    openapi_extra=BYTES_BODY,
 )
 async def import_(store: StoreDep, name: NameDep, request: Request, transfers: TransfersDep) -> BankInfo:
     """Create a bank from an exported file, checked whole before anything becomes visible; it starts detached."""
@@ -164,6 +181,51 @@ async def import_(store: StoreDep, name: NameDep, request: Request, transfers: T
         file = Path(folder) / "bank.raymem"
         await _receive(request.stream(), file)
         return await (await store.import_(file, name)).info()
+
+
+@serve(history, routes.UNTAG, BankNotFound, InvalidName, TagNotFound, StorageError)
+async def untag(bank: BankDep, body: Tag) -> Tags:
+    """Forget a tag."""
+    return Tags(tags=await bank.untag(body.tag))
+
+
+@serve(history, routes.RESTORE, BankNotFound, InvalidInput, InvalidName, TagNotFound, StorageError)
+async def restore(bank: BankDep, body: Restore) -> RestoreReport:
+    """Go back to a tag or position; what came after stays in a bank of its own, which the answer names."""
+    return await bank.restore(body.at)
+
+
+@serve(
+    history,
+    routes.FORK,
+    BankExists,
+    BankNotFound,
+    InvalidInput,
+    InvalidName,
+    TagNotFound,
+    StorageError,
+    status_code=201,
+)
+async def fork(store: StoreDep, name: NameDep, body: Fork) -> BankInfo:
+    """Create a bank that begins with this one's rows; none is copied."""
+    return await (await store.fork(name, body.target, body.at)).info()
+
+
+@serve(history, routes.MATERIALISE, BankNotFound, InvalidName, StorageError)
+async def materialise(bank: BankDep) -> BankInfo:
+    """Copy what a fork inherited into its own journal, so that it needs its parent no more."""
+    return await bank.materialise()
+
+
+@serve(
+    history,
+    routes.MERGE,
+    *(BankExists, BankNotFound, FingerprintMismatch, InvalidName, InvalidSpec, StorageError, Unsupported),
+    status_code=201,
+)
+async def merge(store: StoreDep, body: Merge) -> MergeReport:
+    """Create a bank from the rows of several, in the order of their times."""
+    return await store.merge(body.target, body.sources, rebuild=body.rebuild, rename=body.rename)
 
 
 async def _receive(chunks: AsyncIterator[bytes], file: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Path, Request
 
+from raymem.client import routes
 from raymem.client.routes import Route
 from raymem.client.store import AsyncBank, AsyncStore
 from raymem.config import GatewaySettings
@@ -15,10 +16,14 @@ from raymem.errors import BankNotFound, Conflict, RaymemError, Unsupported
 from raymem.host.admission import caller
 from raymem.serving.errors import documented
 from raymem.serving.intake import Transfers
-from raymem.serving.recall import Reader
+from raymem.serving.recall import RecallModel
 
-# a verb on a bank may find it gone, changed under its hands, or of a kind that refuses
+# a verb on a bank may find the bank gone, changed meanwhile, or of a kind that refuses it
 _OF_A_BANK = (BankNotFound, Conflict, Unsupported)
+
+_BYTES = {"content": {routes.BYTES: {"schema": {"type": "string", "format": "binary"}}}}
+# for OpenAPI: a body that a route reads itself
+BYTES_BODY = {"requestBody": {"required": True, **_BYTES}}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,15 +55,15 @@ def get_transfers(request: Request) -> Transfers:
 
 
 async def get_turn(request: Request) -> asyncio.Semaphore:
-    """What a caller's slow requests take turns at; those of others don't wait for them."""
+    """The semaphore of a caller's slow requests; other callers have their own."""
     turn: asyncio.Semaphore = request.app.state.turns[caller.get()]
     return turn
 
 
-def get_reader(request: Request) -> Reader:
+def get_recall_model(request: Request) -> RecallModel:
     """The gateway's one model."""
-    reader: Reader = request.app.state.reader
-    return reader
+    model: RecallModel = request.app.state.recall_model
+    return model
 
 
 def bank_name(
@@ -72,7 +77,7 @@ StoreDep = Annotated[AsyncStore, Depends(get_store)]
 SettingsDep = Annotated[GatewaySettings, Depends(get_settings)]
 TransfersDep = Annotated[Transfers, Depends(get_transfers)]
 TurnDep = Annotated[asyncio.Semaphore, Depends(get_turn)]
-ReaderDep = Annotated[Reader, Depends(get_reader)]
+RecallModelDep = Annotated[RecallModel, Depends(get_recall_model)]
 NameDep = Annotated[str, Depends(bank_name)]
 
 

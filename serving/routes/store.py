@@ -14,7 +14,7 @@ from raymem.errors import CalibrationNotFound, Conflict, Corrupt, InvalidInput, 
 from raymem.memory.learned import Learned, name_of
 from raymem.serving.intake import Intake
 from raymem.serving.metrics import CONTENT_TYPE, Metrics
-from raymem.serving.routes.common import StoreDep, serve
+from raymem.serving.routes.common import BYTES_BODY, StoreDep, serve
 from raymem.serving.schemas import CalibrationHash, Drain, Health, Nodes, ParamsName
 from raymem.types import DrainReport, ShardInfo, SweepReport
 
@@ -22,14 +22,13 @@ router = APIRouter(tags=["store"], route_class=Intake)
 probes = APIRouter(tags=["probes"], route_class=Intake)
 # as many as a model has, and more
 Layers = Annotated[list[Annotated[int, Field(ge=0, lt=2**16)]], Query(min_length=1, max_length=256)]
-_BODY = {"content": {routes.BYTES: {"schema": {"type": "string", "format": "binary"}}}}
 
 
 @serve(
     router,
     routes.PUT_CALIBRATION,
     *(Corrupt, StorageError),
-    openapi_extra={"requestBody": {"required": True, **_BODY}},
+    openapi_extra=BYTES_BODY,
 )
 async def put_calibration(store: StoreDep, request: Request) -> CalibrationHash:
     """Keep a calibration, a safetensors file as `raymem calibrate` makes it."""
@@ -44,7 +43,7 @@ async def calibration(store: StoreDep, content: str, layers: Layers) -> Response
     return Response(found.to_bytes(), media_type=routes.BYTES)
 
 
-@serve(router, routes.PUT_PARAMS, *(Corrupt, StorageError), openapi_extra={"requestBody": {"required": True, **_BODY}})
+@serve(router, routes.PUT_PARAMS, *(Corrupt, StorageError), openapi_extra=BYTES_BODY)
 async def put_params(store: StoreDep, request: Request) -> ParamsName:
     """Keep weights, a safetensors file as `raymem train` makes it."""
     data = await request.body()

@@ -1,7 +1,7 @@
-"""The KV connector: hidden states of opted-in requests leave a running vLLM engine for their banks.
+"""The KV connector: streams hidden states of opted-in requests from a running vLLM engine to their banks.
 
-vLLM makes two of it: one beside the scheduler, which keeps the book of rows, and one in each worker, which copies the
-rows off the device and hands them to the sender. Nothing is ever loaded, and nothing here waits for a bank.
+vLLM makes one beside the scheduler, which tracks the rows, and one in each worker, which copies the rows off the device
+and hands them to the sender. It loads nothing into the cache, and never waits for a bank.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from prometheus_client import Counter
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -19,27 +20,34 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from raymem.errors import ConfigError, InvalidInput, RaymemError, Unauthorized
 from raymem.logs import get_logger
-from raymem.serving.vllm import vllm_internals as vllm_internals
-from raymem.serving.vllm.copier import RowCopier
-from raymem.serving.vllm.counters import Counters, growth
-from raymem.serving.vllm.fingerprint import engine_fingerprint
-from raymem.serving.vllm.metrics import RaymemPromMetrics, RaymemStats
+from raymem.serving.vllm import vllm_internals
 from raymem.serving.vllm.params import ConnectorConfig, write_target
-from raymem.serving.vllm.sender import Chunk, Sender, Sink
-from raymem.serving.vllm.tracker import Piece, Tracker
+from raymem.serving.vllm.sender import Chunk, RowCopier, Sender, Sink, StreamCounters
+from raymem.serving.vllm.tracker import RunSlice, Tracker
 from raymem.types import Fingerprint
 
 log = get_logger("raymem.vllm")
 
 
-@dataclass
-class Rows(KVConnectorMetadata):
-    """From the scheduler's side to the workers', once a step: the rows to send, and the requests that were refused."""
+# the counters that vLLM's log line and Prometheus show: those that only grow
+_SHOWN = {
+    "rows_written": "Hidden-state rows written to banks.",
+    "rows_shed": "Hidden-state rows that were not written.",
+    "traces_shed": "Requests whose stream was cut short.",
+    "requests_refused": "Requests to stream that were refused.",
+    "retries": "Writes to banks that were tried again.",
+}
 
-    pieces: list[Piece] = field(default_factory=list)
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """What the scheduler's side tells the workers' in each step: the rows to send, and the requests it refused."""
+
+    slices: list[RunSlice] = field(default_factory=list)
     refused: list[tuple[str, RaymemError]] = field(default_factory=list)
 
 
@@ -67,30 +75,30 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         self._cache: Tensor | None = None
         self._copier: RowCopier | None = None
         self._finished: set[str] = set()
-        self._reported = Counters()
+        self._reported = StreamCounters()
         self.sender: Sender | None = None
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """Rows leave in the step that computes them: a preemption has nothing to take back."""
+        """Rows are sent in the step that computes them, so a preemption undoes nothing."""
         return False
 
     def open_sink(self) -> Sink:
         """Connect to the store; called on the sender's thread, when there is something to write."""
-        # the scheduler and vLLM's front end load this module too, and need no store
+        # the scheduler and vLLM's front end load this module too, without a store
         from raymem.serving.vllm.sink import StoreSink
 
         return StoreSink(self.config, self.require, self.made_by)
 
     def made_by(self) -> Fingerprint:
-        """Say what makes this engine's rows; hashed once.
+        """Return what makes this engine's rows; the model is hashed once.
 
         Raises:
-            ModelNotFound, UnsupportedModel, ConfigError: it can't be said.
+            ModelNotFound, UnsupportedModel, ConfigError: as `engine_fingerprint`.
         """
         with self._hashing:
             if self._fingerprint is None:
-                self._fingerprint = engine_fingerprint(self._vllm_config, self.layers)
+                self._fingerprint = vllm_internals.engine_fingerprint(self._vllm_config, self.layers)
             return self._fingerprint
 
     def require(self, bank: Fingerprint) -> None:
@@ -105,7 +113,7 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         """Return the cold store behind the store that is written to.
 
         Raises:
-            ConfigError: only a gateway or a cluster is known.
+            ConfigError: the settings name only a gateway or a cluster.
         """
         uri = self.config.cold or self.config.store
         if uri == "ray" or uri.startswith(("ray://", "http://", "https://")):
@@ -150,7 +158,7 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         refused, self._refused = self._refused, []
-        return Rows(self._tracker.step(scheduler_output), refused)
+        return StepMetadata(self._tracker.step(scheduler_output), refused)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
@@ -179,30 +187,31 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         if self._copier is None or self.sender is None or not self.has_connector_metadata():
             return
         rows = self._get_connector_metadata()
-        assert isinstance(rows, Rows)
+        assert isinstance(rows, StepMetadata)
         for request, error in rows.refused:
             self.sender.refuse(request, error)
-        self._send(self._copier, self.sender, rows.pieces)
-        # only now: a run's last rows may come in the very step that reports its end
+        self._send(self._copier, self.sender, rows.slices)
+        # after the rows: a run's last ones may come in the same step that reports its end
         self.sender.end(self._finished)
         self._finished = set()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        # other ranks send nothing, and have nothing to forget
+        # other ranks send nothing, so they track no runs
         if self.sender is not None:
             self._finished |= finished_req_ids
         if not self.has_connector_metadata():
             return None, None
         rows = self._get_connector_metadata()
-        assert isinstance(rows, Rows)
-        # every rank reports, because vLLM waits for all of them before it frees the blocks
-        return {piece.run for piece in rows.pieces} & finished_req_ids or None, None
+        assert isinstance(rows, StepMetadata)
+        # every rank reports: vLLM waits for all of them before it frees the blocks
+        return {part.run for part in rows.slices} & finished_req_ids or None, None
 
     def get_kv_connector_stats(self) -> RaymemStats | None:
         if self.sender is None:
             return None
-        now = self.sender.stats()
-        gained, self._reported = growth(now, self._reported), now
+        now, before = self.sender.stats(), self._reported
+        self._reported = now
+        gained = {name: gain for name in _SHOWN if (gain := getattr(now, name) - getattr(before, name))}
         return RaymemStats(data=gained) if gained else None
 
     def shutdown(self) -> None:
@@ -220,15 +229,15 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         pass
 
     @staticmethod
-    def _send(copier: RowCopier, sender: Sender, pieces: list[Piece]) -> None:
-        """Copy the rows for which there is room, all in one go, and queue them."""
-        taken = [piece for piece in pieces if sender.reserve(piece, len(piece.tokens) * copier.row_bytes)]
+    def _send(copier: RowCopier, sender: Sender, slices: list[RunSlice]) -> None:
+        """Copy the rows for which the queue has room, in one transfer, and queue them."""
+        taken = [part for part in slices if sender.reserve(part, len(part.tokens) * copier.row_bytes)]
         if not taken:
             return
-        rows_TLD, ready = copier.copy([slot for piece in taken for slot in piece.slots])
-        parts = torch.split(rows_TLD, [len(piece.tokens) for piece in taken])
+        rows_TLD, ready = copier.copy([slot for part in taken for slot in part.slots])
+        copies = torch.split(rows_TLD, [len(part.tokens) for part in taken])
         now = time.time()
-        sender.put([Chunk(piece, part, ready, now) for piece, part in zip(taken, parts, strict=True)])
+        sender.put([Chunk(part, copy, ready, now) for part, copy in zip(taken, copies, strict=True)])
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> RaymemStats:
@@ -237,3 +246,42 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def build_prom_metrics(cls, *args: Any) -> RaymemPromMetrics:
         return RaymemPromMetrics(*args)
+
+
+class RaymemStats(KVConnectorStats):
+    """What the shown counters gained in one interval."""
+
+    def reset(self) -> None:
+        self.data: dict[str, Any] = {}
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        for name, gain in other.data.items():
+            self.data[name] = self.data.get(name, 0) + gain
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        return {f"raymem_{name}": value for name, value in self.data.items()}
+
+
+class RaymemPromMetrics(KVConnectorPromMetrics):
+    """One Prometheus counter for each of `_SHOWN`, per engine."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        make = self._counter_cls
+        families = {
+            name: make(name=f"vllm:raymem_{name}", documentation=text, labelnames=self._labelnames)
+            for name, text in _SHOWN.items()
+        }
+        self._counters: dict[tuple[int, str], Counter] = {
+            (engine, name): family.labels(*labels)
+            for name, family in families.items()
+            for engine, labels in self.per_engine_labelvalues.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for name, gain in transfer_stats_data.items():
+            self._counters[engine_idx, name].inc(gain)

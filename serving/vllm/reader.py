@@ -1,14 +1,15 @@
-"""The worker extension: banks attached inside a vLLM worker, called with `llm.collective_rpc(...)`."""
+"""The worker extension: attaches banks inside a vLLM worker; called with `llm.collective_rpc(...)`."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from raymem.errors import ConfigError, RaymemError
 from raymem.logs import get_logger
-from raymem.serving.vllm import vllm_internals as vllm_internals
+from raymem.serving.vllm import vllm_internals
 from raymem.serving.vllm.connector import RaymemConnector
 from raymem.serving.vllm.memory import MemoryMixer
 from raymem.types import check_bank_name
@@ -38,10 +39,10 @@ class MemoryReader:
             store: the cold store it lives in; by default the one that the connector writes to.
 
         Raises:
-            BankNotFound, BankDetached: there is nothing to follow.
+            BankNotFound, BankDetached: the bank is not there, or not attached to its store.
             FingerprintMismatch: the bank holds another model's states, or other layers.
             ConfigError: the connector writes through a gateway, so the cold store must be named.
-            Unsupported: this vLLM's insides are not those that raymem knows.
+            Unsupported: this vLLM's model runner is not the one that raymem knows.
         """
         return _memory_of(self).attach(check_bank_name(name), store)
 
@@ -50,17 +51,17 @@ class MemoryReader:
         return _memory_of(self).detach(name)
 
     def memory_stats(self) -> dict[str, Any]:
-        """Return what was streamed, shed and mixed so far, and where each attached bank stands."""
+        """Return what was streamed, shed and mixed so far, and the position of each attached bank."""
         return _memory_of(self).stats()
 
     def flush_memory(self, timeout_s: float = 30.0) -> bool:
-        """Wait until every row that has left the engine is in its bank; False when the time was up first."""
+        """Wait until every row that has left the engine is in its bank; False when that took longer."""
         sender = _connector().sender
         return sender is None or sender.flush(timeout_s)
 
 
 def _memory_of(worker: Any) -> _WorkerMemory:
-    # vLLM refuses an extension with attributes that its workers have: one name, set on first use
+    # vLLM refuses an extension whose attributes its workers have too, so this one sets a single name, on first use
     memory = getattr(worker, "raymem_memory", None)
     if memory is None:
         memory = worker.raymem_memory = _WorkerMemory(worker)
@@ -69,7 +70,7 @@ def _memory_of(worker: Any) -> _WorkerMemory:
 
 
 class _WorkerMemory:
-    """The banks of one worker, and the tap on its logits from the first of them on."""
+    """The banks of one worker; from the first one on, a tap on its logits."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
@@ -102,17 +103,14 @@ class _WorkerMemory:
         return bank is not None
 
     def stats(self) -> dict[str, Any]:
-        sender = _connector().sender
+        sender, read = _connector().sender, {}
+        if self._mixer is not None and self._tap is not None:
+            read = {**asdict(self._mixer.counters), "calls_unseen": self._tap.calls_unseen}
         return {
-            "streamed": sender.stats().as_dict() if sender is not None else {},
-            "read": self._read_stats(),
+            "streamed": asdict(sender.stats()) if sender is not None else {},
+            "read": read,
             "banks": {name: bank.stats() for name, bank in self._banks.items()},
         }
-
-    def _read_stats(self) -> dict[str, Any]:
-        if self._mixer is None or self._tap is None:
-            return {}
-        return {**self._mixer.counters.as_dict(), "calls_unseen": self._tap.calls_unseen}
 
     def _start_tap(self, connector: RaymemConnector) -> None:
         if self._tap is not None:
@@ -143,7 +141,7 @@ class _WorkerMemory:
 
 def _connector() -> RaymemConnector:
     group = get_kv_transfer_group() if has_kv_transfer_group() else None
-    # vLLM's MultiConnector keeps the connectors that it stands for in `_connectors`
+    # vLLM's MultiConnector keeps its connectors in `_connectors`
     for connector in (group, *getattr(group, "_connectors", ())):
         if isinstance(connector, RaymemConnector):
             return connector

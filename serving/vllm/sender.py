@@ -1,7 +1,7 @@
-"""From the engine's worker to the banks, on a thread of its own and through a queue bounded in bytes.
+"""Sends rows from the engine's worker to the banks, on a thread of its own, through a queue bounded in bytes.
 
-The engine's thread only ever holds a lock for a few instructions. When there is no room, or the store refuses, the
-run is shed whole from there on: a bank then holds a gapless beginning of it, and what is missing has been counted.
+The engine's thread holds a lock for a few instructions only. When the queue is full, or the store refuses rows, the
+sender sheds the rest of that run: the bank holds a gapless beginning of it, and the counters hold what is missing.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ import concurrent.futures
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from raymem.errors import RaymemError, Unavailable
-from raymem.logs import get_logger
+from raymem.logs import WarnOnce, get_logger
 from raymem.retry import retrying
-from raymem.serving.vllm.counters import Counters
-from raymem.serving.vllm.once import Once
 from raymem.serving.vllm.params import ConnectorConfig
-from raymem.serving.vllm.tracker import Piece
+from raymem.serving.vllm.tracker import RunSlice
 from raymem.types import Trace
 
 log = get_logger("raymem.vllm")
@@ -42,18 +40,84 @@ class Sink(Protocol):
         """Release what was opened."""
 
 
+@dataclass
+class StreamCounters:
+    """What was streamed since the engine started. With an empty queue, `rows_seen == rows_written + rows_shed`.
+
+    `rows_seen` are the rows of opted-in requests. `traces_shed` counts requests whose rest was shed, and
+    `shed_by_code` why; `rows_kept` are their rows that had been written before.
+    """
+
+    rows_seen: int = 0
+    rows_written: int = 0
+    rows_shed: int = 0
+    rows_kept: int = 0
+    traces_shed: int = 0
+    requests_refused: int = 0
+    writes: int = 0
+    write_seconds: float = 0.0
+    bytes_written: int = 0
+    retries: int = 0
+    queue_bytes: int = 0
+    queue_bytes_max: int = 0
+    shed_by_code: dict[str, int] = field(default_factory=dict)
+
+
+class RowCopier:
+    """Copies rows of a paged cache `[blocks, layers, block_size, width]`, on a side stream where there are streams.
+
+    The rows are gathered on the engine's own stream, so the next step may reuse the cache's blocks; only the copy to
+    pinned memory runs beside it.
+    """
+
+    def __init__(self, cache: Tensor) -> None:
+        self._cache = cache
+        # torch's own stubs leave streams and events untyped
+        cuda: Any = torch.cuda
+        self._side = cuda.Stream(cache.device) if cache.is_cuda else None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: all layers of one token."""
+        return self._cache.shape[1] * self._cache.shape[3] * self._cache.element_size()
+
+    def copy(self, slots: Sequence[int]) -> tuple[Tensor, Callable[[], None]]:
+        """Start copying the rows at `slots` (block * block_size + offset).
+
+        Returns:
+            The rows `[T, L, D]` in host memory, and what to call before reading them.
+        """
+        slots_T = torch.tensor(slots, dtype=torch.int64)
+        if self._cache.is_cuda:
+            slots_T = slots_T.pin_memory().to(self._cache.device, non_blocking=True)
+        size = self._cache.shape[2]
+        rows_TLD = self._cache[slots_T // size, :, slots_T % size]
+        if self._side is None:
+            return rows_TLD, lambda: None
+        return self._copy_aside(rows_TLD, self._side)
+
+    @staticmethod
+    def _copy_aside(rows_TLD: Tensor, side: Any) -> tuple[Tensor, Callable[[], None]]:
+        host_TLD = torch.empty_like(rows_TLD, device="cpu", pin_memory=True)
+        side.wait_stream(torch.cuda.current_stream(rows_TLD.device))
+        with torch.cuda.stream(side):
+            host_TLD.copy_(rows_TLD, non_blocking=True)
+        rows_TLD.record_stream(side)
+        return host_TLD, side.record_event().synchronize
+
+
 @dataclass(frozen=True)
 class Chunk:
-    """A piece and its rows `hidden_TLD` in host memory, which may be read once `ready()` has returned."""
+    """A slice of a run with its rows `hidden_TLD` in host memory, which may be read once `ready()` has returned."""
 
-    piece: Piece
+    source: RunSlice
     hidden_TLD: Tensor
     ready: Callable[[], None]
     time: float
 
 
 @dataclass
-class _Run:
+class _RunState:
     queued: int = 0
     written: int = 0
     shed: bool = False
@@ -61,15 +125,15 @@ class _Run:
 
 
 class Sender:
-    """Takes chunks without ever waiting; writes them in order per run, neighbours of a run as one trace."""
+    """Takes chunks without waiting; writes each run in order, consecutive chunks as one trace."""
 
     def __init__(self, open_sink: Callable[[], Sink], config: ConnectorConfig) -> None:
         self._open_sink = open_sink
         self._config = config
         self._sink: Sink | None = None
-        self._count = Counters()
-        self._once = Once()
-        self._runs: dict[str, _Run] = {}
+        self._count = StreamCounters()
+        self._once = WarnOnce(log)
+        self._runs: dict[str, _RunState] = {}
         self._queues: dict[str, deque[Chunk]] = {}
         self._tasks: dict[str, concurrent.futures.Future[None]] = {}
         self._lock = threading.Lock()
@@ -81,14 +145,14 @@ class Sender:
         self._thread.start()
         started.wait()
 
-    def reserve(self, piece: Piece, nbytes: int) -> bool:
-        """Claim room for a piece's rows; False when its run is shed, now or before."""
-        rows = len(piece.tokens)
+    def reserve(self, source: RunSlice, nbytes: int) -> bool:
+        """Reserve room in the queue for a slice's rows; False when its run is shed, now or before."""
+        rows = len(source.tokens)
         with self._lock:
-            run = self._runs.setdefault(piece.run, _Run())
+            run = self._runs.setdefault(source.run, _RunState())
             self._count.rows_seen += rows
             if run.shed or self._count.queue_bytes + nbytes > self._config.queue_bytes:
-                self._shed(piece.run, rows, "queue_full")
+                self._shed(source.run, rows, "queue_full")
                 return False
             run.queued += 1
             self._count.queue_bytes += nbytes
@@ -99,13 +163,13 @@ class Sender:
         """Queue chunks for which room was reserved."""
         with self._lock:
             for chunk in chunks:
-                bank = chunk.piece.bank
+                bank = chunk.source.bank
                 self._queues.setdefault(bank, deque()).append(chunk)
                 if bank not in self._tasks:
                     self._tasks[bank] = asyncio.run_coroutine_threadsafe(self._drain(bank), self._loop)
 
     def end(self, runs: Iterable[str]) -> None:
-        """Take note that these runs bring no more pieces, so that nothing need be remembered of them."""
+        """Note that these runs send no more rows, so that their state is dropped once it is written."""
         with self._lock:
             for name in runs:
                 if run := self._runs.get(name):
@@ -113,18 +177,18 @@ class Sender:
                     self._forget(name, run)
 
     def refuse(self, request: str, reason: RaymemError) -> None:
-        """Count a request whose wish to stream can't be followed."""
+        """Count a request to stream that is refused."""
         self._once.warn((reason.code, str(reason)), "request does not stream", request=request, reason=str(reason))
         with self._lock:
             self._count.requests_refused += 1
 
-    def stats(self) -> Counters:
+    def stats(self) -> StreamCounters:
         """Return a copy of the counters."""
         with self._lock:
             return deepcopy(self._count)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until nothing is queued; False when the time was up first."""
+        """Wait until the queue is empty; False when that took longer."""
         with self._idle:
             return self._idle.wait_for(lambda: not self._tasks, timeout_s)
 
@@ -147,7 +211,7 @@ class Sender:
         with self._lock:
             for queue in self._queues.values():
                 for chunk in queue:
-                    self._shed(chunk.piece.run, len(chunk.piece.tokens), "shutdown")
+                    self._shed(chunk.source.run, len(chunk.source.tokens), "shutdown")
                 queue.clear()
             unsure = self._count.rows_seen - self._count.rows_written - self._count.rows_shed
             log.error("shut down with rows unwritten", rows_shed=self._count.rows_shed, rows_in_flight=unsure)
@@ -163,7 +227,7 @@ class Sender:
         self._count.shed_by_code[code] = self._count.shed_by_code.get(code, 0) + 1
         log.warning("trace shed", run=name, code=code, rows_kept=run.written)
 
-    def _forget(self, name: str, run: _Run) -> None:
+    def _forget(self, name: str, run: _RunState) -> None:
         if run.ended and not run.queued:
             del self._runs[name]
 
@@ -172,11 +236,11 @@ class Sender:
         while chunks := await self._next(bank):
             runs: dict[str, list[Chunk]] = {}
             for chunk in chunks:
-                runs.setdefault(chunk.piece.run, []).append(chunk)
+                runs.setdefault(chunk.source.run, []).append(chunk)
             await asyncio.gather(*(self._deliver(bank, name, parts) for name, parts in runs.items()))
 
     async def _next(self, bank: str) -> list[Chunk]:
-        """Wait for company, then take the next batch off a bank's queue; an empty one ends the bank's task."""
+        """Linger, then take the next batch off a bank's queue; an empty queue ends the bank's task."""
         await asyncio.sleep(self._config.linger_s)
         taken: list[Chunk] = []
         room = self._config.batch_bytes
@@ -191,7 +255,7 @@ class Sender:
         return taken
 
     async def _deliver(self, bank: str, name: str, parts: list[Chunk]) -> None:
-        rows = sum(len(part.piece.tokens) for part in parts)
+        rows = sum(len(part.source.tokens) for part in parts)
         run = self._runs[name]
         code = "shed" if run.shed else await self._attempt(bank, name, parts)
         with self._lock:
@@ -211,7 +275,7 @@ class Sender:
         except RaymemError as error:
             log.error("write refused", bank=bank, run=run, code=error.code, reason=str(error))
             return error.code
-        except Exception:  # the engine must outlive whatever a store's client raises
+        except Exception:  # no error of a store's client may end the engine
             log.exception("write failed", bank=bank, run=run)
             return "failed"
         return None
@@ -243,8 +307,8 @@ class Sender:
 def _trace(parts: list[Chunk]) -> Trace:
     for part in parts:
         part.ready()
-    first = parts[0].piece
-    tokens = [token for part in parts for token in part.piece.tokens]
+    first = parts[0].source
+    tokens = [token for part in parts for token in part.source.tokens]
     return Trace(
         hidden=torch.cat([part.hidden_TLD for part in parts]),
         tokens=torch.tensor(tokens, dtype=torch.int64),

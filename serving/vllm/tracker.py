@@ -1,7 +1,7 @@
-"""The scheduler side's book: which rows of which requests lie in the paged cache and have not been sent.
+"""Tracks, on the scheduler's side, which rows of which requests lie in the paged cache and have not been sent.
 
-A row is sent in the step that computes it, unless its token is a draft: a draft's row is sent a step later, when the
-scheduler has accepted the token, and never when it was rejected. Positions count from the request's first token, so
+A row is sent in the step that computes it, unless its token is a draft. A draft's row is sent a step later, when the
+scheduler has accepted the token, and never when it has rejected it. Positions count from the request's first token, so
 a preempted request that computes its rows again sends only those that had not been sent.
 """
 
@@ -15,7 +15,7 @@ from raymem.serving.vllm.params import Target
 
 
 class Request(Protocol):
-    """What the book reads of vLLM's `Request`."""
+    """What the tracker reads of vLLM's `Request`."""
 
     request_id: str
     num_computed_tokens: int
@@ -28,8 +28,8 @@ class Request(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive rows of one run: `slots[i]` is where row `seq + i`, of token `tokens[i]`, lies in the paged cache."""
+class RunSlice:
+    """Consecutive rows of one run: row `seq + i`, of token `tokens[i]`, lies in slot `slots[i]` of the paged cache."""
 
     bank: str
     stream: str
@@ -40,7 +40,7 @@ class Piece:
 
 
 @dataclass
-class _Run:
+class _TrackedRun:
     request: Request
     target: Target
     sent: int = 0
@@ -48,34 +48,34 @@ class _Run:
 
 
 class Tracker:
-    """Follows every opted-in request through chunked prefill, prefix-cache hits, decoding, preemption and its end."""
+    """Tracks every opted-in request through chunked prefill, prefix-cache hits, decoding, preemption and its end."""
 
     def __init__(self, group: int, block_size: int) -> None:
         self._group = group
         self._block_size = block_size
-        self._runs: dict[str, _Run] = {}
-        self._ended: list[Piece] = []
+        self._runs: dict[str, _TrackedRun] = {}
+        self._ended: list[RunSlice] = []
 
     def admit(self, request: Request, target: Target) -> None:
-        """Follow a request from now on."""
-        self._runs[request.request_id] = _Run(request, target)
+        """Track a request from now on."""
+        self._runs[request.request_id] = _TrackedRun(request, target)
 
-    def step(self, scheduled: Any) -> list[Piece]:
-        """List the rows that will be in the cache, for good, when this `SchedulerOutput` has run."""
+    def step(self, scheduled: Any) -> list[RunSlice]:
+        """List the rows that will stay in the cache when this `SchedulerOutput` has run."""
         computed = self._update_blocks(scheduled)
-        pieces, self._ended = self._ended, []
+        slices, self._ended = self._ended, []
         for request_id, start in computed.items():
             run = self._runs[request_id]
             end = min(start + scheduled.num_scheduled_tokens.get(request_id, 0), run.request.num_tokens)
-            pieces += self._take(run, end)
-        return pieces
+            slices += self._take(run, end)
+        return slices
 
     def finish(self, request: Request) -> bool:
         """End a run; True when rows are left, so that its blocks must stay until the next step has run."""
         run = self._runs.pop(request.request_id, None)
         if run is None:
             return False
-        # the last sampled token was never an input: it has no row. an aborted request may have sampled none
+        # the last sampled token was never an input, so it has no row; an aborted request may have sampled none
         known = max(request.num_prompt_tokens, request.num_tokens - 1)
         left = self._take(run, min(request.num_computed_tokens, known))
         self._ended += left
@@ -94,16 +94,16 @@ class Tracker:
         ):
             if run := self._runs.get(request_id):
                 added = [] if blocks is None else list(blocks[self._group])
-                # after a preemption vLLM hands out the whole table anew
+                # after a preemption vLLM sends the whole table again
                 run.blocks = added if request_id in cached.resumed_req_ids else run.blocks + added
                 computed[request_id] = start
         return computed
 
-    def _take(self, run: _Run, end: int) -> list[Piece]:
+    def _take(self, run: _TrackedRun, end: int) -> list[RunSlice]:
         start, size = run.sent, self._block_size
         if end <= start:
             return []
         run.sent = end
         slots = [run.blocks[row // size] * size + row % size for row in range(start, end)]
         tokens = list(run.request.all_token_ids[start:end])
-        return [Piece(run.target.bank, run.target.stream, run.request.request_id, start, tokens, slots)]
+        return [RunSlice(run.target.bank, run.target.stream, run.request.request_id, start, tokens, slots)]

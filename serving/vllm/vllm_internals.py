@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from raymem.errors import ConfigError, ModelNotFound, Unsupported
+from raymem.lm.identity import Changes, identity, tokenizer_identity
 from raymem.serving.vllm.params import METHOD
+from raymem.types import DTYPES, Fingerprint
 
 
 def streamed_layers(vllm_config: Any) -> tuple[int, ...]:
@@ -122,7 +124,64 @@ def _folder(name: str, revision: str | None) -> Path:
         ) from error
 
 
-class Step:
+def engine_fingerprint(vllm_config: Any, layers: tuple[int, ...]) -> Fingerprint:
+    """Say what made an engine's rows; calibration and values are left to each bank.
+
+    What the engine's arguments change in a model makes it another one: config fields, quantization, the cache's dtype.
+
+    Raises:
+        ModelNotFound: the model's files are not on this machine. UnsupportedModel: a family that raymem can't read.
+        ConfigError: its hidden states are of a dtype that no bank holds, or changed in a way that has no name.
+    """
+    model = vllm_config.model_config
+    dtype: Any = str(model.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"the engine computes in {dtype}; banks hold {', '.join(DTYPES)}: set dtype= to one of those")
+    found = identity(model_folder(vllm_config), _changes(vllm_config, dtype))
+    tokenizer, legacy = found.tokenizer, found.legacy
+    if model.tokenizer not in (None, model.model):
+        tokenizer, legacy_tokenizer = tokenizer_identity(tokenizer_folder(vllm_config))
+        legacy = (legacy[0], legacy_tokenizer)
+    return Fingerprint(
+        model=str(model.model),
+        content=found.content,
+        layers=layers,
+        width=int(model.get_hidden_size()),
+        dtype=dtype,
+        tokenizer=tokenizer,
+        legacy=legacy,
+    )
+
+
+def _changes(vllm_config: Any, dtype: str) -> Changes:
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    overrides = model.hf_overrides or {}
+    if not isinstance(overrides, Mapping):
+        raise ConfigError(
+            "hf_overrides is a function, and what it does to hidden states has no name: give the fields as a dict"
+        )
+    own = getattr(model.hf_config, "quantization_config", None)
+    done = {
+        # a checkpoint that is quantized says so in its config
+        "quantization": None if own else model.quantization,
+        "cache_dtype": None if cache.cache_dtype in ("auto", dtype) else cache.cache_dtype,
+        "load_format": "dummy" if vllm_config.load_config.load_format == "dummy" else None,
+        "hf_config_path": model.hf_config_path,
+        "disable_sliding_window": model.disable_sliding_window or None,
+        "model_class_overrides": model.model_class_overrides or None,
+        "long_rope": _long_rope(model),
+    }
+    return Changes(dict(overrides), {name: value for name, value in done.items() if value is not None})
+
+
+def _long_rope(model: Any) -> bool | None:
+    """Whether rotary positions are stretched for every text: vLLM decides that by the longest that it allows."""
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return None if original is None or model.max_model_len <= original else True
+
+
+class EngineStep:
     """What one forward pass of vLLM's V1 model runner computed, and for whom.
 
     `states` are the extracted layers `[T, D]` each, `final_TD` the head's input, `positions_T` each row's place in
@@ -171,14 +230,14 @@ class LogitsTap:
         Unsupported: this vLLM's runner is another one.
     """
 
-    def __init__(self, runner: Any, change: Callable[[Step, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, runner: Any, change: Callable[[EngineStep, Tensor, Tensor], Tensor]) -> None:
         _require_v1(runner)
         self._runner = runner
         self._change = change
         self._model = runner.model
         self._compute_logits = self._model.compute_logits
         self._prepare_inputs = runner._prepare_inputs
-        self._step: Step | None = None
+        self._step: EngineStep | None = None
         self._sampled_N: Tensor | None = None
         self.calls_unseen = 0
         self._model.register_forward_hook(self._after_forward, with_kwargs=True)
@@ -208,7 +267,7 @@ class LogitsTap:
         # a runner that extracts no layers returns a bare tensor: there is nothing to make keys of
         if isinstance(output, tuple) and len(output) == 2 and kwargs.get("positions") is not None:
             final_TD, states = output
-            self._step = Step(self._runner, kwargs.get("input_ids"), kwargs["positions"], final_TD, list(states))
+            self._step = EngineStep(self._runner, kwargs.get("input_ids"), kwargs["positions"], final_TD, list(states))
             self._step.sampled_N = self._sampled_N
 
     def _logits(self, head_input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:

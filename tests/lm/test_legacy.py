@@ -13,7 +13,7 @@ from raymem.encode.calibration import Range
 from raymem.errors import CalibrationNotFound, FingerprintMismatch
 from raymem.lm.fingerprint import fingerprint, fingerprint_of
 from raymem.lm.models import LanguageModel
-from raymem.serving.recall import Reader
+from raymem.serving.recall import RecallModel
 
 LAYERS = (2,)
 TEXT = "What an earlier release wrote."
@@ -58,7 +58,7 @@ def test_the_model_writes_to_an_old_bank_and_reads_it(old, model, folder):
     mark = bank.info().spec.fingerprint
     assert (mark.legacy, mark.content[:2]) == (None, model.legacy_hashes[0][:2])
     mark.accept(fingerprint_of(str(folder), LAYERS))
-    assert Reader(str(folder)).states(TEXT, mark).shape == (len(TEXT), 1, model.width)
+    assert RecallModel(str(folder)).states(TEXT, mark).shape == (len(TEXT), 1, model.width)
     with pytest.raises(FingerprintMismatch, match="layers"):
         bank.write(model.trace(TEXT, (3,), stream="s", run="other"))
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from raymem.serving.quiet import Quiet
+from raymem.logs import RateLimit
 
 WAIT_S = 1.0
 DESCRIPTORS = 256
@@ -226,7 +226,7 @@ def test_a_flood_of_lines_is_cut_and_counted(caplog: pytest.LogCaptureFixture, m
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     logger = logging.getLogger("quiet.test")
-    quiet: Callable[[logging.LogRecord], bool] = Quiet(most=3, window_s=10.0)
+    quiet: Callable[[logging.LogRecord], bool] = RateLimit(most=3, window_s=10.0)
     logger.addFilter(quiet)
     now[0] = 100.0
     for number in range(10):

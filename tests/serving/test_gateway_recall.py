@@ -13,8 +13,7 @@ from raymem.encode.fit import bundled_texts, fit, read_sample
 from raymem.errors import FingerprintMismatch, MissingExtra, TooLarge
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.models import LanguageModel
-from raymem.serving.passages import AFTER, BEFORE, LONGEST, pieces
-from raymem.serving.recall import MAX_TOKENS, Reader, _candidates
+from raymem.serving.recall import AFTER, BEFORE, LONGEST, MAX_TOKENS, RecallModel, _candidates, find_passages
 
 FACT = "The locker code assigned to Miriam is 4817, and she keeps the spare key under the blue flower pot."
 STORY = (
@@ -114,7 +113,7 @@ def test_another_models_bank_is_refused(told):
 
 
 def test_a_text_that_is_no_question_is_refused(model):
-    reader = Reader("smollm2-135m")
+    reader = RecallModel("smollm2-135m")
     reader._model = model
     with pytest.raises(TooLarge, match=str(MAX_TOKENS)):
         reader.states("word " * (MAX_TOKENS + 1), fingerprint(model, (1,)))
@@ -125,7 +124,7 @@ def test_a_text_that_is_no_question_is_refused(model):
 def test_without_transformers_the_extra_is_named(monkeypatch, tiny):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtra, match=r"raymem\[lm\]") as caught:
-        Reader("smollm2-135m").states("hello", tiny.fingerprint)
+        RecallModel("smollm2-135m").states("hello", tiny.fingerprint)
     assert caught.value.http_status == 503
 
 
@@ -139,9 +138,9 @@ def rows_found(*found: tuple[int, int, float]) -> Readout:
     )
 
 
-def test_neighbouring_rows_share_a_piece_and_runs_do_not():
-    found = pieces(rows_found((0, 100, 0.9), (0, 110, 0.8), (0, 500, 0.7), (1, 105, 0.6)), k=9)
-    assert [(piece.run, piece.seq_from, piece.seq_to) for piece in found] == [
+def test_neighbouring_rows_share_a_passage_and_runs_do_not():
+    found = find_passages(rows_found((0, 100, 0.9), (0, 110, 0.8), (0, 500, 0.7), (1, 105, 0.6)), k=9)
+    assert [(passage.run, passage.seq_from, passage.seq_to) for passage in found] == [
         ("one", 100 - BEFORE, 110 + AFTER),
         ("one", 500 - BEFORE, 500 + AFTER),
         ("two", 105 - BEFORE, 105 + AFTER),
@@ -150,16 +149,18 @@ def test_neighbouring_rows_share_a_piece_and_runs_do_not():
     assert found[0].score == pytest.approx(0.9)
 
 
-def test_a_piece_stays_short_and_none_overlaps_its_neighbour():
-    found = sorted(pieces(rows_found(*((0, seq, 0.9) for seq in range(0, 1000, 7))), k=99), key=lambda it: it.seq_from)
-    assert all(piece.seq_to - piece.seq_from <= LONGEST for piece in found)
+def test_a_passage_stays_short_and_none_overlaps_its_neighbour():
+    found = sorted(
+        find_passages(rows_found(*((0, seq, 0.9) for seq in range(0, 1000, 7))), k=99), key=lambda it: it.seq_from
+    )
+    assert all(passage.seq_to - passage.seq_from <= LONGEST for passage in found)
     assert all(one.seq_to <= other.seq_from for one, other in itertools.pairwise(found))
-    assert all(piece.seq_from <= seq < piece.seq_to for piece in found for seq in piece.positions)
+    assert all(passage.seq_from <= seq < passage.seq_to for passage in found for seq in passage.positions)
     assert found[0].seq_from == 0
 
 
 def test_places_without_a_candidate_are_left_out(model):
-    reader = Reader("smollm2-135m")
+    reader = RecallModel("smollm2-135m")
     reader._model = model
     readout = Readout(
         values_QV=torch.zeros(2, 0),

@@ -7,7 +7,7 @@ import torch
 
 from raymem.lm.mixing import mixture
 from raymem.lm.trust import Trust, log_gains
-from raymem.serving.vllm.belief import Belief
+from raymem.serving.vllm.memory import Belief
 
 ROWS, VOCABULARY, CANDIDATES = 23, 61, 5
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raymem.serving.vllm.copier import RowCopier
+from raymem.serving.vllm.sender import RowCopier
 
 SLOTS = [5, 0, 33, 34, 12]
 

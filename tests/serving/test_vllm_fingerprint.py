@@ -24,7 +24,7 @@ def _own_cache(tmp_path, monkeypatch):
 def engine(folder, **changes):
     from vllm.engine.arg_utils import EngineArgs
 
-    from raymem.serving.vllm.fingerprint import engine_fingerprint
+    from raymem.serving.vllm.vllm_internals import engine_fingerprint
 
     args = EngineArgs(model=str(folder), dtype="bfloat16", max_model_len=64, enforce_eager=True, **changes)
     return engine_fingerprint(args.create_engine_config(), LAYERS)

@@ -11,7 +11,7 @@ import torch
 from raymem.errors import BankNotFound, ConfigError, Overloaded, StorageError, Unauthorized
 from raymem.serving.vllm.params import ConnectorConfig
 from raymem.serving.vllm.sender import Chunk, Sender
-from raymem.serving.vllm.tracker import Piece
+from raymem.serving.vllm.tracker import RunSlice
 from raymem.types import Trace
 
 LAYERS, WIDTH = 2, 3
@@ -64,11 +64,11 @@ def sender_of():
         sender.close()
 
 
-def piece(seq: int, rows: int, run: str = "r", bank: str = "lab/alice") -> Piece:
-    return Piece(bank, "s", run, seq, list(range(1000 + seq, 1000 + seq + rows)), [])
+def piece(seq: int, rows: int, run: str = "r", bank: str = "lab/alice") -> RunSlice:
+    return RunSlice(bank, "s", run, seq, list(range(1000 + seq, 1000 + seq + rows)), [])
 
 
-def offer(sender: Sender, *pieces: Piece) -> list[bool]:
+def offer(sender: Sender, *pieces: RunSlice) -> list[bool]:
     took = [sender.reserve(p, len(p.tokens) * ROW_BYTES) for p in pieces]
     hidden = [torch.full((len(p.tokens), LAYERS, WIDTH), float(p.seq), dtype=torch.bfloat16) for p in pieces]
     sender.put(Chunk(p, h, lambda: None, 7.0) for p, h, ok in zip(pieces, hidden, took, strict=True) if ok)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from raymem.serving.vllm.params import Target
-from raymem.serving.vllm.tracker import Piece, Tracker
+from raymem.serving.vllm.tracker import RunSlice, Tracker
 
 BLOCK = 4
 GROUP = 1
@@ -56,7 +56,7 @@ def started(request: FakeRequest) -> Tracker:
     return tracker
 
 
-def rows(pieces: list[Piece]) -> list[tuple[int, int, int]]:
+def rows(pieces: list[RunSlice]) -> list[tuple[int, int, int]]:
     return [row for p in pieces for row in zip(range(p.seq, p.seq + len(p.tokens)), p.tokens, p.slots, strict=True)]
 
 
