@@ -9,7 +9,7 @@ from raymem.errors import Unavailable
 from raymem.host.handover import MovingHost
 from raymem.types import MigrationReport
 
-# a tail this short is applied in the time that a hand-over takes anyway
+# a tail this short is applied in the time that a handover takes anyway
 _SHORT_ROWS = 256
 _ROUNDS = 16
 
@@ -17,7 +17,7 @@ _ROUNDS = 16
 async def move(name: str, source: MovingHost, to: str, target: Peer) -> MigrationReport:
     """Hand a bank over: copy it, let the copy catch up, stop writes, let the target claim it.
 
-    Reads are answered throughout; writes wait during the hand-over and then hear `Moved`. The source drives this: if it
+    Reads are answered throughout; writes wait during the handover and then hear `Moved`. The source drives this: if it
     dies, the catalog still names it, or already the target.
 
     Args:
@@ -42,7 +42,7 @@ async def move(name: str, source: MovingHost, to: str, target: Peer) -> Migratio
         raise
     try:
         rows = await watched(target, "adopt", name, yielded, silence_s=silence_s)
-    # whoever cancels this must not leave writes waiting for ever
+    # a cancellation must not leave writes waiting for ever
     except BaseException:
         await source.resume(name)
         await _abandon(name, target, silence_s)
@@ -57,7 +57,7 @@ async def _copy(name: str, source: MovingHost, target: Peer, silence_s: float) -
     # each round copies what was written during the last; a writer as fast as the copy would never let it end
     reached = await watched(target, "prepare", name, silence_s=silence_s)
     for _ in range(_ROUNDS):
-        if await source.settle(name) - reached <= _SHORT_ROWS:
+        if await source.quiesce(name) - reached <= _SHORT_ROWS:
             return
         reached = await watched(target, "prepare", name, silence_s=silence_s)
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from raymem.executor import Executor, settle
+from raymem.executor import Executor, resolve
 from raymem.logs import get_logger
 from raymem.storage.journal.log import Log, Part
 
@@ -15,11 +15,11 @@ _log = get_logger("raymem.bank.group_commit")
 
 
 class GroupCommit:
-    """The one who commits to a host's log: at once when idle, in groups under load; nobody waits for a timer.
+    """The only one that commits to a host's log: at once when idle, in groups under load, without a timer.
 
     Args:
         log: the log.
-        crew: the host's threads.
+        executor: the host's threads.
         group_bytes: what one commit may hold.
         lost: called once the log is fenced off for good.
     """
@@ -46,7 +46,8 @@ class GroupCommit:
         """
         done: asyncio.Future[None] = self._loop.create_future()
         self._waiting.append((part, done))
-        self._go()
+        if self._task is None:
+            self._task = self._loop.create_task(self._drain(), name=f"log {self.log.id}")
         await done
 
     def tidy(self) -> asyncio.Future[None]:
@@ -57,60 +58,49 @@ class GroupCommit:
         """
         if self._tidied is None:
             self._tidied = self._loop.create_future()
-            self._go()
+            if self._task is None:
+                self._task = self._loop.create_task(self._drain(), name=f"log {self.log.id}")
         return self._tidied
-
-    def check(self) -> None:
-        """Say so if the log is lost, whoever found out."""
-        if self.log.lost:
-            self._lost()
 
     def stats(self) -> dict[str, Any]:
         """What the log holds and what its commits took; `group` is how many banks' writes a commit had on average."""
         mine = {"group": self.parts / max(1, self.groups), "largest_group": self.largest}
         return self.log.stats() | mine | {"upkeep_errors": self.maintenance_errors}
 
-    def _go(self) -> None:
-        if self._task is None:
-            self._task = self._loop.create_task(self._drain(), name=f"log {self.log.id}")
-
     async def _drain(self) -> None:
         try:
             while self._waiting or self._tidied:
-                if self._waiting:
-                    await self._commit_group()
+                group: list[tuple[Part, asyncio.Future[None]]] = []
+                size = 0
+                while self._waiting and size < self._group_bytes:
+                    group.append(self._waiting.popleft())
+                    size += group[-1][0][1].nbytes
+                if group:
+                    outcome: Exception | None = None
+                    try:
+                        await self._executor.run(self.log.commit, [part for part, _ in group])
+                    except Exception as error:  # noqa: BLE001 - every writer of the group hears it, none is acknowledged
+                        outcome = error
+                    else:
+                        self.groups += 1
+                        self.parts += len(group)
+                        self.largest = max(self.largest, len(group))
+                    for _, done in group:
+                        resolve(done, outcome)
                 tidied, self._tidied = self._tidied, None
                 if self.log.due or (tidied and self.log.left):
-                    await self._executor.run(self._maintenance)
+                    await self._executor.run(self._maintain)
                 if tidied:
-                    settle(tidied, None)
-                self.check()
+                    resolve(tidied, None)
+                if self.log.lost:
+                    self._lost()
         finally:
             self._task = None
 
-    async def _commit_group(self) -> None:
-        group: list[tuple[Part, asyncio.Future[None]]] = []
-        size = 0
-        while self._waiting and size < self._group_bytes:
-            group.append(self._waiting.popleft())
-            size += group[-1][0][1].nbytes
-        parts = [part for part, _ in group]
-        try:
-            await self._executor.run(lambda: self.log.commit(parts))
-        except Exception as error:  # noqa: BLE001 - handed to every writer of the group, none is acknowledged
-            for _, done in group:
-                settle(done, error)
-            return
-        self.groups += 1
-        self.parts += len(parts)
-        self.largest = max(self.largest, len(parts))
-        for _, done in group:
-            settle(done, None)
-
-    def _maintenance(self) -> None:
+    def _maintain(self) -> None:
         # the group is durable already: what fails here costs time and no data
         try:
             self.log.maintain()
-        except Exception as error:  # noqa: BLE001 - whoever waits for a commit must not wait for one who is gone
+        except Exception as error:  # noqa: BLE001 - the writers that wait must not wait for a task that is gone
             self.maintenance_errors += 1
-            _log.warning("the log's upkeep failed", log=self.log.id, error=repr(error))
+            _log.warning("the log's maintenance failed", log=self.log.id, error=repr(error))

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor
-
-from raymem.bank.apply_queue import SMALL_BYTES
 from raymem.bank.group_commit import GroupCommit
-from raymem.bank.replica import Runtime
+from raymem.bank.primary import Primary, Standing
 from raymem.config import Settings
 from raymem.errors import Moved, NotOwner, RaymemError
-from raymem.executor import Executor, settle
+from raymem.executor import Executor, resolve
 from raymem.logs import get_logger
 from raymem.storage.assignment import AssignmentCache
-from raymem.types import Ack, Readout, Trace
+from raymem.storage.catalog import part_of
+from raymem.types import Ack, Trace
 
 T = TypeVar("T")
 log = get_logger("raymem.bank.owner")
@@ -35,48 +34,55 @@ class _Write:
 class _Call:
     function: Callable[[], Any]
     done: asyncio.Future[Any]
-    # whether what comes after it has to wait until somebody says how it goes on
+    # whether what comes after it waits for `go_on` or `leave`
     holds: bool = False
 
 
-class BankWorker:
-    """Runs one bank's runtime on its host's threads.
+class _Due(NamedTuple):
+    """What a bank needs done although no caller asks."""
+
+    apply: bool
+    compact: bool
+    flush: bool
+    snapshot: bool
+
+
+class BankOwner:
+    """Runs one bank's primary on its host's threads, one write or call at a time, in the order of their arrival.
 
     Writes that arrive while a commit is under way go into the next commit together: the group grows with the load and
-    a lone writer waits for nobody. Small groups are committed together with those of the host's other banks, and
-    applied once there are many or somebody reads.
+    a lone writer does not wait. Small groups are committed together with those of the host's other banks.
+
+    `stopped`: it does nothing any more, and what is queued hears `Moved`: the bank has left, another owner may have it,
+    or the primary is no longer sound. `leaving`: it takes nothing more, as the bank is about to be served by another
+    owner, or by this host again. Held (`hold`): it takes writes and calls and runs none of them.
     """
 
-    def __init__(
-        self, runtime: Runtime, executor: Executor, group_commit: GroupCommit, settings: Settings, readers: Executor
-    ) -> None:
-        self.runtime = runtime
-        self.lost = False
-        self.maintenance_errors = 0
-        self.assignments = AssignmentCache(runtime.cold, runtime.entry.name)
-        self._executor = executor
-        self._readers = readers
+    def __init__(self, primary: Primary, executor: Executor, group_commit: GroupCommit, settings: Settings) -> None:
+        name = primary.entry.name
+        self.primary = primary
         self.group_commit = group_commit
+        self.stopped = False
+        self.leaving = False
+        self.maintenance_errors = 0
+        # in a bank that is no partition all streams live
+        self.assignments = AssignmentCache(primary.cold, name) if part_of(name) else None
+        self._executor = executor
         self._settings = settings
-        # banks that were filled together must not all settle in the same second
-        self._settle_s = settings.cold.settle_s * random.uniform(0.5, 1.0)
-        self._ending: RaymemError | None = None
+        # banks that were filled together must not all be flushed in the same second
+        self._flush_s = settings.cold.settle_s * random.uniform(0.5, 1.0)
+        self._refusal: RaymemError | None = None
         self._held = False
         self._queue: deque[_Write | _Call] = deque()
+        self._wake = asyncio.Event()
         # asking for the running loop takes as long as a write's other steps
         self._loop = asyncio.get_running_loop()
-        self._stirred: asyncio.Future[None] | None = None
-        self._task = self._loop.create_task(self._work(), name=f"bank {runtime.entry.name}")
+        self._task = self._loop.create_task(self._work(), name=f"bank {name}")
 
     @property
     def queued(self) -> int:
         """Writes and calls waiting."""
         return len(self._queue)
-
-    @property
-    def leaving(self) -> bool:
-        """Whether it takes no more writes because somebody else is about to serve the bank, maybe this host again."""
-        return isinstance(self._ending, Moved)
 
     def write(self, trace: Trace) -> asyncio.Future[Ack]:
         """Queue a trace that `Trace.checked` gave; its Ack comes once the group it went into is committed.
@@ -86,18 +92,6 @@ class BankWorker:
         done: asyncio.Future[Ack] = self._loop.create_future()
         self._put(_Write(trace, done))
         return done
-
-    async def read(self, hidden_QLD: Tensor, k: int, start: int, wanted: Callable[[], bool]) -> Readout:
-        """Read now, beside the writers; see `Replica.read`."""
-        try:
-            return await self._readers.run(lambda: self.runtime.read(hidden_QLD, k, start, wanted))
-        finally:
-            if self.runtime.broken:
-                self.give_up()
-
-    async def beside(self, function: Callable[[], T]) -> T:
-        """Run `function`, a read, now, beside the writers."""
-        return await self._readers.run(function)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` after the writes queued so far and before later ones."""
@@ -110,22 +104,22 @@ class BankWorker:
         try:
             return await self.call(function)
         except RaymemError:
-            if self.runtime.unsure:
-                self.give_up()
+            if self.primary.standing is not Standing.READY:
+                self.stop()
             raise
 
     async def finish(self, last: Callable[[], T], later: RaymemError) -> T:
         """Finish what is queued, refuse what comes `later`, run `last` and stop; if `last` fails, go on instead."""
         done: asyncio.Future[T] = self._loop.create_future()
         self._put(_Call(last, done))
-        self._ending = later
+        self._refusal, self.leaving = later, isinstance(later, Moved)
         try:
             result = await done
         except BaseException:
-            self._ending = None
+            self._refusal, self.leaving = None, False
             raise
         # not by cancelling: the error would keep hold of all that the bank takes
-        self.give_up()
+        self.stop()
         return result
 
     async def hold(self, last: Callable[[], T]) -> T:
@@ -138,18 +132,23 @@ class BankWorker:
         """After `hold`: run `first`, then what has come meanwhile."""
         result = await self._executor.run(first)
         self._held = False
-        self._stir()
+        self._wake.set()
         return result
 
     def leave(self, where: Moved) -> None:
-        """After `hold`: stop; whoever waits hears where the bank has gone."""
-        self._ending, self.lost = where, True
-        self._stir()
+        """After `hold`: stop; callers that wait hear where the bank has gone."""
+        self._refusal, self.leaving = where, True
+        self.stop()
 
-    def nudge(self, *, settle: bool = False) -> None:
-        """Do what is due after a while, or settle now, behind what is queued."""
-        if (settle or self._due()) and not (self._queue or self.lost or self._ending or self._held):
-            self._put(_Call(lambda: self._maintain(settle=settle), self._loop.create_future()))
+    def stop(self) -> None:
+        """Do nothing any more; what is queued hears so."""
+        self.stopped = True
+        self._wake.set()
+
+    def nudge(self, *, flush: bool = False) -> None:
+        """Do what is due after a while, or flush now, behind what is queued."""
+        if not (self._queue or self.stopped or self._refusal or self._held) and (flush or any(self._due())):
+            self._put(_Call(lambda: self._maintain(flush=flush), self._loop.create_future()))
 
     @property
     def ended(self) -> bool:
@@ -160,134 +159,101 @@ class BankWorker:
         """Wait until it has `ended`."""
         await asyncio.wait([self._task])
 
-    def give_up(self) -> None:
-        """Stop at once: another owner may have the bank; what is queued hears so."""
-        self.lost = True
-        self._stir()
-
     def _put(self, item: _Write | _Call) -> None:
-        if self.lost or self._ending:
-            settle(item.done, self._ending or self._reopening())
+        if self.stopped or self._refusal:
+            resolve(item.done, self._refusal or self._reopening())
             return
         self._queue.append(item)
-        self._stir()
-
-    def _stir(self) -> None:
-        if self._stirred is not None:
-            settle(self._stirred, None)
+        self._wake.set()
 
     async def _work(self) -> None:
-        while not self.lost:
-            self._stirred = self._loop.create_future()
+        while not self.stopped:
+            self._wake.clear()
             if self._held or not self._queue:
-                await self._stirred
-            while self._queue and not (self.lost or self._held):
-                group = self._next_group()
-                if group:
-                    await self._commit(group)
+                await self._wake.wait()
+            while self._queue and not (self.stopped or self._held):
+                if isinstance(self._queue[0], _Write):
+                    await self._commit()
                 else:
                     await self._run(self._queue.popleft())
-        # a lost runtime no longer knows where its journal ends: nothing more may be written through it
+        # nothing more may be written through a primary that was given up
         while self._queue:
-            settle(self._queue.popleft().done, self._ending or self._reopening())
+            resolve(self._queue.popleft().done, self._refusal or self._reopening())
 
-    def _reopening(self) -> Moved:
-        return Moved(f"bank {self.runtime.entry.name!r} is being reopened", to="")
-
-    def _next_group(self) -> list[_Write]:
+    async def _commit(self) -> None:
+        """Commit the writes that stand first in the queue, as many as make a group."""
         group: list[_Write] = []
         size = 0
-        while self._queue and isinstance(self._queue[0], _Write) and size < self._settings.host.group_bytes:
-            item = self._queue.popleft()
-            assert isinstance(item, _Write)
+        while self._queue and isinstance(item := self._queue[0], _Write) and size < self._settings.host.group_bytes:
+            self._queue.popleft()
             size += item.trace.nbytes
             group.append(item)
-        return group
-
-    async def _commit(self, group: list[_Write]) -> None:
         outcomes: list[Ack | RaymemError]
         try:
-            outcomes = await self._write([item.trace for item in group])
+            outcomes = await self.primary.write([item.trace for item in group], self._executor, self.group_commit)
+            if any(isinstance(outcome, NotOwner) for outcome in outcomes):
+                self.stopped = True
+                why = await self._executor.run(self._why)
+                outcomes = [why if isinstance(outcome, NotOwner) else outcome for outcome in outcomes]
         except Exception as error:  # noqa: BLE001 - handed to every writer of the group, none is acknowledged
-            # the journal may be ahead of the state now: only a fresh runtime, replayed from it, is sound
-            self.lost = True
-            log.error("bank lost", bank=self.runtime.entry.name, error=repr(error))
-            outcomes = [RaymemError(f"bank {self.runtime.entry.name} failed and will be reopened: {error!r}")] * len(
-                group
-            )
+            # the journal may be ahead of the state now: only a fresh primary, replayed from it, is sound
+            self.stopped = True
+            name = self.primary.entry.name
+            log.error("bank lost", bank=name, error=repr(error))
+            outcomes = [RaymemError(f"bank {name} failed and will be reopened: {error!r}")] * len(group)
         for item, outcome in zip(group, outcomes, strict=True):
-            settle(item.done, outcome)
-        if self._due():
+            resolve(item.done, outcome)
+        if not self.stopped and any(self._due()):
             # after the acknowledgements: rows are durable already, so a failure here costs time and no data
             await self._executor.run(self._maintain)
 
-    async def _write(self, traces: list[Trace]) -> list[Ack | RaymemError]:
-        runtime, run = self.runtime, self._executor.run
-        small = sum(trace.nbytes for trace in traces) <= SMALL_BYTES and runtime.at_hand(traces)
-        staged = runtime.stage(traces) if small else await run(lambda: runtime.stage(traces))
-        rows = staged.rows
-        # vectors that came narrow are kept as float32
-        small = small and (rows is None or rows.nbytes <= SMALL_BYTES)
-        try:
-            if rows is not None and staged.logged:
-                await self.group_commit.commit((runtime.entry, rows))
-            elif rows is not None:
-                await run(lambda: runtime.commit(rows, logged=False))
-        except RaymemError as error:
-            staged = runtime.fail(traces, error)
-        outcomes = runtime.finish(staged) if small else await run(lambda: runtime.finish(staged))
-        if any(isinstance(outcome, NotOwner) for outcome in outcomes):
-            self.lost = True
-            why = await run(self._why)
-            outcomes = [why if isinstance(outcome, NotOwner) else outcome for outcome in outcomes]
-        return outcomes
-
     def _why(self) -> RaymemError:
         """What to tell writers after a fence: another has the bank, or only the log that it shared with one that is."""
-        entry = self.runtime.entry
+        entry = self.primary.entry
         try:
-            self.runtime.cold.catalog.require(entry.name, entry.id, entry.epoch)
+            self.primary.cold.catalog.require(entry.name, entry.id, entry.epoch)
         except RaymemError as error:
             return error
         return self._reopening()
 
-    def _due(self) -> bool:
-        runtime = self.runtime
-        due = runtime.behind or runtime.journal.due or self._flush_due() or self._snapshot_due()
-        return due and not self.lost
+    def _reopening(self) -> Moved:
+        return Moved(f"bank {self.primary.entry.name!r} is being reopened", to="")
 
-    def _flush_due(self) -> bool:
-        rows, bank = self.group_commit.log, self.runtime.entry.id
-        return rows.nbytes(bank) >= self._settings.cold.settle_bytes or rows.age_s(bank) >= self._settle_s
+    def _due(self) -> _Due:
+        primary, rows, cold = self.primary, self.group_commit.log, self._settings.cold
+        bank, unsaved = primary.entry.id, primary.unsaved_bytes
+        unsaved_s = 0.0 if primary.unsaved_since is None else time.monotonic() - primary.unsaved_since
+        return _Due(
+            apply=primary.apply_queue.due,
+            compact=primary.journal.due,
+            flush=rows.nbytes(bank) >= cold.settle_bytes or rows.age_s(bank) >= self._flush_s,
+            # each time the tail has grown as large as the state: in all, at most twice the bytes are written
+            snapshot=unsaved_s >= cold.snapshot_s or (unsaved >= cold.snapshot_bytes and unsaved >= primary.nbytes),
+        )
 
-    def _snapshot_due(self) -> bool:
-        runtime, cold = self.runtime, self._settings.cold
-        # a snapshot each time the tail has grown as large as the state: in all, at most twice the bytes are written
-        unsaved = runtime.unsaved_bytes
-        return (unsaved >= cold.snapshot_bytes and unsaved >= runtime.nbytes) or runtime.unsaved_s >= cold.snapshot_s
-
-    def _maintain(self, *, settle: bool = False) -> None:
+    def _maintain(self, *, flush: bool = False) -> None:
         try:
-            self.runtime.absorb()
-            if settle or self._flush_due():
-                self.runtime.journal.flush()
-            self.runtime.journal.maintain()
-            if self._snapshot_due():
-                self.runtime.snapshot()
+            due = self._due()
+            self.primary.apply_queued()
+            if flush or due.flush:
+                self.primary.journal.flush()
+            self.primary.journal.maintain()
+            if due.snapshot:
+                self.primary.snapshot()
         except RaymemError as error:
             self.maintenance_errors += 1
-            self.lost |= isinstance(error, NotOwner) or self.runtime.broken
-            log.warning("upkeep failed", bank=self.runtime.entry.name, error=str(error))
-        except Exception as error:  # noqa: BLE001 - writers must not wait for a worker that is gone
-            self.lost = True
-            log.error("bank lost", bank=self.runtime.entry.name, error=repr(error))
+            self.stopped |= isinstance(error, NotOwner) or self.primary.standing is Standing.LOST
+            log.warning("maintenance failed", bank=self.primary.entry.name, error=str(error))
+        except Exception as error:  # noqa: BLE001 - writers must not wait for a task that is gone
+            self.stopped = True
+            log.error("bank lost", bank=self.primary.entry.name, error=repr(error))
 
     async def _run(self, item: _Write | _Call) -> None:
         assert isinstance(item, _Call)
         try:
             result = await self._executor.run(item.function)
             self._held = item.holds
-            settle(item.done, result)
+            resolve(item.done, result)
         except Exception as error:  # noqa: BLE001 - handed to the caller
-            self.lost |= self.runtime.broken
-            settle(item.done, error)
+            self.stopped |= self.primary.standing is Standing.LOST
+            resolve(item.done, error)

@@ -1,1 +1,1 @@
-"""Many banks in one process: ownership, memory, moving, upkeep."""
+"""Many banks in one process: ownership, memory, handover, maintenance."""

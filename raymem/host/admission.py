@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from raymem.config import HostSettings
 from raymem.errors import Overloaded, TooLarge
 
-# who asks, where one process asks for many: a gateway sets it to the holder of a request's key
+# the caller, where one process asks for many: a gateway sets it to the holder of a request's key
 caller: ContextVar[str] = ContextVar("caller", default="")
 
 
@@ -44,9 +44,6 @@ class Limiter:
         try:
             yield
         finally:
-            self._leave(caller, nbytes)
-
-    def _leave(self, caller: str, nbytes: int) -> None:
-        requests, held = self._in_flight.pop(caller)
-        if requests > 1:
-            self._in_flight[caller] = (requests - 1, held - nbytes)
+            requests, held = self._in_flight.pop(caller)
+            if requests > 1:
+                self._in_flight[caller] = (requests - 1, held - nbytes)

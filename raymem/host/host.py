@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from raymem.bank.erase import erase
 from raymem.bank.group_commit import GroupCommit
-from raymem.bank.owner import BankWorker
-from raymem.bank.replica import Runtime
+from raymem.bank.owner import BankOwner
+from raymem.bank.primary import Primary, Standing
+from raymem.bank.replica import Replica
 from raymem.config import Settings
-from raymem.errors import Moved, RaymemError, StoreClosed
-from raymem.executor import Executor
+from raymem.errors import Moved, NotOwner, RaymemError, StoreClosed
+from raymem.executor import Executor, Locks, run_now
 from raymem.host.admission import Limiter
 from raymem.host.backend import detached
-from raymem.host.budget import PAST, LruLimit
-from raymem.host.locks import Locks
+from raymem.host.lease import Lease, clock
 from raymem.host.maintenance import Maintenance
-from raymem.host.memory_budget import MemoryBudget
+from raymem.host.memory_budget import PAST, MemoryBudget, MemoryLimit
 from raymem.host.owed import Owed
 from raymem.host.ownership import Ownership
 from raymem.host.point_in_time import PointInTimeCache
@@ -32,7 +34,6 @@ from raymem.storage.assignment import AssignmentCache
 from raymem.storage.store import ColdStore, Entry
 from raymem.types import Ack, EraseReceipt, Readout, Selection, Trace
 
-T = TypeVar("T")
 log = get_logger("raymem.host.host")
 _TICK_S = 1.0
 
@@ -55,14 +56,16 @@ class Host:
         self._pool = ThreadPoolExecutor(settings.host.threads, thread_name_prefix="raymem")
         self._executor = Executor(self._pool)
         # reads may be long: no commit and no lease waits for them, and no caller has all of their threads
-        self._readers = ThreadPoolExecutor(settings.host.threads + 1, thread_name_prefix="raymem-read")
+        self._read_pool = ThreadPoolExecutor(settings.host.threads + 1, thread_name_prefix="raymem-read")
+        self._readers = Executor(self._read_pool)
         self._turns = Locks(lambda: asyncio.Semaphore(settings.host.threads))
         self.ownership = Ownership(cold, settings, owner, self._executor, self._drop_all)
         self._ticker: asyncio.TimerHandle | None = None
         self._limiter = Limiter(settings.host)
         self.past = PointInTimeCache(cold, settings.host.past_bytes, device)
-        self._workers: dict[str, BankWorker] = {}
-        self._lost: dict[str, BankWorker] = {}
+        self._owners: dict[str, BankOwner] = {}
+        # stopped with a commit under way
+        self._stopping: dict[str, BankOwner] = {}
         self._owed = Owed()
         self._closing = False
         self._locks = Locks(asyncio.Lock)
@@ -70,19 +73,18 @@ class Host:
             cold, settings.cold, self.names, lambda name, what: self.erase(name, what, rebuild=True)
         )
         setting = "host.memory_bytes" if device == "cpu" else "host.gpu_memory_bytes"
-        self._space = MemoryBudget(
-            cold, LruLimit(owner, self.memory_bytes, setting), self._executor, self.held, self._evict
+        self._memory = MemoryBudget(
+            cold, MemoryLimit(owner, self.memory_bytes, setting), self._executor, self.held, self._evict
         )
 
     def has(self, name: str) -> bool:
         """Whether the bank is hot here."""
-        self._check_lease()
-        worker = self._workers.get(name)
-        return worker is not None and not worker.lost and not worker.leaving
+        owner = self._find(name)
+        return owner is not None and not (owner.stopped or owner.leaving)
 
     def names(self) -> list[str]:
         """The banks that are hot here."""
-        return sorted(self._workers)
+        return sorted(self._owners)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -92,22 +94,23 @@ class Host:
 
     def bytes(self) -> dict[str, int]:
         """Bytes of each hot bank's state."""
-        return {name: worker.runtime.nbytes for name, worker in self._workers.items()}
+        return {name: owner.primary.nbytes for name, owner in self._owners.items()}
 
     def held(self) -> dict[str, int]:
-        """Bytes of everything that counts against `memory_bytes`."""
-        return self.bytes() | {PAST: self.past.nbytes}
+        """Bytes of everything that counts against `memory_bytes`, least recently used first."""
+        loaded = [(primary.used, name, primary.nbytes) for name, primary in self._loaded().items()]
+        return {name: size for _, name, size in sorted([*loaded, (self.past.used, PAST, self.past.nbytes)])}
 
     async def memory(self) -> dict[str, Any]:
         """What is in memory, what stays there, and how often a bank had to leave."""
-        return await self._space.stats() | {"loaded": len(self._workers)}
+        return await self._memory.stats() | {"loaded": len(self._owners)}
 
     async def attach(self, name: str, *, take_from: str | None = None, epoch: int | None = None) -> Entry:
         """Claim a bank in the catalog and load it: snapshot, then the journal's tail; return its line in the catalog.
 
         Args:
             name: the bank.
-            take_from: the only other owner that it may be taken from; by default whoever has it.
+            take_from: the only other owner that it may be taken from; by default any.
             epoch: the only one at which it may be: an owner that died may have come back under its name and claimed it.
 
         Raises:
@@ -115,24 +118,24 @@ class Host:
         """
         async with self._locks[name]:
             if self.has(name):
-                return self._workers[name].runtime.entry
-            entry = (await self._thread(lambda: self.cold.catalog.get(name))).whole()
+                return self._owners[name].primary.entry
+            entry = (await self._executor.run(self.cold.catalog.get, name)).whole()
             is_later = epoch not in (None, entry.epoch)
             if take_from is not None and (entry.owner not in (None, self.owner, take_from) or is_later):
                 raise Moved(f"bank {name!r} is hot on {entry.owner}", to=entry.owner or "")
             return await self._load(entry)
 
     async def reopen(self, name: str) -> None:
-        """Load a bank that the catalog says is hot here: after a restart, or after its worker was lost.
+        """Load a bank that the catalog says is hot here: after a restart, or after its owner stopped.
 
         Raises:
             BankDetached: it is cold.
-            Moved: another owner has it; `to` is empty if it is hot and nobody has it.
+            Moved: another owner has it; `to` is empty if it is hot without an owner.
         """
         async with self._locks[name]:
             if self.has(name):
                 return
-            entry = await self._thread(lambda: self.cold.catalog.get(name))
+            entry = await self._executor.run(self.cold.catalog.get, name)
             if entry.state == "cold":
                 raise detached(name)
             if entry.owner != self.owner:
@@ -142,30 +145,30 @@ class Host:
     async def detach(self, name: str, state: str = "cold") -> None:
         """Finish queued writes, snapshot, release the bank in the catalog as `state`, free its memory."""
         async with self._locks[name]:
-            worker = self._worker(name)
-            runtime = worker.runtime
+            owner = self._owner(name)
+            primary = owner.primary
             away = Moved(f"bank {name!r} is leaving {self.owner}", to="") if state == "hot" else detached(name)
-            await worker.finish(runtime.rest, away)
-            self._workers.pop(name, None)
-            self._space.room.forget(name)
-            epoch, settled = runtime.entry.epoch, None if runtime.log is None else runtime.log.id
-            await self._thread(lambda: self.cold.catalog.release(name, epoch, state=state, log=settled))
+            await owner.finish(primary.rest, away)
+            self._owners.pop(name, None)
+            epoch, flushed = primary.entry.epoch, None if primary.log is None else primary.log.id
+            release = partial(self.cold.catalog.release, name, epoch, state=state, log=flushed)
+            await self._executor.run(release)
             if state == "cold":
-                await self._depart(worker)
+                await self._depart(owner)
 
     async def discard(self, name: str) -> None:
         """Free a bank that is about to be removed, at once: nothing is written down, and its rows leave the log."""
         async with self._locks[name]:
-            self._retire_lost(name)
-            worker = self._workers.pop(name, None) or self._lost.pop(name, None)
-            if worker is None:
+            self._retire(name)
+            owner = self._owners.pop(name, None) or self._stopping.pop(name, None)
+            if owner is None:
                 return
-            worker.give_up()
-            await worker.end()
-            runtime, rows = worker.runtime, worker.group_commit.log
-            await self._thread(lambda: self.cold.catalog.disown(runtime.entry.id, self.owner))
-            rows.forget(runtime.entry.id)
-            await self._depart(worker)
+            owner.stop()
+            await owner.end()
+            bank = owner.primary.entry.id
+            await self._executor.run(self.cold.catalog.disown, bank, self.owner)
+            owner.group_commit.log.forget(bank)
+            await self._depart(owner)
 
     async def write(self, name: str, trace: Trace, *, durable: bool = True, caller: str = "") -> Ack:
         """Journal a trace; every read that comes after the Ack sees it.
@@ -180,22 +183,25 @@ class Host:
             TooLarge: the bank alone takes more memory than there is here.
             Reassigned: the bank is a partition, and the stream lives in another.
         """
+        owner = self._owner(name)
+        if owner.assignments is not None:
+            owner = await self._home(name, lambda streams: streams.require(trace.stream))
         # nothing is waited for between this and the queue
-        worker, lease = (
-            await self._home(name, lambda streams: streams.require(trace.stream)),
-            self.ownership.lease,
-        )
-        self._space.check(name, lambda: worker.runtime.nbytes)
+        lease, is_limited = self.ownership.lease, self._memory.limit.nbytes is not None
+        if is_limited:
+            # a bank that is too large even alone takes no more
+            self._memory.limit.leaving(name, owner.primary.nbytes, {}, ())
         if durable:
             with self._limiter.admit(caller, trace.nbytes):
-                ack = await worker.write(trace)
-            self.ownership.confirm(name, lease)
-            self._space.watch(name)
+                ack = await owner.write(trace)
+            self._confirm(name, lease)
+            if is_limited:
+                self._memory.watch(name)
             return ack
         with ExitStack() as admitted:
             admitted.enter_context(self._limiter.admit(caller, trace.nbytes))
-            trace.validate(worker.runtime.spec.fingerprint)
-            done = worker.write(trace)
+            trace.validate(owner.primary.spec.fingerprint)
+            done = owner.write(trace)
             if done.done():
                 # the bank is just leaving: nothing was accepted
                 done.result()
@@ -220,36 +226,42 @@ class Host:
             NotOwner: the lease ran out meanwhile, so the answer may be old.
             TooLarge: there is no memory for the bank as it was beside the bank as it is.
         """
-        worker, lease, turn = self._worker(name), self.ownership.lease, self._turns[caller]
+        owner, lease, turn = self._owner(name), self.ownership.lease, self._turns[caller]
         with self._limiter.admit(caller, hidden_QLD.nbytes):
             async with turn:
-                readout = await self._read(worker, hidden_QLD, k, start, as_of)
-        self.ownership.confirm(name, lease)
+                replica = owner.primary if as_of is None else await self._past_of(owner, as_of)
+                try:
+                    readout = await self._readers.run(replica.read, hidden_QLD, k, start, self._wanted)
+                finally:
+                    if owner.primary.standing is Standing.LOST:
+                        owner.stop()
+        self._confirm(name, lease)
         return readout
 
     async def mark(self, name: str, tag: str) -> dict[str, int]:
         """Tag a bank's position after the writes queued so far; return all tags."""
-        worker = self._worker(name)
-        return await worker.call(lambda: worker.runtime.mark(tag))
+        owner = self._owner(name)
+        return await owner.call(lambda: owner.primary.mark(tag))
 
     async def materialise(self, name: str) -> None:
         """Copy what a fork inherited into its own journal; writes wait meanwhile, reads don't."""
-        worker = self._worker(name)
-        await worker.rewrite(worker.runtime.materialise)
+        owner = self._owner(name)
+        await owner.rewrite(owner.primary.materialise)
 
     async def erase(self, name: str, what: Selection, rebuild: bool = False) -> EraseReceipt:
         """Erase rows after the writes queued so far; later ones wait; see `raymem.bank.erase`."""
-        worker = self._worker(name)
-        receipt = await worker.rewrite(lambda: erase(worker.runtime, what, rebuild=rebuild))
+        owner = self._owner(name)
+        receipt = await owner.rewrite(lambda: erase(owner.primary, what, rebuild=rebuild))
         # what banks were may hold the rows still, this one's and its forks'
         self.past.forget()
         return receipt
 
     async def release(self, name: str, stream: str | None) -> None:
         """Finish the writes queued so far, and look up where a stream lives, or any, before later ones."""
-        worker = self._worker(name)
-        worker.assignments.release(stream)
-        await worker.call(lambda: None)
+        owner = self._owner(name)
+        if owner.assignments is not None:
+            owner.assignments.release(stream)
+        await owner.call(lambda: None)
 
     async def pull(self, name: str, source: str, stream: str, start: int) -> tuple[int, int]:
         """Copy a stream's rows from another bank's journal, under their own names; those that are there stay.
@@ -258,32 +270,32 @@ class Host:
             How many were new, and the position in that journal up to which all were seen: where to go on.
         """
         lease, copied = self.ownership.lease, 0
-        journal = self.cold.journal(await self._thread(lambda: self.cold.catalog.get(source)))
-        end = await self._thread(journal.end)
+        journal = self.cold.journal(await self._executor.run(self.cold.catalog.get, source))
+        end = await self._executor.run(journal.end)
         rows = journal.of_stream(stream, start)
-        while (part := await self._thread(lambda: next(rows, None))) is not None:
-            worker = await self._home(name, lambda streams: streams.expect(stream))
-            acks = await asyncio.gather(*map(worker.write, part.traces()))
+        while (part := await self._executor.run(next, rows, None)) is not None:
+            owner = await self._home(name, lambda streams: streams.expect(stream))
+            acks = await asyncio.gather(*map(owner.write, part.traces()))
             copied += sum(ack.rows for ack in acks)
-        self.ownership.confirm(name, lease)
-        self._space.watch(name)
+        self._confirm(name, lease)
+        self._memory.watch(name)
         return copied, end
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's whole state, after the writes queued so far."""
-        worker, lease = self._worker(name), self.ownership.lease
-        digest = await worker.call(worker.runtime.digest)
-        self.ownership.confirm(name, lease)
+        owner, lease = self._owner(name), self.ownership.lease
+        digest = await owner.call(owner.primary.digest)
+        self._confirm(name, lease)
         return digest
 
     async def snapshot(self, name: str) -> int:
         """Snapshot a bank after the writes queued so far; return the position it stands at."""
-        worker = self._worker(name)
-        return await worker.call(worker.runtime.snapshot)
+        owner = self._owner(name)
+        return await owner.call(owner.primary.snapshot)
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this process and of each hot bank."""
-        banks = {name: await self._bank_stats(worker) for name, worker in sorted(self._workers.items())}
+        banks = {name: await self._bank_stats(owner) for name, owner in sorted(self._owners.items())}
         about = {"owner": self.owner, "device": self.device, "refused_overload": self._limiter.refused}
         about |= {"unwritten_rows": self._owed.lost_rows}
         about |= {"memory": await self.memory(), "log": self.ownership.stats()}
@@ -299,14 +311,14 @@ class Host:
         self._maintenance.stop()
         if self._ticker is not None:
             self._ticker.cancel()
-        await self._space.rest()
+        await self._memory.rest()
         for name in self.names():
             try:
                 await self.detach(name, state="hot")
             except RaymemError as error:
                 # every row is in the journal already; the next owner replays it
-                log.warning("bank not settled on close", bank=name, error=str(error))
-                self._workers.pop(name, None)
+                log.warning("bank not flushed on close", bank=name, error=str(error))
+                self._owners.pop(name, None)
         await asyncio.to_thread(self.ownership.leave)
         await asyncio.to_thread(self._end_threads)
         self._owed.require_paid()
@@ -319,14 +331,15 @@ class Host:
         """
         self._closing = True
         self._end_threads()
+        # no threads and no event loop any more
+        here = Executor()
         for name, traces in self._owed.left().items():
-            worker = self._workers.get(name)
-            if worker is None:
-                continue
-            # some may be there, and are then acknowledged as duplicates
-            worker.runtime.unsure = True
-            self._owed.settle(name, worker.runtime.write(traces))
-        self._workers.clear()
+            owner = self._owners.get(name)
+            if owner is not None:
+                # some may be there, and are then acknowledged as duplicates
+                owner.primary.doubt()
+                self._owed.resolve(name, run_now(owner.primary.write(traces, here)))
+        self._owners.clear()
         self.ownership.leave()
         self._owed.require_paid()
 
@@ -339,132 +352,148 @@ class Host:
         if self._locks[name].locked():
             return False
         async with self._locks[name]:
-            worker = self._workers.get(name)
-            if worker is None or worker.lost:
+            owner = self._owners.get(name)
+            if owner is None or owner.stopped:
                 return False
-            await worker.finish(worker.runtime.rest, Moved(f"bank {name!r} makes room for others just now", to=""))
-            self._workers.pop(name, None)
+            await owner.finish(owner.primary.rest, Moved(f"bank {name!r} makes room for others just now", to=""))
+            self._owners.pop(name, None)
             return True
-
-    def _retire_lost(self, name: str) -> None:
-        worker = self._workers.get(name)
-        if worker is not None and worker.lost:
-            del self._workers[name]
-            if not worker.ended:
-                self._lost[name] = worker
 
     async def _load(self, entry: Entry) -> Entry:
         if self._closing:
             raise StoreClosed(f"bank {entry.name!r} is not loaded: this store is closed; connect again")
-        self._retire_lost(entry.name)
-        if (former := self._lost.pop(entry.name, None)) is not None:
+        self._retire(entry.name)
+        if (former := self._stopping.pop(entry.name, None)) is not None:
             # it may have a commit under way, in the log that the next one uses too
             await former.end()
-        await self._space.admit(entry)
+        is_limited = self._memory.limit.nbytes is not None
+        if is_limited:
+            await self._memory.admit(entry)
         group_commit = await self.ownership.commits()
-        claimed = await self._thread(lambda: self.ownership.claim(entry.name, entry.epoch, group_commit))
+        run, name, mine = self._executor.run, entry.name, group_commit.log
+        claimed = await run(self.ownership.claim, name, entry.epoch, group_commit)
         try:
-            runtime = await self._thread(
-                lambda: Runtime.open(self.cold, claimed, device=self.device, log=group_commit.log)
-            )
-            await self._space.make(entry.name, runtime.nbytes)
+            primary = await run(Primary.open, self.cold, claimed, self.device, mine)
+            if is_limited:
+                await self._memory.make(name, primary.nbytes)
         except Exception:
-            # a bank that was hot stays so: whoever uses it next hears why it can't be loaded
+            # a bank that was hot stays so: its next caller hears why it can't be loaded
             if entry.state == "cold":
-                mine = group_commit.log.id
-                await self._thread(lambda: self.cold.catalog.release(entry.name, claimed.epoch, log=mine))
+                await run(partial(self.cold.catalog.release, name, claimed.epoch, log=mine.id))
             raise
-        self._serve(entry.name, runtime, group_commit)
-        return runtime.entry
-
-    def _check_lease(self) -> None:
-        if self._workers:
-            self.ownership.check()
+        self._serve(name, primary, group_commit)
+        return primary.entry
 
     def _drop_all(self, why: str) -> None:
         """The incarnation is over: other owners may have any of its banks."""
-        log.error("incarnation over", owner=self.owner, reason=why, banks=len(self._workers))
-        for worker in self._workers.values():
-            worker.give_up()
-        self._workers.clear()
+        log.error("incarnation over", owner=self.owner, reason=why, banks=len(self._owners))
+        for owner in self._owners.values():
+            owner.stop()
+        self._owners.clear()
 
-    def _serve(self, name: str, runtime: Runtime, group_commit: GroupCommit) -> None:
-        self.ownership.require_same(name, group_commit)
-        self._workers[name] = BankWorker(runtime, self._executor, group_commit, self.settings, Executor(self._readers))
-        self._maintenance.start()
+    def _serve(self, name: str, primary: Primary, group_commit: GroupCommit) -> None:
+        self.ownership.require_present(name, group_commit)
+        self._owners[name] = BankOwner(primary, self._executor, group_commit, self.settings)
         if self._ticker is None:
+            self._maintenance.start()
             self._tick()
 
     def _tick(self) -> None:
-        """See to banks that nobody writes to: what lies in the log for long settles, what lies unsaved is saved."""
+        """Flush what lies in the log for long and save what lies unsaved, also of banks that take no writes."""
         self._ticker = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
-        for worker in self._workers.values():
-            worker.nudge()
+        for owner in self._owners.values():
+            owner.nudge()
         if self.ownership.group_commit is not None:
             held = self.ownership.group_commit.log
             if held.left:
                 # an earlier try failed
                 self.ownership.group_commit.tidy()
             oldest = set(held.oldest(held.nbytes() - held.limit // 2))
-            for worker in self._workers.values():
-                if worker.runtime.entry.id in oldest:
-                    worker.nudge(settle=True)
+            for owner in self._owners.values():
+                if owner.primary.entry.id in oldest:
+                    owner.nudge(flush=True)
 
-    async def _depart(self, worker: BankWorker) -> None:
-        """A bank that has settled here goes elsewhere: what is erased there must not stay in this host's log."""
-        worker.group_commit.log.leave(worker.runtime.entry.id)
-        await asyncio.shield(worker.group_commit.tidy())
+    async def _depart(self, owner: BankOwner) -> None:
+        """A bank that was flushed here goes elsewhere: what is erased there must not stay in this host's log."""
+        owner.group_commit.log.leave(owner.primary.entry.id)
+        await asyncio.shield(owner.group_commit.tidy())
 
-    def _worker(self, name: str) -> BankWorker:
-        self._check_lease()
-        self._retire_lost(name)
-        worker = self._workers.get(name)
-        if worker is None:
+    def _find(self, name: str) -> BankOwner | None:
+        """What serves a bank here; an incarnation whose lease ran out ends."""
+        if self._owners and clock() >= self.ownership.lease.deadline:
+            self.ownership.end("its lease ran out")
+        return self._owners.get(name)
+
+    def _owner(self, name: str) -> BankOwner:
+        """The bank's owner, which is used now."""
+        owner = self._find(name)
+        if owner is None or owner.stopped:
+            self._retire(name)
             raise Moved(f"bank {name!r} is not hot on {self.owner}", to="")
-        self._space.room.touch(name)
-        return worker
+        owner.primary.used = time.monotonic()
+        return owner
 
-    async def _home(self, name: str, check: Callable[[AssignmentCache], Awaitable[None]]) -> BankWorker:
-        """The bank's worker, once its partition may take the rows; a check that takes time may find another."""
+    def _retire(self, name: str) -> None:
+        """Take a bank out whose owner has stopped, and keep that for as long as a commit of it is under way."""
+        owner = self._owners.get(name)
+        if owner is not None and owner.stopped:
+            del self._owners[name]
+            if not owner.ended:
+                self._stopping[name] = owner
+
+    def _confirm(self, name: str, lease: Lease) -> None:
+        """Refuse an outcome that another owner may know nothing of, or that one has made old.
+
+        Raises:
+            NotOwner: the lease ran out.
+        """
+        if clock() < lease.deadline:
+            return
+        if lease is self.ownership.lease:
+            self.ownership.end("its lease ran out")
+        raise NotOwner(
+            f"{self.owner} was silent for longer than its lease of {lease.lease_s:g} s, so bank {name!r} may have "
+            "another owner: ask again, repeating a write is safe"
+        )
+
+    async def _home(self, name: str, check: Callable[[AssignmentCache], Awaitable[None]]) -> BankOwner:
+        """The bank's owner, once its partition may take the rows; a check that takes time may find another."""
         while True:
-            worker = self._worker(name)
-            await check(worker.assignments)
-            if worker is self._worker(name):
-                return worker
+            owner = self._owner(name)
+            if owner.assignments is not None:
+                await check(owner.assignments)
+            if owner is self._owner(name):
+                return owner
 
-    async def _bank_stats(self, worker: BankWorker) -> dict[str, Any]:
-        runtime = worker.runtime
-        journal = await self._thread(runtime.journal.stats)
+    async def _bank_stats(self, owner: BankOwner) -> dict[str, Any]:
+        primary = owner.primary
         return {
-            "kind": runtime.spec.kind,
-            "rows": runtime.end,
-            "bytes": runtime.nbytes,
-            "budget_bytes": runtime.spec.budget_bytes,
-            "epoch": runtime.entry.epoch,
-            "snapshot_pos": runtime.snapshot_pos,
-            "queued": worker.queued,
-            "upkeep_errors": worker.maintenance_errors,
-            "journal": journal,
-            **dataclasses.asdict(runtime.counters),
+            "kind": primary.spec.kind,
+            "rows": primary.end,
+            "bytes": primary.nbytes,
+            "budget_bytes": primary.spec.budget_bytes,
+            "epoch": primary.entry.epoch,
+            "snapshot_pos": primary.snapshot_pos,
+            "queued": owner.queued,
+            "upkeep_errors": owner.maintenance_errors,
+            "journal": await self._executor.run(primary.journal.stats),
+            **dataclasses.asdict(primary.counters),
         }
 
-    async def _read(
-        self, worker: BankWorker, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None
-    ) -> Readout:
-        if as_of is None:
-            return await worker.read(hidden_QLD, k, start, self._wanted)
-        entry = worker.runtime.entry
-        point = await worker.beside(lambda: self.past.find(entry, as_of, worker.runtime.nbytes))
-        self._space.room.touch(PAST)
-        await self._space.make(PAST, self.past.needs(point), stays=entry.name)
-        return await worker.beside(lambda: self.past.at(point).read(hidden_QLD, k, start, self._wanted))
+    async def _past_of(self, owner: BankOwner, as_of: str | float) -> Replica:
+        """The bank as it was, once there is room for it."""
+        entry = owner.primary.entry
+        point = await self._readers.run(self.past.find, entry, as_of, owner.primary.nbytes)
+        self.past.used = time.monotonic()
+        await self._memory.make(PAST, self.past.needs(point), stays=entry.name)
+        return await self._readers.run(self.past.at, point)
+
+    def _loaded(self) -> dict[str, Primary]:
+        return {name: owner.primary for name, owner in self._owners.items()}
 
     def _wanted(self) -> bool:
         return not self._closing
 
     def _end_threads(self) -> None:
-        self._readers.shutdown()
+        self._read_pool.shutdown()
         self._pool.shutdown()
-
-    async def _thread(self, function: Callable[[], T]) -> T:
-        return await self._executor.run(function)

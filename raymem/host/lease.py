@@ -7,11 +7,13 @@ order of events, the owner's count ends first, and no two clocks are ever compar
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 from raymem.errors import RaymemError
 from raymem.logs import get_logger
@@ -20,17 +22,19 @@ from raymem.storage.lease_table import Incarnation, LeaseTable
 log = get_logger("raymem.host.lease")
 
 
-def clock() -> float:
-    """Seconds that only grow, also while the machine sleeps where the system can tell."""
-    boot = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if boot is None else time.clock_gettime(boot)
+_BOOT = getattr(time, "CLOCK_BOOTTIME", None)
+# seconds that only grow, also while the machine sleeps where the system can tell
+clock: Callable[[], float] = time.monotonic if _BOOT is None else partial(time.clock_gettime, _BOOT)
 
 
 class Lease:
     """One incarnation's right to answer for its owner's banks; once it has run out it is over for good.
 
+    Before `deadline`, by `clock`, no other process can own what was claimed under it. Until it is held, and once it was
+    given up, that is minus infinity.
+
     Args:
-        incarnations: the store's.
+        lease_table: the store's.
         owner: the name under which banks are claimed.
         lease_s: for how long a silence is borne.
     """
@@ -39,9 +43,12 @@ class Lease:
         self.id = uuid.uuid4().hex
         self.owner = owner
         self.lease_s = lease_s
+        self.held = False
+        self.deadline = -math.inf
         self._lease_table = lease_table
         self._registering = threading.Lock()
-        self._begun: float | None = None
+        # a beat that succeeds must not take back what was given up meanwhile
+        self._moving = threading.Lock()
         self._over = threading.Event()
         self._keeper: threading.Thread | None = None
 
@@ -52,49 +59,38 @@ class Lease:
             StorageError: it can't be registered.
         """
         with self._registering:
-            if self._begun is not None or self._over.is_set():
+            if self.held or self._over.is_set():
                 return
             begun = clock()
             self._lease_table.register(self.id, self.owner, self.lease_s)
-            self._begun = begun
-        # the thread holds the lease only while it beats: one that nobody uses any more ends
+            with self._moving:
+                self.held = True
+                self.deadline = -math.inf if self._over.is_set() else begun + self.lease_s
+        # the thread holds the lease only while it beats: one that is not used any more ends
         name = f"lease {self.owner}"
         self._keeper = threading.Thread(target=_keep, args=(weakref.ref(self), self._over), name=name, daemon=True)
         self._keeper.start()
 
-    @property
-    def valid(self) -> bool:
-        """Whether the lease runs: nobody else can own what was claimed under it."""
-        if self._over.is_set() or self._begun is None:
-            return False
-        if clock() - self._begun >= self.lease_s:
-            self._over.set()
-        return not self._over.is_set()
-
-    @property
-    def over(self) -> bool:
-        """Whether the lease was held and has run out or was given up."""
-        return self._over.is_set() or (self._begun is not None and not self.valid)
-
     def beat(self) -> None:
         """Move the counter; a lease that ran out meanwhile stays over."""
         begun = clock()
-        if not self.valid:
+        if begun >= self.deadline or not self._lease_table.beat(self.id):
+            self.give_up()
             return
-        if not self._lease_table.beat(self.id):
-            self._over.set()
-        elif self.valid:
-            self._begun = begun
+        with self._moving:
+            if clock() < self.deadline:
+                self.deadline = begun + self.lease_s
 
     def give_up(self) -> None:
         """End the lease here; others wait until it has run out."""
-        self._over.set()
+        with self._moving:
+            self._over.set()
+            self.deadline = -math.inf
 
     def release(self) -> None:
-        """End the lease here and for everyone: nobody has to wait for it to run out."""
-        held = self._begun is not None
-        self._over.set()
-        if held:
+        """End the lease here and for everyone: other owners need not wait for it to run out."""
+        self.give_up()
+        if self.held:
             self._lease_table.retire(self.id)
         if self._keeper is not None and self._keeper is not threading.current_thread():
             # the process may end now, and a thread that it cuts off within LanceDB would abort it
@@ -118,7 +114,7 @@ class Watch:
     """One observer's view of other owners' leases.
 
     Args:
-        incarnations: the store's.
+        lease_table: the store's.
         now: the observer's own clock, in seconds.
     """
 
@@ -147,5 +143,5 @@ class Watch:
 
     def _first_seen(self, seen: Incarnation, now: float) -> float:
         beats, since = self._since.get(seen.id, (-1, now))
-        # who slept, or could not read, has not seen the counter stand still
+        # an observer that slept, or could not read, has not seen the counter stand still
         return since if beats == seen.beats and now - self._looked < seen.lease_s else now

@@ -38,7 +38,7 @@ class Maintenance:
     def start(self) -> None:
         """Begin, if it has not begun; needs a running event loop."""
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run(), name="upkeep")
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="maintenance")
 
     def stop(self) -> None:
         """End it."""
@@ -61,7 +61,7 @@ class Maintenance:
                 await self.once()
             except RaymemError as error:
                 # the next round tries again
-                log.warning("upkeep cut short", error=str(error))
+                log.warning("maintenance cut short", error=str(error))
 
     def _due(self, now: float) -> list[tuple[str, Selection]]:
         mine = set(self._names())

@@ -1,40 +1,88 @@
-"""Keeping a host within its memory: who has to leave so that a bank, or what one was, fits in."""
+"""Keeping a host within its memory: which banks leave it so that another, or what one was, has room."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
-from raymem.errors import RaymemError
+from raymem.errors import RaymemError, TooLarge
 from raymem.executor import Executor
-from raymem.host.budget import PAST, LruLimit
 from raymem.logs import get_logger
 from raymem.storage.store import ColdStore, Entry
 
 log = get_logger("raymem.host.memory_budget")
+# what banks were, all of it together: it takes memory beside the banks, and no bank can have this name
+PAST = "the past"
+
+
+class MemoryLimit(NamedTuple):
+    """A limit in bytes, None for none, with the names of its owner and of the setting that says so, for errors."""
+
+    owner: str
+    nbytes: int | None
+    setting: str
+
+    def is_short(self, loaded: Mapping[str, int]) -> bool:
+        """Whether the banks that are loaded take more than they may."""
+        return self.nbytes is not None and sum(loaded.values()) > self.nbytes
+
+    def leaving(self, name: str, needed: int, loaded: Mapping[str, int], pinned: Collection[str]) -> list[str]:
+        """The banks to free so that one that takes `needed` bytes has room: the first that are loaded, as few as do.
+
+        Args:
+            name: the bank that needs it, or PAST.
+            needed: all of its bytes, also those that it has already.
+            loaded: bytes of each bank in memory, least recently used first.
+            pinned: banks that stay.
+
+        Raises:
+            TooLarge: it would not fit if all others left that may.
+        """
+        if self.nbytes is None:
+            return []
+        others = {other: size for other, size in loaded.items() if other != name}
+        kept = sum(size for other, size in others.items() if other in pinned)
+        if needed + kept > self.nbytes:
+            what = "a bank as it was" if name == PAST else f"bank {name!r}"
+            raise TooLarge(
+                f"{what} takes {needed} bytes, and {self.owner} may hold {self.nbytes}, {kept} of them in pinned banks "
+                f"or in this one: raise {self.setting}, unpin a bank there, or move this one where there is more room",
+                needed=needed,
+                limit=self.nbytes,
+            )
+        free = self.nbytes - sum(others.values())
+        leaving = []
+        for other, size in others.items():
+            if free >= needed:
+                break
+            if other not in pinned:
+                leaving.append(other)
+                free += size
+        return leaving
 
 
 class MemoryBudget:
-    """The memory that a host's banks share, and what frees it.
+    """The memory that a host's banks share, and what frees it. It remembers no bank: `held` says who is there.
 
     Args:
         cold: the store.
-        room: the limit, and who was used last.
-        crew: the host's threads.
-        held: bytes of everything in memory now, by the name under which `evict` frees it.
+        limit: what may be held.
+        executor: the host's threads.
+        held: bytes of everything in memory now, least recently used first, by the name under which `evict` frees it.
         evict: frees one of them; says whether it did.
     """
 
     def __init__(
         self,
         cold: ColdStore,
-        room: LruLimit,
+        limit: MemoryLimit,
         executor: Executor,
         held: Callable[[], Mapping[str, int]],
         evict: Callable[[str], Awaitable[bool]],
     ) -> None:
-        self.room = room
+        self.limit = limit
+        self._evicted = 0
         self._cold = cold
         self._executor = executor
         self._held = held
@@ -53,17 +101,16 @@ class MemoryBudget:
         Raises:
             TooLarge: even so there would be none.
         """
-        if self.room.limit is None:
+        if self.limit.nbytes is None:
             return 0
+        freed = 0
         async with self._making:
             pinned = await self._executor.run(self._pinned)
-            leaving = self.room.leaving(name, needed, self._held(), pinned | {stays})
-            return sum([await self._free(other) for other in leaving])
-
-    def check(self, name: str, needed: Callable[[], int]) -> None:
-        """Raise TooLarge if a bank of so many bytes is too large even alone."""
-        if self.room.limit is not None:
-            self.room.leaving(name, needed(), {}, ())
+            for other in self.limit.leaving(name, needed, self._held(), pinned | {stays}):
+                if await self._evict(other):
+                    freed += 1
+                    self._evicted += other != PAST
+        return freed
 
     async def admit(self, entry: Entry) -> None:
         """Make room for a bank before it is loaded.
@@ -71,15 +118,15 @@ class MemoryBudget:
         Raises:
             TooLarge: there is none.
         """
-        if self.room.limit is not None:
-            await self.make(entry.name, await self._executor.run(lambda: self.size(entry)))
+        if self.limit.nbytes is not None:
+            await self.make(entry.name, await self._executor.run(self._size, entry))
 
     def watch(self, name: str) -> None:
         """A bank may have grown: free others, in the background, if all of them are too many now."""
         # adding up what many banks hold takes time
-        if self.room.limit is None:
+        if self.limit.nbytes is None or not self.limit.is_short(self._held()):
             return
-        if self.room.is_short(self._held()) and (self._growing is None or self._growing.done()):
+        if self._growing is None or self._growing.done():
             self._growing = asyncio.create_task(self._keep(name))
 
     async def rest(self) -> None:
@@ -91,29 +138,17 @@ class MemoryBudget:
         """What is in memory, what stays there, and how often a bank had to leave."""
         held, pinned = self._held(), await self._executor.run(self._pinned)
         return {
-            "limit_bytes": self.room.limit,
+            "limit_bytes": self.limit.nbytes,
             "bytes": sum(held.values()),
             "past_bytes": held.get(PAST, 0),
             "pinned_bytes": sum(size for name, size in held.items() if name in pinned),
-            "evicted": self.room.evicted,
+            "evicted": self._evicted,
         }
-
-    def size(self, entry: Entry) -> int:
-        """About how many bytes a bank takes in memory, before it is loaded."""
-        known = self._cold.snapshots(entry).nbytes() or self._cold.journal(entry).stats()["bytes"]
-        return min(entry.spec.budget_bytes, known)
-
-    async def _free(self, name: str) -> bool:
-        freed = await self._evict(name)
-        if freed:
-            self.room.forget(name)
-            self.room.evicted += name != PAST
-        return freed
 
     async def _keep(self, name: str) -> None:
         try:
             # others may grow meanwhile
-            while await self.make(name, self._held().get(name, 0)) and self.room.is_short(self._held()):
+            while await self.make(name, self._held().get(name, 0)) and self.limit.is_short(self._held()):
                 continue
         except RaymemError as error:
             # its next write hears why
@@ -121,3 +156,8 @@ class MemoryBudget:
 
     def _pinned(self) -> set[str]:
         return {entry.name for entry in self._cold.catalog.list() if entry.pinned}
+
+    def _size(self, entry: Entry) -> int:
+        """About how many bytes a bank takes in memory, before it is loaded."""
+        known = self._cold.snapshots(entry).nbytes() or self._cold.journal(entry).stats()["bytes"]
+        return min(entry.spec.budget_bytes, known)

@@ -10,7 +10,7 @@ from raymem.errors import InvalidInput, SequenceConflict, StorageError
 from raymem.logs import get_logger
 from raymem.types import Ack, Trace
 
-log = get_logger("raymem.host.host")
+log = get_logger("raymem.host.owed")
 
 
 class Owed:
@@ -33,7 +33,7 @@ class Owed:
             found[name].append(trace)
         return dict(found)
 
-    def settle(self, name: str, outcomes: Sequence[Ack | BaseException]) -> None:
+    def resolve(self, name: str, outcomes: Sequence[Ack | BaseException]) -> None:
         """What came of a bank's traces that were `left`."""
         mine = [done for done, (owner, _) in self._traces.items() if owner == name]
         for done, outcome in zip(mine, outcomes, strict=True):

@@ -8,14 +8,14 @@ from typing import Any
 
 from raymem.bank.group_commit import GroupCommit
 from raymem.config import Settings
-from raymem.errors import Moved, NotOwner, RaymemError
+from raymem.errors import Moved, RaymemError
 from raymem.executor import Executor
-from raymem.host.lease import Lease
+from raymem.host.lease import Lease, clock
 from raymem.logs import get_logger
 from raymem.storage.journal.log import Log
 from raymem.storage.store import ColdStore, Entry
 
-log = get_logger("raymem.host.ownership")
+_log = get_logger("raymem.host.ownership")
 
 
 class Ownership:
@@ -25,7 +25,7 @@ class Ownership:
         cold: the durable store.
         settings: of the host.
         owner: the name under which banks are claimed.
-        crew: the host's threads.
+        executor: the host's threads.
         over: called, with the reason, when an incarnation ends; whatever was claimed under it is to be dropped.
     """
 
@@ -42,56 +42,36 @@ class Ownership:
         self.lease = self._new_lease()
 
     async def commits(self) -> GroupCommit:
-        """The committer of this incarnation's log, made on first use."""
+        """The group commit of this incarnation's log, made on first use."""
         async with self._opening:
-            # seen by a read or an erasure alone, or by nobody while no bank was hot
-            if self.group_commit is not None:
-                self.group_commit.check()
-            if self.lease.over:
-                self.end("its lease ran out")
-            lease = self.lease
-            if self.group_commit is None or self.group_commit.log.id != lease.id:
-                made = Log(self._cold.tables, lease.id, self._settings.cold.log_bytes)
+            made, lease = self.group_commit, self.lease
+            # a read, an erasure or maintenance may have found it out, or nothing while no bank was hot
+            fenced = made is not None and made.log.lost and made.log.id == lease.id
+            if fenced or (lease.held and clock() >= lease.deadline):
+                self.end("its log was fenced off" if fenced else "its lease ran out")
+                lease = self.lease
+            if made is None or made.log.id != lease.id:
+                log = Log(self._cold.tables, lease.id, self._settings.cold.log_bytes)
                 # a log whose incarnation is unknown may be swept away
                 await self._executor.run(lease.hold)
-                await self._executor.run(made.create)
+                await self._executor.run(log.create)
                 size = self._settings.host.group_bytes
-                self.group_commit = GroupCommit(made, self._executor, size, lambda: self._fenced(lease))
-            return self.group_commit
+                made = self.group_commit = GroupCommit(log, self._executor, size, lambda: self._fenced(lease))
+            return made
 
-    def claim(self, name: str, epoch: int, group_commit: GroupCommit, settled: str | None = None) -> Entry:
-        """Claim a bank in the catalog; see `Catalog.claim`."""
-        self.lease.hold()
-        if self.lease.over:
-            # its log may have been swept: a bank that names it could never be loaded again
-            raise Moved(f"bank {name!r} is being reopened: its owner's lease ran out meanwhile", to="")
-        self.require_same(name, group_commit)
-        return self._cold.catalog.claim(name, self.owner, epoch, group_commit.log.id, settled)
-
-    def require_same(self, name: str, group_commit: GroupCommit) -> None:
-        """Raise Moved unless `group_commit` is still the present incarnation's."""
-        if group_commit.log.id != self.lease.id:
-            raise Moved(f"bank {name!r} is being reopened: its owner began anew meanwhile", to="")
-
-    def check(self) -> None:
-        """End the incarnation if its lease ran out."""
-        if not self.lease.valid:
-            self.end("its lease ran out")
-
-    def confirm(self, name: str, lease: Lease) -> None:
-        """Refuse an outcome that another owner may know nothing of, or that one has made old.
+    def claim(self, name: str, epoch: int, group_commit: GroupCommit, flushed: str | None = None) -> Entry:
+        """Claim a bank in the catalog; see `Catalog.claim`.
 
         Raises:
-            NotOwner: the lease ran out.
+            Moved: as `require_present`: the log may have been swept, and a bank that names it could never be loaded.
         """
-        if lease.valid:
-            return
-        if lease is self.lease:
-            self.check()
-        raise NotOwner(
-            f"{self.owner} was silent for longer than its lease of {lease.lease_s:g} s, so bank {name!r} may have "
-            "another owner: ask again, repeating a write is safe"
-        )
+        self.require_present(name, group_commit)
+        return self._cold.catalog.claim(name, self.owner, epoch, group_commit.log.id, flushed)
+
+    def require_present(self, name: str, group_commit: GroupCommit) -> None:
+        """Raise Moved unless `group_commit` is the present incarnation's, and its lease runs."""
+        if group_commit.log.id != self.lease.id or clock() >= self.lease.deadline:
+            raise Moved(f"bank {name!r} is being reopened: its owner's lease ran out, or began anew, meanwhile", to="")
 
     def end(self, why: str) -> None:
         """Give everything up; a new incarnation claims those banks again that the catalog still says are here."""
@@ -110,7 +90,7 @@ class Ownership:
             self.lease.release()
         except RaymemError as error:
             # it runs out by itself
-            log.warning("lease not released", owner=self.owner, error=str(error))
+            _log.warning("lease not released", owner=self.owner, error=str(error))
         finally:
             if last is not None:
                 last.let_go()

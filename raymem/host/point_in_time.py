@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from raymem.bank.replica import Replica
 from raymem.errors import BankNotFound
-from raymem.host.locks import Locks
+from raymem.executor import Locks
 from raymem.storage.history import position_of
 from raymem.storage.store import ColdStore, Entry
 
@@ -41,6 +41,8 @@ class PointInTimeCache:
     def __init__(self, cold: ColdStore, limit_bytes: int, device: str = "cpu") -> None:
         self._cold = cold
         self._limit = limit_bytes
+        # when any was last read, by the monotonic clock
+        self.used = 0.0
         self._device = device
         self._kept: OrderedDict[_Key, Replica] = OrderedDict()
         self._making: Locks[threading.Lock] = Locks(threading.Lock)
@@ -87,7 +89,7 @@ class PointInTimeCache:
 
     def _make(self, entry: Entry, pos: int) -> Replica:
         replica = Replica(self._cold, entry, self._device)
-        replica.recover(upto=pos)
+        replica.recover(pos)
         return replica
 
     def _making_of(self, key: _Key) -> threading.Lock:

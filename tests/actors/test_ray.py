@@ -24,7 +24,7 @@ from raymem.actors import backend as backend_module
 from raymem.actors import cluster
 from raymem.actors.calls import NAMESPACE, Remote, ask_all
 from raymem.actors.cluster import LocalNodes, local_nodes
-from raymem.bank.replica import Runtime
+from raymem.bank.primary import Primary
 from raymem.config import ColdSettings, HostSettings
 from raymem.errors import (
     BackendUnavailable,
@@ -38,6 +38,7 @@ from raymem.errors import (
     Overloaded,
     SequenceConflict,
 )
+from raymem.executor import Executor, run_now
 from raymem.host.admission import caller
 from raymem.memory import kinds
 from raymem.storage.partitions import Place
@@ -136,10 +137,11 @@ def undisturbed_digest(journal: list[tuple[str, int]], folder: Path, tiny, kind:
     calibration = tiny.calibration
     cold.calibrations.put(calibration.hash, calibration.model, calibration.layers, calibration.to_bytes())
     cold.catalog.create("a/b", tiny.spec(kind))
-    runtime = Runtime.open(cold, cold.catalog.claim("a/b", "here", 0))
+    primary = Primary.open(cold, cold.catalog.claim("a/b", "here", 0))
     seeds = {f"run-{index}": index for index in range(9)} | {"r": 0}
-    runtime.write([tiny.trace(1, run=run, seq=seq, seed=seeds[run]) for run, seq in journal])
-    return runtime.digest()
+    traces = [tiny.trace(1, run=run, seq=seq, seed=seeds[run]) for run, seq in journal]
+    run_now(primary.write(traces, Executor()))
+    return primary.digest()
 
 
 @pytest.mark.parametrize("kind", kinds())

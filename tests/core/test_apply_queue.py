@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from raymem import BankSpec, Settings, Trace
-from raymem.bank.apply_queue import ApplyQueue
-from raymem.bank.replica import Replica, Runtime
+from raymem.bank.primary import ApplyQueue, Primary
+from raymem.bank.replica import Replica
 from raymem.errors import Moved, RaymemError, SequenceConflict
+from raymem.executor import Executor, run_now
 from raymem.host.host import Host
 from raymem.rows import JournalRows
 from raymem.storage.store import ColdStore
@@ -25,89 +26,86 @@ def bank_spec(request: pytest.FixtureRequest, tiny: Any) -> BankSpec:
     return tiny.spec(request.param)
 
 
-def opened(cold: ColdStore, spec: BankSpec) -> Runtime:
+def opened(cold: ColdStore, spec: BankSpec) -> Primary:
     cold.catalog.create("lab/a", spec)
-    return Runtime.open(cold, cold.catalog.claim("lab/a", "me", 0))
+    return Primary.open(cold, cold.catalog.claim("lab/a", "me", 0))
 
 
-def write(runtime: Runtime, *traces: Trace) -> list[object]:
-    """As a worker does, which leaves small groups for later."""
-    staged = runtime.stage(traces)
-    if staged.rows is not None:
-        runtime.commit(staged.rows, logged=False)
-    return list(runtime.finish(staged))
+def write(primary: Primary, *traces: Trace) -> list[object]:
+    """As an owner does, which leaves small groups for later."""
+    return list(run_now(primary.write(traces, Executor())))
 
 
 def test_rows_wait_until_somebody_looks_and_the_state_is_that_of_the_journal(
     cold: ColdStore, bank_spec: BankSpec, make_trace: Make
 ):
-    runtime = opened(cold, bank_spec)
+    primary = opened(cold, bank_spec)
     for seq in range(0, 30, 3):
-        write(runtime, make_trace(3, seq=seq), make_trace(2, run=f"other-{seq}", seed=seq))
-    assert (runtime.pos, runtime.end) == (0, 50)
-    digest = runtime.digest()
-    assert (runtime.pos, runtime.end) == (50, 50)
-    replica = Replica(cold, runtime.entry)
+        write(primary, make_trace(3, seq=seq), make_trace(2, run=f"other-{seq}", seed=seq))
+    assert (primary.pos, primary.end) == (0, 50)
+    digest = primary.digest()
+    assert (primary.pos, primary.end) == (50, 50)
+    replica = Replica(cold, primary.entry)
     replica.catch_up()
     assert digest == replica.digest()
 
 
 @pytest.mark.parametrize("look", ["read", "digest", "snapshot", "mark", "own"])
 def test_whoever_looks_sees_every_committed_row(cold: ColdStore, bank_spec: BankSpec, make_trace: Make, look: str):
-    runtime = opened(cold, bank_spec)
-    write(runtime, make_trace(7))
+    primary = opened(cold, bank_spec)
+    write(primary, make_trace(7))
     match look:
         case "read":
-            relevance = runtime.read(make_trace(7).hidden[2:3], k=1).relevance_Q
+            relevance = primary.read(make_trace(7).hidden[2:3], k=1).relevance_Q
             assert relevance.item() == pytest.approx(1.0)
         case "mark":
-            assert runtime.mark("here") == {"here": 7}
+            assert primary.mark("here") == {"here": 7}
         case "own":
-            runtime.own(runtime.entry)
+            primary.own(primary.entry)
         case _:
-            getattr(runtime, look)()
-    assert runtime.end == 7
-    assert runtime.digest() == fresh_digest(cold, runtime)
+            getattr(primary, look)()
+    assert primary.end == 7
+    assert primary.digest() == fresh_digest(cold, primary)
 
 
-def fresh_digest(cold: ColdStore, runtime: Runtime) -> str:
-    replica = Replica(cold, runtime.entry)
+def fresh_digest(cold: ColdStore, primary: Primary) -> str:
+    replica = Replica(cold, primary.entry)
     replica.recover()
     return replica.digest()
 
 
 def test_rows_that_wait_are_recognised_when_they_come_again(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
-    runtime = opened(cold, bank_spec)
-    write(runtime, make_trace(4))
-    assert runtime.at_hand([make_trace(3, seq=4)])
-    assert not runtime.at_hand([make_trace(3, seq=3)])
-    assert not runtime.at_hand([make_trace(3, seq=4), make_trace(3, seq=4)])
-    (again,) = write(runtime, make_trace(6))
+    primary = opened(cold, bank_spec)
+    write(primary, make_trace(4))
+    assert primary._at_hand([make_trace(3, seq=4)])
+    assert not primary._at_hand([make_trace(3, seq=3)])
+    assert not primary._at_hand([make_trace(3, seq=4), make_trace(3, seq=4)])
+    (again,) = write(primary, make_trace(6))
     assert (again.rows, again.duplicates, again.gaps, again.end) == (2, 4, 0, 6)
-    (other,) = write(runtime, make_trace(2, seq=1, seed=5))
+    (other,) = write(primary, make_trace(2, seq=1, seed=5))
     assert isinstance(other, SequenceConflict)
-    assert runtime.pos == 0
-    assert runtime.digest() == fresh_digest(cold, runtime)
+    assert primary.pos == 0
+    assert primary.digest() == fresh_digest(cold, primary)
 
 
 def test_many_rows_become_due(cold: ColdStore, bank_spec: BankSpec, make_trace: Make):
-    runtime = opened(cold, bank_spec)
-    write(runtime, make_trace(40))
-    assert not runtime.behind
-    write(runtime, make_trace(40, seq=40))
-    assert runtime.behind
-    runtime.absorb()
-    assert not runtime.behind
+    primary = opened(cold, bank_spec)
+    write(primary, make_trace(40))
+    assert not primary.apply_queue.due
+    write(primary, make_trace(40, seq=40))
+    assert primary.apply_queue.due
+    primary.apply_queued()
+    assert not primary.apply_queue.due
 
 
 def test_large_groups_are_applied_at_once_behind_those_that_wait(
     cold: ColdStore, bank_spec: BankSpec, make_trace: Make
 ):
-    runtime = opened(cold, bank_spec)
-    write(runtime, make_trace(4))
-    write(runtime, make_trace(1200, seq=4))
-    assert runtime.pos == 1204
-    assert runtime.digest() == fresh_digest(cold, runtime)
+    primary = opened(cold, bank_spec)
+    write(primary, make_trace(4))
+    write(primary, make_trace(1200, seq=4))
+    assert primary.pos == 1204
+    assert primary.digest() == fresh_digest(cold, primary)
 
 
 def rows_at(pos: int, make_trace: Make) -> JournalRows:
@@ -130,19 +128,19 @@ def test_one_applies_at_a_time_and_what_comes_meanwhile_stays(make_trace: Make):
     apply_queue.add(rows_at(2, make_trace))
     threads[1].start()
     # the state doesn't know them before they are applied
-    assert (apply_queue.head("s", "r"), apply_queue.end) == (4, 4)
+    assert (apply_queue.waiting.heads["s", "r"], apply_queue.waiting.end) == (4, 4)
     go_on.set()
     for thread in threads:
         thread.join()
     assert applied == [[0, 1], [2, 3]]
-    assert (apply_queue.head("s", "r"), apply_queue.end) == (None, None)
+    assert (dict(apply_queue.waiting.heads), apply_queue.waiting.end) == ({}, None)
 
 
 def test_who_waited_for_an_application_that_failed_does_not_repeat_it(
     cold: ColdStore, bank_spec: BankSpec, make_trace: Make, monkeypatch: pytest.MonkeyPatch
 ):
-    runtime = opened(cold, bank_spec)
-    write(runtime, make_trace(4))
+    primary = opened(cold, bank_spec)
+    write(primary, make_trace(4))
     began, go_on, applied = threading.Event(), threading.Event(), []
 
     def fail_late(replica: Replica, rows: JournalRows) -> None:
@@ -151,12 +149,12 @@ def test_who_waited_for_an_application_that_failed_does_not_repeat_it(
         assert go_on.wait(10)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(Replica, "apply", fail_late)
+    monkeypatch.setattr(Replica, "replay", fail_late)
     refused = []
 
     def look() -> None:
         with pytest.raises(RaymemError, match="will be reopened"):
-            runtime.absorb()
+            primary.apply_queued()
         refused.append(1)
 
     threads = [threading.Thread(target=look) for _ in range(2)]
@@ -169,9 +167,9 @@ def test_who_waited_for_an_application_that_failed_does_not_repeat_it(
     for thread in threads:
         thread.join()
     assert (len(applied), len(refused)) == (1, 2)
-    assert runtime.snapshot_pos == 0
+    assert primary.snapshot_pos == 0
     with pytest.raises(RaymemError):
-        runtime.snapshot()
+        primary.snapshot()
 
 
 def test_nobody_sees_half_of_a_change(make_trace: Make):
@@ -193,7 +191,7 @@ def test_nobody_sees_half_of_a_change(make_trace: Make):
             apply_queue.add(rows_at(pos, make_trace))
             known = pos + 2
             for _ in range(5):
-                end, head = apply_queue.end, apply_queue.head("s", "r")
+                end, head = apply_queue.waiting.end, apply_queue.waiting.heads.get(("s", "r"))
                 wrong += [found for found in (end, head) if found not in (None, known)]
     finally:
         done.set()
@@ -202,14 +200,14 @@ def test_nobody_sees_half_of_a_change(make_trace: Make):
     assert wrong == []
 
 
-async def test_a_bank_is_not_reopened_beside_a_commit_of_its_former_worker(
+async def test_a_bank_is_not_reopened_beside_a_commit_of_its_former_owner(
     cold: ColdStore, bank_spec: BankSpec, make_trace: Make, monkeypatch: pytest.MonkeyPatch
 ):
     host = Host(cold, Settings(), "me")
     cold.catalog.create("lab/a", bank_spec)
     await host.attach("lab/a")
     await host.write("lab/a", make_trace(5))
-    group_commit, go_on = host._workers["lab/a"].group_commit, asyncio.Event()
+    group_commit, go_on = host._owners["lab/a"].group_commit, asyncio.Event()
     commit = group_commit.commit
 
     async def slow(part: object) -> None:
@@ -220,7 +218,7 @@ async def test_a_bank_is_not_reopened_beside_a_commit_of_its_former_worker(
         patch.setattr(group_commit, "commit", slow)
         under_way = asyncio.ensure_future(host.write("lab/a", make_trace(3, seq=5)))
         await asyncio.sleep(0.05)
-        patch.setattr(Runtime, "apply", fail)
+        patch.setattr(Primary, "replay", fail)
         with pytest.raises(RaymemError, match="will be reopened"):
             await host.read("lab/a", make_trace(1).hidden)
     reopened = asyncio.ensure_future(host.reopen("lab/a"))
@@ -238,15 +236,15 @@ async def test_a_bank_that_nobody_reads_is_brought_up_to_date(
     cold: ColdStore, bank_spec: BankSpec, make_trace: Make, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("raymem.host.host._TICK_S", 0.05)
-    monkeypatch.setattr("raymem.bank.apply_queue._MOST_S", 0.1)
+    monkeypatch.setattr("raymem.bank.primary._MOST_S", 0.1)
     host = Host(cold, Settings(), "me")
     cold.catalog.create("lab/a", bank_spec)
     await host.attach("lab/a")
     await host.write("lab/a", make_trace(5))
-    runtime = host._workers["lab/a"].runtime
-    assert runtime.pos == 0
+    primary = host._owners["lab/a"].primary
+    assert primary.pos == 0
     async with asyncio.timeout(10):
-        while runtime.pos < 5:
+        while primary.pos < 5:
             await asyncio.sleep(0.02)
     await host.close()
 
@@ -260,7 +258,7 @@ async def test_rows_that_cannot_be_applied_cost_a_reopening_and_nothing_else(
     await host.attach("lab/a")
     await host.write("lab/a", make_trace(5))
     with monkeypatch.context() as patch:
-        patch.setattr(Runtime, "apply", fail)
+        patch.setattr(Primary, "replay", fail)
         if who == "reader":
             with pytest.raises(RaymemError, match="will be reopened"):
                 await host.read("lab/a", make_trace(1).hidden)
@@ -277,7 +275,7 @@ async def test_rows_that_cannot_be_applied_cost_a_reopening_and_nothing_else(
     await host.close()
 
 
-def fail(runtime: Runtime, rows: JournalRows) -> None:
+def fail(primary: Primary, rows: JournalRows) -> None:
     raise ArithmeticError("out of numbers")
 
 

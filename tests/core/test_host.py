@@ -69,14 +69,14 @@ async def test_the_memory_of_a_bank_that_left_is_free_at_once(
     await attached(host, bank_spec, "lab/a")
     await host.write("lab/a", make_trace(20))
     await host.read("lab/a", make_trace(3).hidden)
-    runtime = weakref.ref(host._workers["lab/a"].runtime)
+    primary = weakref.ref(host._owners["lab/a"].primary)
     gc.collect()
     gc.disable()
     try:
         await (host.detach("lab/a") if how == "detached" else host._evict("lab/a"))
-        # the worker's task ends in its next turn
+        # the owner's task ends in its next turn
         await asyncio.sleep(0.05)
-        assert runtime() is None
+        assert primary() is None
     finally:
         gc.enable()
     await host.close()
@@ -260,8 +260,7 @@ async def test_a_host_that_was_away_for_longer_than_its_lease_names_no_log_that_
     await host.detach("lab/a")
     first = host.ownership.lease
     # idle and out of reach: another process sees the lease run out, and sweeps what no bank names
-    assert first._begun is not None
-    first._begun -= first.lease_s
+    first.deadline -= first.lease_s
     other = ColdStore.open(cold.uri)
     for id in other.lease_table.list():
         other.lease_table.expire(id)
@@ -297,7 +296,7 @@ async def test_one_callers_long_reads_hold_up_nobody_else(cold: ColdStore, bank_
     await attached(host, bank_spec, "lab/a", "lab/b")
     rows = make_trace(4)
     await host.write("lab/a", rows)
-    with host._workers["lab/a"].runtime.lock:
+    with host._owners["lab/a"].primary.lock:
         long = [asyncio.create_task(host.read("lab/a", rows.hidden, caller="many")) for _ in range(20)]
         await asyncio.sleep(0)
         async with asyncio.timeout(10):
@@ -313,16 +312,16 @@ async def test_a_long_read_is_given_up_when_nobody_wants_it(cold: ColdStore, ban
     await attached(host, bank_spec, "lab/a")
     rows = make_trace(200)
     await host.write("lab/a", rows)
-    runtime = host._workers["lab/a"].runtime
+    primary = host._owners["lab/a"].primary
     whole = await host.read("lab/a", rows.hidden, 3)
-    first = runtime.read(rows.hidden[:10], 3)
+    first = primary.read(rows.hidden[:10], 3)
     assert whole.tokens_Qk is not None
     assert first.tokens_Qk is not None
     assert whole.tokens_Qk.shape == (200, 3)
     assert whole.tokens_Qk[:10].equal(first.tokens_Qk)
     asked: list[int] = []
     with pytest.raises(StoreClosed, match="being closed"):
-        runtime.read(rows.hidden, 3, 1, lambda: bool(asked.append(1)) or len(asked) < 3)
+        primary.read(rows.hidden, 3, 1, lambda: bool(asked.append(1)) or len(asked) < 3)
     assert len(asked) == 3
     await host.close()
 

@@ -294,14 +294,14 @@ def test_a_run_ends_before_its_last_number(bank: Bank, tiny: Any):
 
 def test_one_bad_trace_of_a_group_fails_alone(bank: Bank, tiny: Any, monkeypatch: pytest.MonkeyPatch):
     # whatever slips through every check: the group, its other traces and the bank go on
-    real = raymem.bank.replica.JournalRows.of
+    real = raymem.bank.primary.JournalRows.of
 
     def of(trace: Trace, pos: int, epoch: int) -> Any:
         if trace.run == "bad":
             raise OverflowError("unforeseen")
         return real(trace, pos, epoch)
 
-    monkeypatch.setattr("raymem.bank.dedup.JournalRows.of", of)
+    monkeypatch.setattr("raymem.bank.primary.JournalRows.of", of)
     epoch, acks = bank.info().epoch, []
 
     async def all_at_once() -> list[Any]:

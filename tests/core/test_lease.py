@@ -15,7 +15,9 @@ import raymem
 from raymem import Settings
 from raymem.config import ColdSettings, HostSettings
 from raymem.errors import Conflict, Moved, NotOwner
+from raymem.host import host as host_module
 from raymem.host import lease as lease_module
+from raymem.host import ownership as ownership_module
 from raymem.host.host import Host
 from raymem.storage.store import ColdStore
 
@@ -34,7 +36,8 @@ def cold(tmp_path: Path, tiny) -> ColdStore:
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     clock = [100.0]
-    monkeypatch.setattr(lease_module, "clock", lambda: clock[0])
+    for module in (lease_module, ownership_module, host_module):
+        monkeypatch.setattr(module, "clock", lambda: clock[0])
     return clock
 
 
@@ -47,17 +50,17 @@ async def host(cold: ColdStore, now) -> AsyncIterator[Host]:
 
 
 async def test_rows_committed_under_a_lease_that_ran_out_are_not_acknowledged(host, cold, now, tiny, monkeypatch):
-    from raymem.bank.replica import Runtime
+    from raymem.bank.primary import Primary
 
-    finish = Runtime.finish
+    apply = Primary.apply
 
-    def stopped_after_the_commit(self, staged):
-        outcomes = finish(self, staged)
+    def stopped_after_the_commit(self, pending):
+        outcomes = apply(self, pending)
         now[0] += 1.1
         return outcomes
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runtime, "finish", stopped_after_the_commit)
+        patch.setattr(Primary, "apply", stopped_after_the_commit)
         with pytest.raises(NotOwner, match=r"one was silent .* lease of 1 s.*repeating a write is safe"):
             await host.write("a/b", tiny.trace(10))
 
@@ -67,16 +70,16 @@ async def test_rows_committed_under_a_lease_that_ran_out_are_not_acknowledged(ho
 
 
 async def test_a_read_that_outlasts_the_lease_is_refused(host, cold, now, tiny, monkeypatch):
-    from raymem.bank.replica import Runtime
+    from raymem.bank.primary import Primary
 
     await host.write("a/b", tiny.trace(10))
-    read = Runtime.read
+    read = Primary.read
 
     def stopped(self, *args):
         now[0] += 1.1
         return read(self, *args)
 
-    monkeypatch.setattr(Runtime, "read", stopped)
+    monkeypatch.setattr(Primary, "read", stopped)
     with pytest.raises(NotOwner):
         await host.read("a/b", tiny.trace(2).hidden)
 

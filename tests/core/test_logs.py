@@ -10,7 +10,7 @@ import logging, structlog
 import raymem.host.host, raymem.bank.owner, raymem.storage.tables.disk, raymem.storage.snapshots, raymem.host.lease
 from raymem.logs import get_logger
 assert not logging.getLogger().handlers and not logging.getLogger("raymem").handlers, "an import set up a handler"
-raymem.host.host.log.warning("bank not settled on close", bank="lab/a", share="100%")
+raymem.host.host.log.warning("bank not flushed on close", bank="lab/a", share="100%")
 raymem.host.lease.log.info("nobody asked for this")
 try:
     1 / 0
@@ -26,7 +26,7 @@ raymem.bank.owner.log.error("bank lost", bank="lab/b")
 def test_a_library_logs_on_stderr_and_through_the_application_s_handlers():
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert ran.stdout == ""
-    assert "bank not settled on close bank='lab/a' share='100%'" in ran.stderr
+    assert "bank not flushed on close bank='lab/a' share='100%'" in ran.stderr
     assert "it broke" in ran.stderr
     assert "ZeroDivisionError" in ran.stderr
     assert "elsewhere" in ran.stderr

@@ -10,46 +10,53 @@ import raymem
 from raymem import Settings, Store
 from raymem.config import ColdSettings, HostSettings
 from raymem.errors import TooLarge
-from raymem.host.budget import PAST, LruLimit
+from raymem.host.host import Host
+from raymem.host.memory_budget import PAST, MemoryLimit
 
-LOADED = {"a": 10, "b": 20, "c": 30}
+LIMIT = MemoryLimit("one", 70, "host.memory_bytes")
+SIZES = {"a": 10, "b": 20, "c": 30}
 
 
-def used(*names: str, limit: int | None = 70) -> LruLimit:
-    room = LruLimit("one", limit, "host.memory_bytes")
-    for name in names:
-        room.touch(name)
-    return room
+def used(order: str) -> dict[str, int]:
+    """The bytes of banks, in the order of their last use."""
+    return {name: SIZES[name] for name in order}
 
 
 def test_who_was_not_used_for_longest_leaves_first_and_no_more_than_have_to():
-    assert used("a", "b", "c").leaving("d", 10, LOADED, set()) == []
-    assert used("a", "b", "c").leaving("d", 11, LOADED, set()) == ["a"]
-    assert used("b", "c", "a").leaving("d", 11, LOADED, set()) == ["b"]
-    assert used("b", "c", "a", "b").leaving("d", 45, LOADED, set()) == ["c", "a"]
+    assert LIMIT.leaving("d", 10, used("abc"), set()) == []
+    assert LIMIT.leaving("d", 11, used("abc"), set()) == ["a"]
+    assert LIMIT.leaving("d", 11, used("bca"), set()) == ["b"]
+    assert LIMIT.leaving("d", 45, used("cab"), set()) == ["c", "a"]
 
 
-def test_who_was_never_used_leaves_before_all_others():
-    assert used("a", "c").leaving("d", 11, LOADED, set()) == ["b"]
+async def test_who_was_never_used_leaves_before_all_others(cold, bank_spec, make_trace):
+    host = Host(cold, Settings(host=HostSettings(memory_bytes=2**40)), "one")
+    for name in ("x/a", "x/b", "x/c"):
+        cold.catalog.create(name, bank_spec)
+        await host.attach(name)
+    for name in ("x/a", "x/c", "x/a"):
+        await host.write(name, make_trace(1), durable=False)
+    assert list(host.held()) == [PAST, "x/b", "x/c", "x/a"]
+    await host.close()
 
 
 def test_pinned_banks_stay():
-    assert used("a", "b", "c").leaving("d", 11, LOADED, {"a"}) == ["b"]
+    assert LIMIT.leaving("d", 11, used("abc"), {"a"}) == ["b"]
     with pytest.raises(
         TooLarge, match=r"bank 'd' takes 41 bytes, and one may hold 70, 30 of them in pinned banks.*host"
     ):
-        used().leaving("d", 41, LOADED, {"c"})
+        LIMIT.leaving("d", 41, used("abc"), {"c"})
 
 
 def test_a_bank_that_grows_does_not_make_room_for_its_own_bytes_twice():
-    assert used("a", "b", "c").leaving("a", 20, LOADED, set()) == []
-    assert used("a", "b", "c").leaving("a", 21, LOADED, set()) == ["b"]
+    assert LIMIT.leaving("a", 20, used("abc"), set()) == []
+    assert LIMIT.leaving("a", 21, used("abc"), set()) == ["b"]
 
 
 def test_without_a_limit_nobody_leaves():
-    room = used(limit=None)
-    assert room.leaving("d", 10**15, LOADED, set()) == []
-    assert not room.is_short({"a": 10**15})
+    none = LIMIT._replace(nbytes=None)
+    assert none.leaving("d", 10**15, used("abc"), set()) == []
+    assert not none.is_short({"a": 10**15})
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def _stopped(method, before="", after="", blocking=False):
 
 
 def _install(moving):
-    from raymem.bank.replica import Runtime
+    from raymem.bank.primary import Primary
     from raymem.storage.catalog import Catalog
 
     # what nobody comes back for is to go while the test looks
@@ -60,7 +60,7 @@ def _install(moving):
     host.yield_writes = _stopped(host.yield_writes, after="yield")
     host.forget_moved = _stopped(host.forget_moved, before="forget")
     Catalog.claim = _stopped(Catalog.claim, after="claim", blocking=True)
-    Runtime.own = _stopped(Runtime.own, after="own", blocking=True)
+    Primary.own = _stopped(Primary.own, after="own", blocking=True)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from faultkit import made
 
-from raymem.bank.replica import Replica, Runtime
+from raymem.bank.primary import Primary
+from raymem.bank.replica import Replica
 from raymem.errors import RaymemError
+from raymem.executor import Executor, run_now
 from raymem.rows import JournalRows
 from raymem.storage.catalog import Entry
 from raymem.storage.store import ColdStore
@@ -89,7 +91,7 @@ class Checker:
         self._uri = uri
         self._ledger = ledger
         self._clean = made.open_cold(str(scratch), "none")
-        self._undisturbed: dict[str, Runtime] = {}
+        self._undisturbed: dict[str, Primary] = {}
         self.times = 0
 
     def compare(self, digests: dict[str, str | None]) -> Verdict:
@@ -122,22 +124,23 @@ class Checker:
         _check_others(ColdStore.open(self._uri), self._ledger, verdict)
         return verdict
 
-    def _follow(self, entry: Entry, parts: list[JournalRows], verdict: Verdict) -> Runtime:
+    def _follow(self, entry: Entry, parts: list[JournalRows], verdict: Verdict) -> Primary:
         """The undisturbed run, which writes the rows that it has not seen."""
         if entry.name not in self._undisturbed:
             fresh = self._clean.catalog.create(entry.name, entry.spec)
             claimed = self._clean.catalog.claim(entry.name, "undisturbed", fresh.epoch)
-            self._undisturbed[entry.name] = Runtime.open(self._clean, claimed)
-        runtime = self._undisturbed[entry.name]
+            self._undisturbed[entry.name] = Primary.open(self._clean, claimed)
+        primary = self._undisturbed[entry.name]
         for part in parts:
             refused = [
                 outcome
-                for (stream, run), seq, rows in _pieces(part.since(runtime.end))
-                for outcome in runtime.write([made.trace(stream, run, seq, rows)])
+                for (stream, run), seq, rows in _pieces(part.since(primary.end))
+                for outcome in run_now(primary.write([made.trace(stream, run, seq, rows)], Executor()))
                 if isinstance(outcome, RaymemError)
             ]
             verdict.wrong += [f"{entry.name}: an undisturbed run refuses the journal's rows: {e}" for e in refused]
-        return runtime
+        primary.apply_queued()
+        return primary
 
 
 def check(uri: str, ledger: Ledger, scratch: Path, digests: dict[str, str | None] | None = None) -> Verdict:
@@ -206,15 +209,15 @@ def _pieces(part: JournalRows) -> Iterator[tuple[Run, int, int]]:
             start = at
 
 
-def _check_state(cold: ColdStore, entry: Entry, runtime: Runtime, digest: str | None, verdict: Verdict) -> None:
+def _check_state(cold: ColdStore, entry: Entry, primary: Primary, digest: str | None, verdict: Verdict) -> None:
     recovered = Replica(cold, entry)
     recovered.recover()
     if entry.spec.kind in ROW_KINDS:
         for whose, found in (("recovered", recovered.digest()), ("live", digest)):
-            if found is not None and found != runtime.digest():
+            if found is not None and found != primary.digest():
                 verdict.wrong.append(f"{entry.name}: the {whose} state is not that of an undisturbed run")
         return
-    expected = runtime.tensors()
+    expected = primary.tensors()
     for name, tensor in recovered.tensors().items():
         if not _close(tensor, expected[name]):
             verdict.wrong.append(f"{entry.name}: {name} of the recovered state is not that of an undisturbed run")

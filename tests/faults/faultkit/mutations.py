@@ -1,6 +1,7 @@
 """Ways to get durability wrong, put into a process under test: the checker must find each."""
 
 import importlib
+import math
 from typing import Any
 
 
@@ -24,7 +25,7 @@ def skip_the_fence(fenced: Any) -> None:
 
 def never_let_go(lease: Any) -> None:
     """A lease never runs out for the one that holds it."""
-    lease.Lease.valid = property(lambda self: self._begun is not None)
+    lease.Lease.deadline = property(lambda self: math.inf if self.held else -math.inf, lambda self, deadline: None)
 
 
 # what each does to which module, once that is loaded and not while it loads others

@@ -324,7 +324,7 @@ def test_reads_are_answered_while_rows_are_erased(store, tiny, monkeypatch):
     switch = erasure.switch
 
     def reading(*args: Any) -> Any:
-        answered.append(len(store._async.backend.host._workers["lab/a"].runtime.read(tiny.trace(3).hidden, 4)))
+        answered.append(len(store._async.backend.host._owners["lab/a"].primary.read(tiny.trace(3).hidden, 4)))
         return switch(*args)
 
     monkeypatch.setattr(erasure, "switch", reading)
