@@ -1,8 +1,8 @@
-"""Making a calibration: from a model, by reading text that ships with Python.
+"""Fitting a calibration: a model reads text that ships with Python, and its states give the statistics.
 
 The text is the beginnings of twenty topics of `pydoc_data.topics`, the language reference: those that follow its twelve
-largest in size. The six largest are what `raymem eval lm` reports on, the next six are for tuning and for the demo, and
-neither may leak into what is fixed here.
+largest in size. `raymem eval lm` reports on the six largest, tuning and the demo use the next six, and a calibration
+must contain none of them.
 
 Shape legend: `T` rows of one text, `N` rows of many, `L` layers, `D` hidden width, `K` key width.
 """
@@ -25,16 +25,16 @@ RESERVED_TOPICS = 12
 _TOPICS = 20
 _TOPIC_TOKENS = 200
 _PREFIX_TOKENS = 48
-# the passage of a topic that is read again, and how many of its first rows are left to settle in the other context
+# the passage of a topic that is read again, and how many of its first rows are left out: they depend on the context
 _PASSAGE = slice(64, 160)
-_SETTLE = 16
+_SKIPPED = 16
 _MIN_GAP = 1e-3
 
 Progress = Callable[[int, int], None]
 
 
 class States(Protocol):
-    """What a pass leaves behind, as far as a calibration reads it."""
+    """The part of a pass's result that a calibration reads."""
 
     @property
     def hidden_TLd(self) -> Tensor:
@@ -81,7 +81,7 @@ def calibrate(
     shrink: float = 0.1,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Read the bundled text with a model and keep what its states look like; about 5,400 tokens are read.
+    """Read the bundled text with a model and fit a calibration to its states; about 5,400 tokens are read.
 
     Args:
         model: the frozen model.
@@ -109,13 +109,13 @@ def bundled_texts() -> list[str]:
 def read_sample(
     model: CalibrationModel, layers: Sequence[int], texts: Sequence[str], progress: Progress | None = None
 ) -> Sample:
-    """Read texts with a model: every other one is the bank's, and read again in part after a piece of its neighbour.
+    """Read texts with a model; of each pair the first is the bank's, a passage of it is read again after the second.
 
     Raises:
         InvalidInput: fewer than two texts are long enough.
     """
     tokens = [model.encode(text)[:_TOPIC_TOKENS] for text in texts]
-    tokens = [ids for ids in tokens if len(ids) >= _PASSAGE.start + 2 * _SETTLE]
+    tokens = [ids for ids in tokens if len(ids) >= _PASSAGE.start + 2 * _SKIPPED]
     pairs = list(zip(tokens[::2], tokens[1::2], strict=False))
     if not pairs:
         raise InvalidInput(f"{len(tokens)} texts of enough tokens; a calibration needs two or more")
@@ -142,7 +142,7 @@ def fit(model: str, layers: tuple[int, ...], sample: Sample, *, shrink: float | 
     Raises:
         InvalidInput: `shrink` is not in (0, 1]; or states that no calibration can be made of, and why.
     """
-    _require_told_apart(layers, sample)
+    _require_varied(layers, sample)
     rows_NLD = torch.cat([hidden[1:] for hidden in [*sample.bank, *sample.unrelated]]).double()
     mean_LD = rows_NLD.mean(0).float()
     whiten_LDD = None if shrink is None else _whitening(rows_NLD - mean_LD.double(), shrink)
@@ -151,17 +151,17 @@ def fit(model: str, layers: tuple[int, ...], sample: Sample, *, shrink: float | 
     return Calibration(model, layers, mean_LD, whiten_LDD, shrink or 0.0, ranges).check()
 
 
-def _require_told_apart(layers: tuple[int, ...], sample: Sample) -> None:
-    """Raise InvalidInput unless there are enough rows, all finite, and not all alike in any layer."""
+def _require_varied(layers: tuple[int, ...], sample: Sample) -> None:
+    """Raise InvalidInput unless there are enough rows, all are finite, and those of each layer differ."""
     parts = (sample.bank, sample.unrelated, sample.matching)
-    fewest = min(sum(max(0, len(hidden) - _SETTLE) for hidden in part) for part in parts)
-    if fewest < _SETTLE:
-        raise InvalidInput(f"{fewest} rows are too few to calibrate with; read texts of {2 * _SETTLE} tokens and more")
+    fewest = min(sum(max(0, len(hidden) - _SKIPPED) for hidden in part) for part in parts)
+    if fewest < _SKIPPED:
+        raise InvalidInput(f"{fewest} rows are too few to calibrate with; read texts of {2 * _SKIPPED} tokens and more")
     rows_NLD = torch.cat([hidden.float() for part in parts for hidden in part])
     low_LD, high_LD = rows_NLD.amin(0), rows_NLD.amax(0)
     if not bool(torch.isfinite(low_LD + high_LD).all()):
         raise InvalidInput(
-            "the model's states hold NaN or Inf: nothing can be calibrated with them. Look at its weights"
+            "the model's states hold NaN or Inf: no calibration can be made of them. Look at its weights"
         )
     alike = [layer for layer, width in zip(layers, (high_LD - low_LD).amax(1).tolist(), strict=True) if width == 0]
     if alike:
@@ -183,7 +183,7 @@ def _range(plain: Calibration, key: KeySpec, sample: Sample) -> Range:
     maker = KeyMaker(plain, key)
     bank_NK = torch.cat([maker.of_run(hidden)[1:] for hidden in sample.bank])
     unrelated_NK = torch.cat([maker.of_run(hidden)[1:] for hidden in sample.unrelated])
-    matching_NK = torch.cat([maker.of_run(hidden, start=1)[_SETTLE:] for hidden in sample.matching])
+    matching_NK = torch.cat([maker.of_run(hidden, start=1)[_SKIPPED:] for hidden in sample.matching])
     lo = float((unrelated_NK @ bank_NK.T).amax(1).quantile(0.5))
     hi = float((matching_NK @ bank_NK.T).amax(1).quantile(0.999))
     return Range(lo, max(hi, lo + _MIN_GAP))

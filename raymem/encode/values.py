@@ -1,4 +1,4 @@
-"""Vector values of rows, made where the model is: they need its head.
+"""Vector values of rows; the process that has the model makes them, as they need its head.
 
 Shape legend: `T` rows, `V` vocabulary, `D` width of the output embedding.
 """
@@ -12,11 +12,11 @@ _ROWS_AT_ONCE = 64
 
 
 def residual_values(logits_TV: Tensor, next_tokens_T: Tensor, embedding_VD: Tensor) -> Tensor:
-    """What the model should have said and did not: `E[next] - softmax(logits) @ E`, float32 [T, D].
+    """Residuals of predictions in the output embedding: `E[next] - softmax(logits) @ E`, float32 [T, D].
 
-    The residual of a prediction (one-hot minus the model's own distribution) seen through the output embedding:
-    adding it to the head's input moves the logits towards the token that came. It is near zero where the model
-    already knew. Softmax runs over 64 rows at a time, so no second [T, V] tensor is made.
+    That is the one-hot next token minus the model's own distribution, times the embedding. Adding it to the head's
+    input moves the logits towards the token that came; it is near zero where the model predicted that token. Softmax
+    runs over 64 rows at a time, so no second [T, V] tensor is made.
 
     Args:
         logits_TV: the model's own predictions, any float dtype.

@@ -1,4 +1,4 @@
-"""Who takes part in an evaluation: banks of each kind at equal bytes, and several kinds behind one gate.
+"""The banks that an evaluation compares: of each kind at equal bytes, and of several kinds behind one gate.
 
 Shape legend: Q queries.
 """

@@ -23,7 +23,7 @@ from raymem.lm.contenders import Contender, Size, ask, contenders, expanded
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.mixing import NEIGHBOURS, Mixer
 from raymem.lm.models import BUNDLED_MODEL, LanguageModel
-from raymem.lm.passes import CachedModel, Reading, Window, full_context_losses, losses, read, retrieval_losses
+from raymem.lm.passes import Reading, Window, full_context_losses, losses, read, retrieval_losses
 from raymem.lm.text import WRITTEN_SHARE, find_documents
 from raymem.lm.trust import Trust
 from raymem.types import Fingerprint
@@ -141,8 +141,8 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> EvalRe
     expanded(settings.kinds)
     documents = find_documents(settings.texts, settings.max_docs)
     tell = progress or (lambda _done, _total: None)
-    model = CachedModel(LanguageModel.load(settings.model))
-    layers = settings.layers or (max(1, round(model.model.layers * DEPTH)),)
+    model = LanguageModel.load(settings.model)
+    layers = settings.layers or (max(1, round(model.layers * DEPTH)),)
     readings: list[Reading] = []
     for document in documents:
         tell(len(readings), 2 * len(documents))
@@ -160,15 +160,20 @@ class Trial:
     """The banks of all documents, and the losses gathered so far."""
 
     def __init__(
-        self, settings: EvalSettings, model: CachedModel, layers: tuple[int, ...], readings: list[Reading], store: Store
+        self,
+        settings: EvalSettings,
+        model: LanguageModel,
+        layers: tuple[int, ...],
+        readings: list[Reading],
+        store: Store,
     ) -> None:
         self._settings, self._model, self._readings = settings, model, readings
         self._mixer = Mixer()
-        self._calibration = calibrate(model.model, layers)
+        self._calibration = calibrate(model, layers)
         store.put_calibration(self._calibration)
         self._losses: dict[str, list[Tensor]] = {}
         self._seconds: dict[str, float] = {}
-        rows = fingerprint(model.model, layers, self._calibration.hash)
+        rows = fingerprint(model, layers, self._calibration.hash)
         self._contenders = {who.name: who for who in self._sized(rows)}
         self._banks = {who.name: self._write(store, who) for who in self._contenders.values()}
 
@@ -176,9 +181,9 @@ class Trial:
         """Predict one document's windows in every way."""
         reading = self._readings[index]
         for window in reading.windows:
-            logits_WV = torch.log_softmax(self._model.model.logits(window.final_Wd).float(), dim=-1)
+            logits_WV = torch.log_softmax(self._model.logits(window.final_Wd).float(), dim=-1)
             self._keep("base", losses(logits_WV, window.targets_W))
-            self._keep("full", full_context_losses(self._model.model, reading, window))
+            self._keep("full", full_context_losses(self._model, reading, window))
             for pieces in (2, 4):
                 found_W = retrieval_losses(self._model, reading, window, self._calibration, pieces)
                 self._keep(f"retrieval {pieces}", found_W)

@@ -1,4 +1,4 @@
-"""How far memories are to be believed, query by query: a few numbers about their answers, and a small trained gate.
+"""The trained gate that weighs memories against the model, query by query, by features of their answers.
 
 Shape legend: Q queries, V vocabulary, k candidates, M memories, F features of one memory, E experts (a memory's answer
 at several temperatures, M memories' one after another), G = 1 + E outputs.
@@ -114,7 +114,7 @@ def shipped_gates() -> dict[str, Gate]:
 
 
 def gate_name(kinds: Sequence[str]) -> str:
-    """Under which name the gate of banks of these kinds is kept."""
+    """The name of the gate of banks of these kinds."""
     return "+".join(kinds)
 
 
@@ -137,7 +137,7 @@ def shares(scores_Qk: Tensor, taus: tuple[float, ...]) -> Tensor:
 
 
 def features(log_probs_QV: Tensor, readout: Readout, taus: tuple[float, ...]) -> Tensor:
-    """What the gate looks at `[Q, F]`: how near and how unanimous the candidates are, and whether the model agrees.
+    """The gate's inputs `[Q, F]`: how near and how unanimous the candidates are, and whether the model agrees.
 
     Args:
         log_probs_QV: the model's own, float32.

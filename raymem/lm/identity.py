@@ -1,8 +1,9 @@
-"""What a model is: hashes of what determines its states, from its files alone.
+"""A model's identity: hashes of what determines its states, from its files alone.
 
 The content hash is over the weights as tensors and over the fields of the config that a pass depends on; the
-tokenizer hash is over what turns text into ids. How the files are cut, named or ordered, chat templates, and fields
-that only generation reads count for nothing. Hashes are kept under a stamp of the files: nothing is read twice.
+tokenizer hash is over what turns text into ids. Neither depends on how the files are cut, named or ordered, on chat
+templates, or on fields that only generation reads. Hashes are cached under a stamp of the files, so that weights are
+read once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from raymem.errors import MissingExtra, ModelNotFound, UnsupportedModel
 from raymem.lm.families import check_family
 from raymem.lm.weights import TensorFacts, canonical, loaded_names, tensors_of, weight_files
 
-# of hashes, so that those of another way to hash are known by sight
+# the prefix of hashes, which tells the schemes of hashing apart
 SCHEME = "2:"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -67,7 +68,7 @@ def cache_folder() -> Path:
 
 
 class Changes(NamedTuple):
-    """What an engine makes of a folder's model: fields that it sets in the config, and what else it does to states."""
+    """What an engine changes of a folder's model: fields of the config, and other settings that states depend on."""
 
     config: Mapping[str, Any] = {}
     more: Mapping[str, Any] = {}
@@ -77,7 +78,7 @@ _AS_IT_IS = Changes()
 
 
 def identity(folder: Path, changes: Changes = _AS_IT_IS) -> Identity:
-    """Say what model a folder holds; a minute for 100 GB of weights, nothing once it is known.
+    """The identity of a folder's model; takes a minute for 100 GB of weights, and is then cached.
 
     Args:
         folder: with config, weights and tokenizer.

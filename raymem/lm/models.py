@@ -1,4 +1,4 @@
-"""Frozen language models: where they are, what they are, and what their passes leave behind.
+"""Frozen language models: finding them, loading them, and running their passes.
 
 Shape legend: T tokens, L kept layers, d width, V vocabulary.
 """
@@ -69,12 +69,12 @@ def content_hash(folder: Path) -> str:
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """How a model's text becomes ids, hashed: the same ids mean the same text only where it agrees."""
+    """The hash of a model's tokenizer: the same ids mean the same text only where it agrees."""
     return identity(folder).tokenizer
 
 
 class Pass(NamedTuple):
-    """What one causal pass over a text leaves behind."""
+    """The result of one causal pass over a text."""
 
     hidden_TLd: torch.Tensor  # outputs of the chosen layers, in the model's dtype
     final_Td: torch.Tensor  # after the final norm: the head's input
@@ -218,21 +218,14 @@ class LanguageModel:
         write_atomically(file, save(tensors))
         return done
 
-    def forward_cached(
-        self, tokens_T: torch.Tensor, layers: Sequence[int] = (26,)
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` from the pass cache; the logits are computed anew."""
-        done = self.run_cached(tokens_T, layers)
-        return done.hidden_TLd, self.logits(done.final_Td)
-
     def trace(self, text: str | torch.Tensor, layers: Sequence[int], *, stream: str, run: str, seq: int = 0) -> Trace:
-        """What one pass over a text leaves behind, ready to be written: it says what made it.
+        """The result of one pass over a text, ready to be written, with the fingerprint of this model.
 
         Args:
             text: or token ids, int64.
             layers: 1-based, those of the bank and in its order.
-            stream: the line of thought.
-            run: the writing session.
+            stream: which sequence of texts the rows belong to.
+            run: which pass over it.
             seq: the run's index of the first row.
 
         Raises:

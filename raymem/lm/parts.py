@@ -1,8 +1,8 @@
-"""The parts of a causal language model, whatever its family calls them: blocks, trunk, and what follows the trunk.
+"""The parts of a causal language model of any family: blocks, trunk, and what follows the trunk.
 
-Nothing is computed here that the model's own code doesn't compute: states are what its blocks give out, logits what its
-own forward makes of the trunk's output, with the scales, caps and biases of its family. What a model's parts do is
-compared once, at load, with a whole pass of its own, bit for bit.
+All values are computed by the model's own code: states are the outputs of its blocks, logits are what its forward makes
+of the trunk's output, with the scales, caps and biases of its family. At load the parts are compared once with a whole
+pass of the model, bit for bit.
 
 Shape legend: T tokens, L layers, d width, V vocabulary.
 """
@@ -29,13 +29,13 @@ _PROBE = 5
 class Parts:
     """What a model is made of.
 
-    `trunk` makes final states `[1, T, d]` of token ids, `blocks` are its layers in order, and `tail` is the model with
-    a trunk that gives back the states it is handed.
+    `trunk` makes final states `[1, T, d]` of token ids, `blocks` are its layers in order, and `head` is the model with
+    a trunk that returns the states it is given.
     """
 
     trunk: nn.Module
     blocks: Sequence[nn.Module]
-    tail: nn.Module
+    head: nn.Module
 
     def run(self, tokens_T: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """States `[T, L, d]` after the blocks of these numbers, and the trunk's output `[T, d]`."""
@@ -48,12 +48,12 @@ class Parts:
 
     def logits(self, final_Td: Tensor) -> Tensor:
         """Logits `[T, V]` of what the trunk gave out."""
-        logits_TV: Tensor = self.tail(inputs_embeds=final_Td[None], use_cache=False).logits[0]
+        logits_TV: Tensor = self.head(inputs_embeds=final_Td[None], use_cache=False).logits[0]
         return logits_TV
 
 
 def parts_of(model: Any, depth: int) -> Parts:
-    """Take a model of transformers apart, and see that its parts do what the whole does.
+    """Find the parts of a model of transformers, and check that they compute what the whole does.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -77,7 +77,7 @@ def parts_of(model: Any, depth: int) -> Parts:
 
 
 class _Given(nn.Module):
-    """Stands where a trunk was, and gives back the states that it is handed."""
+    """Takes a trunk's place, and returns the states that it is given."""
 
     def forward(self, *_args: Any, inputs_embeds: Tensor, **_more: Any) -> Any:
         return _output_type()(last_hidden_state=inputs_embeds)

@@ -1,7 +1,7 @@
-"""What a frozen model makes of a document: one pass over all of it, and one over each window alone.
+"""A frozen model's passes over a document: one over all of it, and one over each window alone.
 
-The writing pass is a single causal pass over the document's start, as an agent reads it: every written row knows its
-own context, up to 3,072 tokens of it. A window's pass sees nothing earlier.
+The writing pass is a single causal pass over the document's start, as an agent reads it: each written row's state
+depends on all tokens before it, up to 3,072. A window's pass sees nothing before the window.
 
 Shape legend: T tokens of a document, W rows of a window with a known next token, L layers, d width, V vocabulary.
 """
@@ -23,22 +23,6 @@ if TYPE_CHECKING:
     from raymem.encode.calibration import Calibration
 
 CHUNK_TOKENS = 128
-
-
-class CachedModel:
-    """A model whose passes are kept on disk by content hash; what calibrating and reading need of it."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
-        self.content_hash = model.content_hash
-
-    def encode(self, text: str) -> Tensor:
-        """Token ids [T]."""
-        return self.model.encode(text)
-
-    def run(self, tokens_T: Tensor, layers: Sequence[int]) -> Pass:
-        """One causal pass, from the cache where it is there."""
-        return self.model.run_cached(tokens_T, layers)
 
 
 @dataclass(frozen=True)
@@ -66,17 +50,21 @@ class Reading:
         return self.whole.hidden_TLd[: self.split.written]
 
 
-def read(model: CachedModel, document: Document, layers: Sequence[int], max_tokens: int, window: int) -> Reading:
+def read(model: LanguageModel, document: Document, layers: Sequence[int], max_tokens: int, window: int) -> Reading:
     """Pass a document and its windows through a model.
 
     Raises:
         InvalidInput: the document, or a window behind retrieved text, has more tokens than the model has positions for.
     """
-    # no tokenizer makes fewer than one token of 64 characters of plain text: the rest need not be looked at
+    # every tokenizer makes at least one token of 64 characters of plain text: later characters are not needed
     parts = split(document.name, model.encode(document.text[: max_tokens * 64]), max_tokens, window)
-    model.model.check_length(len(parts.tokens_T), f"document {document.name!r} (--max-tokens sets how much is read)")
-    windows = tuple(_window(model, parts, span, layers) for span in parts.windows)
-    return Reading(document.name, parts, model.run(parts.tokens_T, layers), windows)
+    model.check_length(len(parts.tokens_T), f"document {document.name!r} (--max-tokens sets how much is read)")
+    windows = []
+    for span in parts.windows:
+        ids_T = parts.tokens_T[slice(*span)]
+        done = model.run_cached(ids_T, layers)
+        windows.append(Window(span, done.hidden_TLd[:-1], done.final_Td[:-1], ids_T[1:]))
+    return Reading(document.name, parts, model.run_cached(parts.tokens_T, layers), tuple(windows))
 
 
 def full_context_losses(model: LanguageModel, reading: Reading, window: Window) -> Tensor:
@@ -86,7 +74,7 @@ def full_context_losses(model: LanguageModel, reading: Reading, window: Window) 
 
 
 def retrieval_losses(
-    model: CachedModel, reading: Reading, window: Window, calibration: Calibration, pieces: int
+    model: LanguageModel, reading: Reading, window: Window, calibration: Calibration, pieces: int
 ) -> Tensor:
     """Losses [W] of a window's targets behind a prompt of the written chunks that are most like the window.
 
@@ -97,19 +85,13 @@ def retrieval_losses(
         [reading.split.tokens_T[start:stop] for start, stop in _best(reading, window, calibration, pieces)]
     )
     ids_T = torch.cat([prompt_T, reading.split.tokens_T[slice(*window.span)]])
-    final_Td = model.run(ids_T, calibration.layers).final_Td
-    return losses(model.model.logits(final_Td[len(prompt_T) : -1]), window.targets_W)
+    final_Td = model.run_cached(ids_T, calibration.layers).final_Td
+    return losses(model.logits(final_Td[len(prompt_T) : -1]), window.targets_W)
 
 
 def losses(logits_WV: Tensor, targets_W: Tensor) -> Tensor:
     """Negative log-likelihoods [W], in nats, computed in float32."""
     return cross_entropy(logits_WV.float(), targets_W, reduction="none")
-
-
-def _window(model: CachedModel, parts: Split, span: TokenRange, layers: Sequence[int]) -> Window:
-    ids_T = parts.tokens_T[slice(*span)]
-    done = model.run(ids_T, layers)
-    return Window(span, done.hidden_TLd[:-1], done.final_Td[:-1], ids_T[1:])
 
 
 def _best(reading: Reading, window: Window, calibration: Calibration, pieces: int) -> list[TokenRange]:

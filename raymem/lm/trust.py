@@ -1,4 +1,4 @@
-"""Belief that a bank concerns the text at hand, learned from how well it did on the tokens already seen.
+"""The posterior belief that a bank helps with the text at hand, given its gains on the tokens already seen.
 
 Shape legend: Q consecutive rows of one context, V vocabulary.
 """

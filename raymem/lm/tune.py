@@ -29,7 +29,7 @@ from raymem.lm.fingerprint import fingerprint
 from raymem.lm.gate import Gate, gate_name, taus_of
 from raymem.lm.mixing import NEIGHBOURS, evidence
 from raymem.lm.models import BUNDLED_MODEL, LanguageModel
-from raymem.lm.passes import CachedModel, Reading, read
+from raymem.lm.passes import Reading, read
 from raymem.lm.text import find_documents
 from raymem.memory import kinds as known_kinds
 
@@ -66,25 +66,25 @@ def main(
     max_docs: Annotated[int, typer.Option(help="Of each folder, the first in name order.")] = 6,
 ) -> None:
     """Train gates and write them to a file beside those that it has."""
-    cached = CachedModel(LanguageModel.load(model))
+    loaded = LanguageModel.load(model)
     domains = [
-        [read(cached, document, (layer,), 4096, 256) for document in find_documents([folder], max_docs)]
+        [read(loaded, document, (layer,), 4096, 256) for document in find_documents([folder], max_docs)]
         for folder in track(texts, "reading", console=Console(stderr=True))
     ]
-    calibration = calibrate(cached.model, (layer,))
-    plain = BankSpec(kind="spalm", fingerprint=fingerprint(cached.model, (layer,), calibration.hash))
+    calibration = calibrate(loaded, (layer,))
+    plain = BankSpec(kind="spalm", fingerprint=fingerprint(loaded, (layer,), calibration.hash))
     sizes = [Size(round(float(budget) * 1e6)) for budget in budgets.split(",")]
     for name in known_kinds() if kind == "all" else kind.split(","):
         kinds = tuple(name.split("+"))
         taught = [Contender(f"{place}", sized(kinds, plain, calibration, size)) for place, size in enumerate(sizes)]
         with tempfile.TemporaryDirectory() as folder, connect(folder) as store:
             store.put_calibration(calibration)
-            gate = fit(list(lessons(cached, domains, _remembered(store, domains, taught))), kinds)
+            gate = fit(list(lessons(loaded, domains, _remembered(store, domains, taught))), kinds)
         known = json.loads(out.read_text()) if out.exists() else {}
         out.write_text(json.dumps(dict(sorted((known | {gate_name(kinds): gate.to_json()}).items()))) + "\n")
 
 
-def lessons(model: CachedModel, domains: Sequence[Sequence[Reading]], memories: Memories) -> Iterator[Lesson]:
+def lessons(model: LanguageModel, domains: Sequence[Sequence[Reading]], memories: Memories) -> Iterator[Lesson]:
     """Predict every document with its own memories and two wrong ones of each size.
 
     Args:
@@ -135,10 +135,10 @@ def _remembered(store: Store, domains: Sequence[Sequence[Reading]], taught: Sequ
     ]
 
 
-def _lessons(model: CachedModel, reading: Reading, asked: Sequence[tuple[Sequence[Bank], float]]) -> Iterator[Lesson]:
+def _lessons(model: LanguageModel, reading: Reading, asked: Sequence[tuple[Sequence[Bank], float]]) -> Iterator[Lesson]:
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in asked]
     for window in reading.windows:
-        log_probs_NV = torch.log_softmax(model.model.logits(window.final_Wd).float(), dim=-1)
+        log_probs_NV = torch.log_softmax(model.logits(window.final_Wd).float(), dim=-1)
         own_N = log_probs_NV.gather(1, window.targets_W[:, None])[:, 0]
         for (banks, _), columns in zip(asked, parts, strict=True):
             readouts = ask(banks, window.hidden_WLd, NEIGHBOURS)

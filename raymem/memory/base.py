@@ -148,8 +148,8 @@ class Found:
 class Memory(nn.Module, ABC):
     """One mechanism; its parameters are the learned ones only, its state is a value handed in and out.
 
-    These verbs are all that the runtime knows: one bank's state, whatever the family. `absorb` may reuse the storage
-    of the state it was given when gradients are off; the caller keeps only what it returns.
+    The runtime calls only these methods, each on one bank's state. `absorb` may reuse the storage of the state it was
+    given when gradients are off; the caller keeps only what it returns.
 
     `merge_rule` says what `merge` makes of several banks' states: "exact", the state of one bank that has seen all
     their rows; "approximate", one that such a bank could have; or it is "refused". Each class says which and why.
@@ -173,7 +173,7 @@ class Memory(nn.Module, ABC):
 
     @abstractmethod
     def empty(self) -> Any:
-        """The state of a bank that has seen nothing; reads zeros with similarity -1."""
+        """The state of a bank that has seen no rows; a read of it gives zeros and similarity -1."""
 
     @abstractmethod
     def absorb(self, state: Any, rows: EncodedRows) -> Any:
@@ -201,7 +201,7 @@ class Memory(nn.Module, ABC):
         """The state that `dump` wrote, bitwise.
 
         Args:
-            tensors: now the state's own; where their storage goes on behind them, rows may grow into it.
+            tensors: the state takes them over; rows may grow into their storage where it is longer than they are.
 
         Raises:
             Corrupt: a tensor is missing or has another shape or dtype.

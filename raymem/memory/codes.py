@@ -1,4 +1,4 @@
-"""What a memory of vectors learns to put out for a row, and how its outputs are read as tokens.
+"""Value codes: the output that a memory of vectors is taught for a row, and how outputs are read as tokens.
 
 Shape legend: `B` banks, `T` rows, `Q` queries, `V` output width, `S` slots of the token table, `k` candidates.
 """
@@ -47,7 +47,7 @@ class ValueCode(ABC):
         """Blended values [B, Q, 0 or V], tokens [B, Q, k] and scores [B, Q, k] of outputs."""
 
     def enter(self, state: State, items_BT: Tensor, length_B: Tensor) -> tuple[State, Tensor | None]:
-        """Take notice of a chunk about to be written: the code's own tensors after it, and outputs to clear [B, V]."""
+        """Enter a chunk's items before it is written: the code's own tensors after it, and outputs [B, V] to clear."""
         return {}, None
 
     def slope(self, state: State, output_BTV: Tensor, target_BTV: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class VectorCode(ValueCode):
 
 
 class TokenCode(ValueCode):
-    """Rows are worth their next token; a table of the tokens seen says which can come out.
+    """A row's value is its next token; candidates are the tokens of a table of those seen.
 
     The table holds `slots` tokens; when it is full the token not written for longest makes room.
     """

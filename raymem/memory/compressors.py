@@ -1,4 +1,4 @@
-"""What turns a block of old rows into fewer: pooling, selection, or convolutions that are learned.
+"""Compressors turn a block of old rows into fewer: by pooling, selection, or learned convolutions.
 
 Rae et al. 2019, "Compressive Transformers for Long-Range Sequence Modelling" (arXiv 1911.05507), section 3.2, where
 they are `f_c: R^{n_s x d} -> R^{(n_s / c) x d}`.
@@ -189,7 +189,7 @@ def attention(queries_GQd: Tensor, rows_GSd: Tensor, projections: Projections) -
 def attention_reconstruction_loss(
     compress: Callable[[Tensor], Tensor], hidden_GQd: Tensor, old_GSd: Tensor, projections: Projections
 ) -> Tensor:
-    """What attention loses when it sees compressed rows instead of the old ones; mean square over its entries.
+    """Mean square difference between attention over the old rows and over the compressed ones.
 
     Only the compressor gets a gradient: hidden states, old rows and the projections are constants here.
 
@@ -204,7 +204,7 @@ def attention_reconstruction_loss(
 def auto_encoding_loss(
     compress: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], old_GSd: Tensor
 ) -> Tensor:
-    """How far old rows are from what a decoder makes of their compression; mean square over their entries.
+    """Mean square difference between old rows and what a decoder makes of their compression.
 
     Compressor and decoder get gradients, the rows none.
 

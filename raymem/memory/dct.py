@@ -62,7 +62,7 @@ class DctOptions(CompressiveOptions, EvictionOptions):
 
 
 class Features(NamedTuple):
-    """What is known of a block when it leaves the fine rows, one block a bank.
+    """Features of a block when it leaves the fine rows, one block a bank.
 
     `mean_BK` and `last_BK` unit; `novelty_B` in [0, 1], `surprise_B` at least 0 (at most 1 where rows carry no
     vectors), `fill_B` the share of the coarse slots in use.
@@ -109,7 +109,7 @@ class KeepPolicy(nn.Module):
 
 
 class Decision(NamedTuple):
-    """One line of the log: the block's number, what was known of it, its score, and whether it was kept."""
+    """One line of the log: a block's number, its features, its score, and whether it was kept."""
 
     block: int
     novelty: float
@@ -181,7 +181,7 @@ class Dct(Compressive):
         return self._weighed(state, blocks, self.compressed(blocks))
 
     def readmitted(self, state: State, new: State, states: Sequence[State]) -> State:
-        """Decide again about compressed blocks of several banks: what one knows is no news from another."""
+        """Decide again about compressed blocks of several banks: a block that another bank has too is not novel."""
         seen = torch.stack([state["seen"] for state in states]).sum(0) - new["token"].shape[1]
         real_BG = torch.ones_like(new["token"][..., 0, 0], dtype=torch.bool)
         return self._weighed(state | {"seen": seen}, Blocks(new, real_BG, None), new)
@@ -209,7 +209,7 @@ class Dct(Compressive):
         return [Decision(n, known[0], known[1], known[2], score, kept) for n, known, score, kept in lines]
 
     def features(self, state: State, blocks: Blocks, unit_BCK: Tensor, new_BMK: Tensor, g: int) -> Features:
-        """What is known of block `g` of each bank, given unit keys of the coarse slots and of what it becomes."""
+        """Features of block `g` of each bank, given unit keys of the coarse slots and of the rows that it becomes."""
         dtype = state["scope_scale"].dtype
         rows_BSK = widened(blocks.rows["key"][:, g], dtype)
         if self.dims.value:
@@ -247,7 +247,7 @@ class Dct(Compressive):
     def _replaced(
         self, state: State, block: State, keep_B: Tensor, unit_BCK: Tensor, rule: Policy
     ) -> tuple[State, Places]:
-        """The coarse memory after the policy let a block go for the one that comes, or that one itself."""
+        """The coarse memory after the policy evicted a block for the new one, or the new one itself."""
 
         def whole(column: Tensor) -> Tensor:
             return column.reshape(len(column), -1, self.made, *column.shape[2:])
@@ -297,22 +297,6 @@ def _novelty(unit_BCK: Tensor, new_BMK: Tensor) -> Tensor:
     if not unit_BCK.shape[1]:
         return torch.ones_like(new_BMK[:, 0, 0])
     return 1 - (unit_BCK @ new_BMK.mT).amax(1).clamp_min(0).mean(-1)
-
-
-class Baseline(NamedTuple):
-    """Moving average of rewards, unbiased from the first one on."""
-
-    total: float = 0.0
-    weight: float = 0.0
-
-    def after(self, reward: float, decay: float = 0.99) -> Baseline:
-        """The average with one more reward."""
-        return Baseline(decay * self.total + (1 - decay) * reward, decay * self.weight + 1 - decay)
-
-    @property
-    def value(self) -> float:
-        """The average; 0 before any reward."""
-        return self.total / self.weight if self.weight else 0.0
 
 
 def reinforce_loss(logits: Tensor, kept: Tensor, advantage: Tensor, entropy_weight: float = 0.01) -> Tensor:

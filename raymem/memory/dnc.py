@@ -133,7 +133,7 @@ def read(state: State, says: Interface) -> State:
 
 
 def sharpened(weights: Tensor, power: Tensor) -> Tensor:
-    """Weightings `[..., N]` to a power `[...]`, with the mass they had: what walked off the tape stays gone.
+    """Weightings `[..., N]` to a power `[...]`, with the mass they had: weight that left the tape is not given back.
 
     Reference:
         Csordás and Schmidhuber (1904.10278) section 3.3, in log space.
@@ -197,8 +197,8 @@ class Dnc(RingMemory):
     """An episodic tape: each row takes a free slot, or that which the eviction policy frees; links remember the order.
 
     Under the tape's script all weightings are one-hot, so a slot's row of L has at most one 1, and `before` holds its
-    place: the state takes N numbers instead of N². `dense` writes the full tensors out. A tape can't be merged with
-    another, for their orders can't, and rows leave it only by rebuilding it from the journal.
+    place: the state takes N numbers instead of N². `dense` writes the full tensors out. Two tapes can't be merged, as
+    they have no common order, and rows leave a tape only by rebuilding it from the journal.
     """
 
     kind: ClassVar[str] = "dnc"

@@ -1,4 +1,4 @@
-"""Making room: what a memory of slots does with a policy's answer, whatever the memory and whatever the policy.
+"""Eviction: how a memory of slots carries out what a policy decides.
 
 Shape legend: `B` banks, `N` slots, `E = N + 1` entries (the newcomer last), `M` rows of one bank, `K` key width.
 """
@@ -34,17 +34,18 @@ class EvictionOptions(Options):
 def make_room(
     rule: Policy, kept: State, entries: Entries, real_B: Tensor, stays_BE: Tensor | None = None
 ) -> tuple[State, Places]:
-    """One newcomer a bank takes the first free slot, or that of the entry which the policy lets go.
+    """One newcomer a bank takes the first free slot, or that of the entry which the policy evicts.
 
     Args:
         rule: the policy.
         kept: its tensors `[B, N, ...]`; their storage is reused when gradients are off.
         entries: the memory and the newcomers.
-        real_B: bool `[B]`; a newcomer that is not there takes no slot and goes unnoticed.
-        stays_BE: bool `[B, E]`, entries that may not go.
+        real_B: bool `[B]`, False where a bank has no newcomer: no slot is taken and the policy's tensors stay.
+        stays_BE: bool `[B, E]`, entries that may not be evicted.
 
     Returns:
-        The policy's tensors after it, and the places `(bank, slot)` that newcomers took; none where it went itself.
+        The policy's tensors after it, and the places `(bank, slot)` that newcomers took; none where a newcomer itself
+        was evicted.
     """
     logits_BE, seen = rule(kept, entries)
     if stays_BE is not None:
@@ -61,7 +62,7 @@ def make_room(
 
 
 def survivors(rule: Policy, kept: State, keys_MK: Tensor, number_M: Tensor, room: int, newest: int = 0) -> Tensor:
-    """Indices of the rows that stay where one bank has too many: the policy lets go one after another.
+    """Indices of the rows that stay where one bank has too many: the policy evicts one after another.
 
     The newest row that is left counts as the newcomer each time.
 
@@ -71,7 +72,7 @@ def survivors(rule: Policy, kept: State, keys_MK: Tensor, number_M: Tensor, room
         keys_MK: unit keys, oldest first.
         number_M: int64, ascending.
         room: how many stay.
-        newest: so many of the newest may not go.
+        newest: how many of the newest may not be evicted.
     """
     left = torch.arange(len(number_M), device=number_M.device)
     while len(left) > room:
@@ -84,10 +85,10 @@ def survivors(rule: Policy, kept: State, keys_MK: Tensor, number_M: Tensor, room
 
 
 def policy_spec(rule: Policy) -> StateSpec:
-    """One slot's entry in each of the policy's tensors, named as among a memory's own."""
+    """One slot's entry in each of the policy's tensors, under the names that they have in a memory's state."""
     return {f"policy_{name}": spec for name, spec in rule.spec().items()}
 
 
 def policy_part(columns: State) -> State:
-    """Those of a memory's tensors that are its policy's, by the policy's own names."""
+    """Those of a memory's tensors that are its policy's, under the policy's own names."""
     return {name.removeprefix("policy_"): column for name, column in columns.items() if name.startswith("policy_")}

@@ -1,4 +1,4 @@
-"""A seeded reservoir of the keys a bank has seen: what lets a memory without rows know what it is about."""
+"""A seeded reservoir of the keys that a bank has seen: a memory without rows measures a query's similarity by it."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Larimar(StateMemory):
         return state
 
     def start(self, banks: int) -> State:
-        """Sums of nothing."""
+        """Sums over no rows."""
         own = {name: torch.zeros(banks, *spec.shape, dtype=spec.dtype) for name, spec in self.own_spec().items()}
         if "slot_token" in own:
             own["slot_token"] -= 1

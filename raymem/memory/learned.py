@@ -1,4 +1,4 @@
-"""What training leaves behind: a mechanism's weights as one safetensors file, named by the hash of its bytes."""
+"""Learned weights of a mechanism as one safetensors file, named by the hash of its bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FORMAT = "raymem-params-1"
 _KEY = "raymem"
 _PREFIX = "memory."
 _GATE = "gate."
-# of what training says of itself
+# how deep `about` may be nested
 _DEEPEST = 32
 
 

@@ -25,7 +25,7 @@ from raymem.memory.state import Batch, put
 
 
 class LemnOptions(CountedSlotOptions):
-    """How many rows there is room for, and who decides which.
+    """How many rows are kept, and the policy that picks them.
 
     `slots` at most, fewer where the budget is small. `policy` is one of policies.py; `gamma` is that of `im` (None:
     learned), `hidden` the width of the agents `s` and `st`, which look at every slot for each row: for few slots.
@@ -44,10 +44,9 @@ class LemnOptions(CountedSlotOptions):
 class Lemn(SlotMemory):
     """Slots of a key, the token that followed it and a vector if rows carry one, kept or evicted row by row.
 
-    While a slot is free the newcomer takes it. Then the policy weighs all rows and the newcomer, and the largest logit
-    goes; learned agents are drawn from in training and never here. A read weighs slots by `softmax(beta cos)`;
-    candidates are the tokens of the slots with most weight, scores the logarithm of the weight.
-    Merging is approximate: rows that were evicted before it can't come back, though the other bank's were worth less.
+    While a slot is free the newcomer takes it. Then the policy gives all rows and the newcomer a logit, and the entry
+    of the largest is evicted; decisions of a learned agent are drawn in training alone. Merging is approximate: rows
+    that were evicted before it can't come back, though the other bank's were worth less.
     """
 
     kind: ClassVar[str] = "lemn"

@@ -1,4 +1,4 @@
-"""The small network that is a Titans memory: its outputs, and each token's gradient, batched over banks.
+"""The network whose weights are a Titans memory: its outputs, and each token's gradient, batched over banks.
 
 Shape legend: `B` banks, `T` rows, `I` and `O` a layer's widths.
 """

@@ -1,4 +1,4 @@
-"""Who makes room: given the entries of a full memory and a newcomer, a policy says which of them goes.
+"""Eviction policies: given the entries of a full memory and a newcomer, which of them is evicted.
 
 The learned ones are those of Jung et al. 2018, "Learning What to Remember: Long-term Episodic Memory Networks for
 Learning from Streaming Data" (arXiv 1812.04227), with the layers of the authors' EMR. Any memory of slots can use them.
@@ -52,12 +52,12 @@ class Policy(nn.Module, ABC):
     def forward(self, own: State, entries: Entries) -> tuple[Tensor, State]:
         """Logits `[B, E]` of being evicted, and the policy's tensors with the newcomer's entry behind, `[B, E, ...]`.
 
-        The largest logit goes; the newcomer going means that it is not written.
+        The entry of the largest logit is evicted; a newcomer that is evicted is not written.
         """
 
 
 class Fifo(Policy):
-    """The oldest goes."""
+    """Evicts the oldest."""
 
     by_content = False
 
@@ -68,7 +68,7 @@ class Fifo(Policy):
 
 
 class Lifo(Policy):
-    """The newcomer goes: the memory keeps what it saw first."""
+    """Evicts the newcomer: the memory keeps what it saw first."""
 
     by_content = False
 
@@ -78,7 +78,7 @@ class Lifo(Policy):
 
 
 class Uniform(Policy):
-    """Any entry goes, the newcomer too, drawn by a hash of its number: a row outlives k more with `(N/(N+1))^k`."""
+    """Evicts any entry, drawn by a hash of the newcomer's number: a row outlives k more with chance `(N/(N+1))^k`."""
 
     by_content = False
 
@@ -88,7 +88,7 @@ class Uniform(Policy):
 
 
 class Reservoir(Policy):
-    """Every row of the stream is held with the same chance: those whose numbers have the largest hashes stay."""
+    """Holds every row of the stream with the same chance: rows whose numbers have the largest hashes stay."""
 
     by_content = False
 
@@ -99,7 +99,7 @@ class Reservoir(Policy):
 
 
 class Lru(Policy):
-    """The one not used for longest goes; a row is used when a newcomer is nearer to it than to any other."""
+    """Evicts the row not used for longest; a newcomer uses the row that it is nearest to."""
 
     numbers = ("used",)
 
@@ -116,7 +116,7 @@ class Lru(Policy):
 
 
 class InputMatching(Policy):
-    """Attention decides (IM): like the newcomer goes, unless it was attended to lately; the newcomer always stays.
+    """Evicts by attention (IM): the row most like the newcomer, unless it was attended to lately; the newcomer stays.
 
     `gamma` fixes how much past attention protects a row; None learns it as `sigmoid(w c)`.
 
@@ -150,7 +150,7 @@ class InputMatching(Policy):
 
 
 class Spatial(Policy):
-    """An agent that weighs every entry against the others (S): a BiGRU over the entries in the order of arrival.
+    """An agent that compares all entries (S): a BiGRU over them in the order of arrival.
 
     Reference:
         1812.04227 section 3 (S-LEMN): `e = BiGRU([M, c])`, `logit_i = w e_i`.
@@ -167,7 +167,7 @@ class Spatial(Policy):
             self.weigh_history = nn.Linear(hidden, 1)
 
     def encode(self, entries_BEK: Tensor) -> Tensor:
-        """What each entry is beside the others, `[B, E, 2 H]`; entries come in the order of arrival."""
+        """Each entry encoded among the others, `[B, E, 2 H]`; entries come in the order of arrival."""
         encoded: Tensor = self.across(entries_BEK)[0]
         return encoded
 
@@ -192,7 +192,7 @@ class Spatial(Policy):
 
 
 class SpatioTemporal(Spatial):
-    """The same agent with a history of each entry (ST), so that what mattered once can matter later.
+    """The same agent with a recurrent history of each entry (ST).
 
     Reference:
         1812.04227 section 3 (ST-LEMN): `h_i <- GRU(e_i, h_i)`, `logit_i = w h_i`; a newcomer's history starts at 0.
@@ -210,7 +210,7 @@ class SpatioTemporal(Spatial):
 
 
 class Critic(nn.Module):
-    """What a memory is worth from here on: `h <- GRU(rho(sum_i e_i), h)`, `V = w h`, whatever the entries' order."""
+    """The expected return of a memory: `h <- GRU(rho(sum_i e_i), h)`, `V = w h`; the entries' order does not matter."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

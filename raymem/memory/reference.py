@@ -1,4 +1,4 @@
-"""Where a key points in a memory that is never rewritten: weights over the rows of a fixed reference memory.
+"""A key's address in a memory that never changes: weights over the rows of a fixed reference memory.
 
 Shape legend: `S` memory rows, `K` key width; `...` banks and rows.
 """

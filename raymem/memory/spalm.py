@@ -146,12 +146,6 @@ class Spalm(RowMemory):
         weights_Qk = _softmax(scores_Qk / options.tau, scores_Qk > float("-inf"))
         return (weights_Qk[..., None] * vectors_QkV.float()).sum(1)
 
-    def short_term(self, state: RowState) -> tuple[Tensor, Tensor]:
-        """The newest `n_short` keys [n, K] float32 and their tokens [n] int64, oldest first."""
-        held = state.held()
-        newest = torch.argsort(held["pos"])[max(0, state.count - self.spalm.n_short) :]
-        return unpack(held["key"][newest], held["key_scale"][newest]), held["token"][newest].long()
-
 
 class SpalmGate(nn.Module):
     """The paper's read in front of a model's output layer: retrieved tokens' embeddings, mixed in by a learned gate.

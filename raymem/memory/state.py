@@ -54,8 +54,8 @@ class StateMemory(Memory):
 
     A kind says what its own tensors are (`own_spec`), what they hold at first (`start`), and how a batch changes them
     (`write_batch`) and answers (`answer`). The base projects keys, keeps the count of rows and the `scope` reservoir,
-    checks budgets, and speaks the runtime's verbs. `write` is functional when gradients are on; otherwise a kind may
-    reuse the storage it was given. Float tensors of the state may be float64 throughout: tests do that.
+    checks budgets, and has the methods that the runtime calls. `write` is functional when gradients are on; otherwise a
+    kind may reuse the storage it was given. Float tensors of the state may be float64 throughout: tests do that.
     """
 
     def __init__(self, dims: Dims, options: Options, budget_bytes: int, projection: Projection) -> None:
@@ -103,7 +103,7 @@ class StateMemory(Memory):
             )
 
     def init_state(self, banks: int) -> State:
-        """State of `banks` banks that have seen nothing."""
+        """State of `banks` banks that have seen no rows."""
         base = {name: torch.zeros(banks, *spec.shape, dtype=spec.dtype) for name, spec in self.base_spec().items()}
         return base | self.start(banks)
 

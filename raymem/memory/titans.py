@@ -36,9 +36,9 @@ Gates = tuple[Tensor, Tensor, Tensor]
 
 
 class TitansOptions(Options):
-    """The network, its learning rule, and what it learns to put out.
+    """The network, its learning rule, and its targets.
 
-    `values`: what a row is worth. "softmax": its next token, under the cross-entropy over the tokens seen; "onehot":
+    `values`: the target of a row. "softmax": its next token, under the cross-entropy over the tokens seen; "onehot":
     the same under the squared loss; "signs": a code of `code_width` signs for the token; "vectors": the vector that
     came with the row. "auto" is vectors where rows carry them, else softmax. At most `slots` tokens can come out.
     `depth` layers, hidden ones `expansion` times the key's width; `residual_norm` puts `LN(.) + k` around them.
@@ -149,8 +149,8 @@ class Titans(StateMemory):
 
     def answer(self, state: State, queries_BQK: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """`M(q)`, decoded into candidate tokens where the memory was taught tokens."""
-        settled = self._settled(state)
-        return self.code.decode(settled, self._output(settled, queries_BQK), k)
+        ahead = self._look_ahead(state)
+        return self.code.decode(ahead, self._output(ahead, queries_BQK), k)
 
     def surprise(self, state: State, keys_BTK: Tensor, values_BTV: Tensor | None, tokens_BT: Tensor) -> Tensor:
         """Loss [B, T] of each row under the memory as it stands, nothing being written.
@@ -169,8 +169,8 @@ class Titans(StateMemory):
         """
         keys = self.project(keys_BTK).to(state["scope_scale"].dtype)
         items = self.code.items(Batch(keys, values_BTV, tokens_BT, state["count"]))
-        settled = self._settled(state)
-        return self.code.loss(settled, self._output(settled, keys), items)
+        ahead = self._look_ahead(state)
+        return self.code.loss(ahead, self._output(ahead, keys), items)
 
     def merge(self, states: Sequence[State]) -> State:
         """`M = M_0 + sum_s (M_s - M_0)` of a linear memory, its momenta added likewise; see the class.
@@ -199,8 +199,8 @@ class Titans(StateMemory):
                 where = slice(None) if column is None else column[column >= 0]
                 merged[name][..., where] += change[..., here]
         counts = [int(state["count"]) for state in states]
-        settled = sum(count // self.chunk * self.chunk for count in counts)
-        merged = start | merged | joined_scopes(states) | {"count": torch.full_like(start["count"], settled)}
+        learned = sum(count // self.chunk * self.chunk for count in counts)
+        merged = start | merged | joined_scopes(states) | {"count": torch.full_like(start["count"], learned)}
         own = self.write_batch(merged, self._all_waiting(states, counts)) if self.chunk > 1 else {}
         return merged | own | {"count": torch.full_like(start["count"], sum(counts))}
 
@@ -370,13 +370,13 @@ class Titans(StateMemory):
         source = torch.where(here, place, 0)
         return {"wait_key": _only(_take(keys, source), here), "wait_item": _only(_take(items, source), here)}
 
-    def _settled(self, state: State) -> State:
+    def _look_ahead(self, state: State) -> State:
         """The state with the waiting rows learned, for reading only."""
         waiting_B = state["count"] % self.chunk
         rows = int(waiting_B.max())
         if rows == 0:
             return state
-        # the look ahead must not reuse the storage that the next write starts from
+        # a copy: the next write starts from the weights as they are
         own = {f"weight_{layer}": weight.clone() for layer, weight in enumerate(self._layers(state)[0])}
         keys, items = state["wait_key"][:, :rows], state["wait_item"][:, :rows]
         return self._advance(state | own, keys, items, waiting_B, push=False)

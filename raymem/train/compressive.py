@@ -1,4 +1,4 @@
-"""Fitting a compressor: attention should not notice that old rows were compressed.
+"""Fitting a compressor: attention over compressed rows should equal attention over the rows.
 
 Rae et al. 2019 (arXiv 1911.05507) section 3.3. The attention is the memory's own read, `softmax(beta cos)` over unit
 rows, the projections being the identity.

@@ -1,4 +1,4 @@
-"""A bank's own rows as lessons: the first four fifths to learn from, the rest to be judged by.
+"""A bank's rows as lessons: the first four fifths to learn from, the rest held out for the figures.
 
 Shape legend: `N` rows, `K` key width.
 """

@@ -1,7 +1,8 @@
 """Fitting a keep policy: keep the blocks that later rows will ask for, and no more than the budget says.
 
-Chang and Ma 2021 (arXiv 2110.04821) train the policy with the model; here the model is frozen, and what the policy is
-for is the memory's own prediction of later tokens. Gates are drawn and learned straight through.
+Chang and Ma 2021 (arXiv 2110.04821) train the policy with the model; here the model is frozen, and the policy is
+trained for the memory's own prediction of later tokens. Gates are drawn; the straight-through estimator gives their
+gradient.
 
 Shape legend: `B` streams, `G` blocks, `S` rows of a block, `M` rows that it becomes, `m` tokens of such a row, `Q`
 queries, `K` key width.

@@ -1,4 +1,4 @@
-"""Fitting a retention agent: let go what the rows to come won't ask for.
+"""Fitting a retention agent: evict the rows that later rows won't ask for.
 
 Jung et al. 2018 (arXiv 1812.04227) reward an agent for what later questions need. A journal holds its own questions:
 a row is worth, at each later row, its cosine with it where both were followed by the same token. Actor and critic as in

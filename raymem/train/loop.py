@@ -27,7 +27,7 @@ _LONGEST_STEP = 1.0
 
 
 class Task(ABC):
-    """What is learned from what: weights, a loss, and what they are worth on rows that were not learned from."""
+    """One thing to train: weights, a loss, and figures on held-out rows."""
 
     metric: str
     """What the figures say, in words."""
@@ -137,7 +137,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | No
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Put a file in place of what was there, whole or not at all.
+    """Replace a file atomically.
 
     Raises:
         StorageError: it can't be written.

@@ -1,4 +1,4 @@
-"""Fitting the gate that stands between a model and a bank's rows, on what the bank's own text came to say next.
+"""Fitting the gate that weighs a bank's rows against a model, on the next tokens of the bank's own text.
 
 Yogatama et al. 2021 (arXiv 2102.02557) train a gate with the model frozen; here it is the gate of raymem/lm/gate.py,
 which weighs the model's answer against the neighbours' at several temperatures. The first rows are memory; the tokens

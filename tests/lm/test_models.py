@@ -54,9 +54,10 @@ def test_layers_that_are_not_there_are_refused(model, layers):
 def test_a_kept_pass_has_the_same_bits(model, tmp_path, monkeypatch):
     monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path))
     tokens = model.encode("The same tokens, the same layers.")
-    made = model.forward_cached(tokens, (26,))
-    kept = model.forward_cached(tokens, (26,))
+    made = model.run_cached(tokens, (26,))
+    kept = model.run_cached(tokens, (26,))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     assert all(torch.equal(a, b) for a, b in zip(made, kept, strict=True))
-    model.forward_cached(tokens, (15,))
+    assert torch.equal(model.logits(made.final_Td), model.logits(kept.final_Td))
+    model.run_cached(tokens, (15,))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2

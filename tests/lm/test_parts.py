@@ -63,8 +63,8 @@ def test_a_saved_model_is_read_with_the_same_bits(case, tmp_path, monkeypatch):
     family, fields = CASES[case]
     model = LanguageModel.load(save_tiny(tmp_path / "model", family, **fields))
     tokens = model.encode("Whatever its family calls them.")
-    hidden, logits = model.forward_cached(tokens, (1, LAYERS))
-    again, _ = model.forward_cached(tokens, (1, LAYERS))
+    hidden, final = model.run_cached(tokens, (1, LAYERS))
+    logits, again = model.logits(final), model.run_cached(tokens, (1, LAYERS)).hidden_TLd
     plain = AutoModelForCausalLM.from_pretrained(str(tmp_path / "model"), dtype=torch.bfloat16)
     reference = plain.eval()(tokens[None], use_cache=False, output_hidden_states=True)
     assert torch.equal(logits, reference.logits[0])

@@ -10,7 +10,6 @@ from raymem.errors import InvalidSpec
 from raymem.memory.base import Dims, EncodedRows
 from raymem.memory.compressive import Compressive, CompressiveOptions
 from raymem.memory.dct import (
-    Baseline,
     Dct,
     DctOptions,
     KeepPolicy,
@@ -163,14 +162,6 @@ def test_own_surprise_is_minus_log_of_the_weight_on_rows_with_that_token():
     # of rows 6 and 7, tokens 1 and 2, the first is unknown: a selected row stands for its own token alone
     p = 1e-4 + (1 - 1e-4) * torch.stack([0 * weights[0, 0], weights[1, 0]])
     assert memory.decisions(state)[3].surprise == pytest.approx((p.log().mean() / math.log(1e-4)).item(), rel=1e-5)
-
-
-def test_a_baseline_is_the_mean_of_equal_rewards_from_the_first_on():
-    baseline = Baseline()
-    assert baseline.value == 0
-    for _ in range(3):
-        baseline = baseline.after(7.0)
-        assert baseline.value == pytest.approx(7.0)
 
 
 WIDTH, BLOCKS, ROOM, FACTS = 16, 24, 6, 4

@@ -122,16 +122,6 @@ def test_forgetting_in_a_full_ring_keeps_the_order_of_eviction(rows_of):
     assert sorted(state.held()["pos"].tolist()) == [*range(35, 40), *range(50, room + 45)]
 
 
-def test_the_short_term_memory_is_the_newest_rows_in_order(rows_of):
-    memory = bank(budget=100 * 80, n_short=7, key_dtype="float32")
-    state = memory.empty()
-    assert memory.short_term(state)[0].shape == (0, KEY)
-    rows = rows_of(250, key=KEY)
-    keys, tokens = memory.short_term(memory.absorb(state, rows))
-    torch.testing.assert_close(keys, rows.keys_NK[-7:])
-    assert torch.equal(tokens, rows.tokens_N[-7:])
-
-
 def test_token_ids_over_16_bits_come_back_and_over_32_are_refused(rows_of):
     memory, rows = bank(), rows_of(3, key=KEY)
     large = EncodedRows(

@@ -11,7 +11,7 @@ from raymem.lm.contenders import Contender
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.gate import Gate
 from raymem.lm.models import BUNDLED_MODEL, LanguageModel
-from raymem.lm.passes import CachedModel, read
+from raymem.lm.passes import read
 from raymem.lm.text import Document
 from raymem.lm.tune import Lesson, fit
 from raymem.lm.tune import lessons as lessons_of
@@ -31,11 +31,9 @@ def lessons(tmp_path_factory) -> tuple[Lessons, Lessons]:
     from pydoc_data.topics import topics
 
     longest = sorted(topics, key=lambda name: -len(topics[name]))
-    model = CachedModel(LanguageModel.load(BUNDLED_MODEL))
-    calibration = calibrate(model.model, (LAYER,))
-    who = Contender(
-        "spalm", (BankSpec(kind="spalm", fingerprint=fingerprint(model.model, (LAYER,), calibration.hash)),)
-    )
+    model = LanguageModel.load(BUNDLED_MODEL)
+    calibration = calibrate(model, (LAYER,))
+    who = Contender("spalm", (BankSpec(kind="spalm", fingerprint=fingerprint(model, (LAYER,), calibration.hash)),))
 
     def made(store, names) -> Lessons:
         readings = [read(model, Document(name, topics[name]), (LAYER,), TOKENS, TOKENS // 4) for name in names]

@@ -36,7 +36,7 @@ def tokens_for(keys):
 
 
 def settled(memory, state):
-    return memory._settled(state)["weight_0"]
+    return memory._look_ahead(state)["weight_0"]
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
