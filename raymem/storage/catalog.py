@@ -182,7 +182,7 @@ class Catalog:
             BankExists: one of the names is taken. BankNotFound: one is a fork, and its parent is gone.
         """
         # before journals are copied
-        if self._rows(f"name = {quote(entries[0].name)}"):
+        if self._table.rows(f"name = {quote(entries[0].name)}"):
             raise _bank_exists(entries[0].name)
 
         def decide(moment: Moment) -> Sequence[Entry]:
@@ -247,27 +247,27 @@ class Catalog:
     def lines(self, prefix: str = "", id: str | None = None) -> builtins.list[Line]:
         """As `list`, also those of banks whose spec or tags can't be read; all, or that of one id."""
         only = "" if id is None else f" AND id = {quote(id)}"
-        rows = self._rows(f"name != '' AND starts_with(name, {quote(prefix)}){only}")
+        rows = self._table.rows(f"name != '' AND starts_with(name, {quote(prefix)}){only}")
         return sorted((_line(row) for row in rows), key=lambda line: line.name)
 
     def by_id(self, id: str) -> Entry | None:
         """The bank of that id, whatever its name."""
-        rows = self._rows(f"id = {quote(id)} AND name != ''")
+        rows = self._table.rows(f"id = {quote(id)} AND name != ''")
         return _entry(rows[0]) if rows else None
 
     def forks(self, id: str) -> builtins.list[Entry]:
         """The banks whose journal begins with rows of this one, by name."""
-        rows = self._rows(f"parent = {quote(id)}")
+        rows = self._table.rows(f"parent = {quote(id)}")
         return sorted((_entry(row) for row in rows), key=lambda entry: entry.name)
 
     def logged(self, log: str) -> builtins.list[Line]:
         """The banks that may have rows in an incarnation's log."""
-        return [_line(row) for row in self._rows(f"log = {quote(log)}")]
+        return [_line(row) for row in self._table.rows(f"log = {quote(log)}")]
 
     def list(self, prefix: str = "") -> builtins.list[Entry]:
         """All banks whose name starts with `prefix`, by name; one whose line can't be read is left out, and told of."""
         found = []
-        for row in self._rows(f"name != '' AND starts_with(name, {quote(prefix)})"):
+        for row in self._table.rows(f"name != '' AND starts_with(name, {quote(prefix)})"):
             try:
                 found.append(_entry(row))
             except Corrupt as error:
@@ -277,9 +277,8 @@ class Catalog:
     def owners(self) -> set[str]:
         """Who owns a bank that is hot."""
         with reading("read the catalog"):
-            found = (
-                self._table.open().search().where("state = 'hot' AND owner IS NOT NULL").select(["owner"]).to_arrow()
-            )
+            table = self._tables.open(_TABLE)
+            found = table.search().where("state = 'hot' AND owner IS NOT NULL").select(["owner"]).to_arrow()
         return set(found["owner"].to_pylist())
 
     def claim(
@@ -304,8 +303,10 @@ class Catalog:
         if log is not None:
             held = "log" if flushed is None else f"nullif(log, {quote(flushed)})"
             values["log"] = f"coalesce({held}, {quote(log)})"
-        self._change(name, expect_epoch, values)
+        changed = self._update(f"name = {quote(name)} AND epoch = {expect_epoch}", sql=values)
         entry = self.get(name)
+        if not changed:
+            raise _not_owner(entry, expect_epoch)
         if (entry.epoch, entry.owner) != (expect_epoch + 1, owner):
             raise _not_owner(entry, expect_epoch + 1)
         return entry
@@ -321,11 +322,12 @@ class Catalog:
         values = {"owner": "NULL", "state": quote(state)}
         if log is not None:
             values["log"] = f"nullif(log, {quote(log)})"
-        self._change(name, epoch, values)
+        if not self._update(f"name = {quote(name)} AND epoch = {epoch}", sql=values):
+            raise _not_owner(self.get(name), epoch)
 
     def disown(self, id: str, owner: str) -> None:
         """As `release`, of whatever bank has this id and owner; nothing if none has."""
-        self._update(f"id = {quote(id)} AND owner = {quote(owner)}", values_sql={"owner": "NULL", "state": "'cold'"})
+        self._update(f"id = {quote(id)} AND owner = {quote(owner)}", sql={"owner": "NULL", "state": "'cold'"})
 
     def change(self, entry: Entry, **values: Any) -> Entry:
         """Change fields of a bank that is still at this epoch and generation; return what it is now.
@@ -347,7 +349,9 @@ class Catalog:
 
     def unchanged(self, entry: Entry) -> Entry:
         """As `require`; raise NotOwner also if its journal was rewritten: who does so again would drop the new one."""
-        found = self.require(entry.name, entry.id, entry.epoch)
+        found = self.get(entry.name)
+        if (found.id, found.epoch) != (entry.id, entry.epoch):
+            raise _not_owner(found, entry.epoch)
         if found.generation != entry.generation:
             raise NotOwner(f"the journal of {entry.name} was rewritten meanwhile; load the bank again")
         return found
@@ -399,19 +403,16 @@ class Catalog:
 
     def require_no_forks(self, entry: Entry | Line) -> None:
         """Raise Conflict, naming them, if a bank has forks."""
-        _require_no_forks(entry, self._rows)
+        _require_no_forks(entry, self._table.rows)
 
     def _store_row(self) -> dict[str, Any]:
-        return self._rows(f"name = {quote(_STORE_ROW)}")[0]
+        return self._table.rows(f"name = {quote(_STORE_ROW)}")[0]
 
     def _row(self, name: str) -> dict[str, Any]:
-        rows = self._rows(f"name = {quote(name)}") if name != _STORE_ROW else []
+        rows = self._table.rows(f"name = {quote(name)}") if name != _STORE_ROW else []
         if not rows:
             raise BankNotFound(f"no bank {shorten(name)!r}; {self._nearest(name)}")
         return rows[0]
-
-    def _rows(self, where: str) -> builtins.list[dict[str, Any]]:
-        return self._table.rows(where)
 
     def _with_journals(
         self,
@@ -438,15 +439,12 @@ class Catalog:
         """Change several lines at once, depending on what others say: all of it holds at one moment."""
         self._table.swap(what, f"name = {quote(_STORE_ROW)}", "epoch", decide)
 
-    def _change(self, name: str, epoch: int, values_sql: dict[str, str]) -> None:
-        if not self._update(f"name = {quote(name)} AND epoch = {epoch}", values_sql=values_sql):
-            raise _not_owner(self.get(name), epoch)
-
-    def _update(self, where: str, values: dict[str, Any] | None = None, **sql: dict[str, str]) -> int:
-        """Change the row that matches, if it does: says how many did."""
-        return self._table.change(
-            "update the catalog", lambda: int(self._table.open().update(where, values, **sql).rows_updated)
+    def _update(self, where: str, values: dict[str, Any] | None = None, sql: dict[str, str] | None = None) -> int:
+        """Change the row that matches, if it does, to values or SQL expressions: says how many did."""
+        changed = self._table.change(
+            "update the catalog", lambda table: table.update(where, values, values_sql=sql).rows_updated
         )
+        return int(changed)
 
     def _retag(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
         for _ in attempts(SWAP_ATTEMPTS, f"the tags of {name} keep changing", retry_after_s=0.1):

@@ -24,13 +24,15 @@ class Cordon:
         """Let a node take no more banks."""
         self._table.create(_SCHEMA.empty_table())
         rows = pa.Table.from_pylist([{"node": node, "since": time.time()}], schema=_SCHEMA)
-        merge = self._table.open().merge_insert("node").when_not_matched_insert_all()
-        self._table.change(f"drain node {node}", lambda: merge.execute(rows))
+        self._table.change(
+            f"drain node {node}",
+            lambda table: table.merge_insert("node").when_not_matched_insert_all().execute(rows),
+        )
 
     def end(self, node: str) -> None:
         """Let a node take banks again."""
         if node in self.nodes():
-            self._table.change(f"release node {node}", lambda: self._table.open().delete(f"node = {quote(node)}"))
+            self._table.change(f"release node {node}", lambda table: table.delete(f"node = {quote(node)}"))
 
     def nodes(self) -> frozenset[str]:
         """The nodes that are being emptied, or have been."""

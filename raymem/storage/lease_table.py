@@ -56,14 +56,14 @@ class LeaseTable:
         self._make()
         row = Incarnation(id, owner, 0, lease_s, time.time())
         rows = pa.Table.from_pylist([vars(row)], schema=_SCHEMA)
-        self._table.change(f"register {owner}", lambda: self._table.open().add(rows))
+        self._table.change(f"register {owner}", lambda table: table.add(rows))
         self._delete(f"owner = {quote(owner)} AND id != {quote(id)}")
 
     def beat(self, id: str) -> bool:
         """Move an incarnation's counter; False if it has been ended."""
         where = f"id = {quote(id)}"
         moved = self._table.change(
-            f"renew lease {id}", lambda: self._table.open().update(where, values_sql={"beats": "beats + 1"})
+            f"renew lease {id}", lambda table: table.update(where, values_sql={"beats": "beats + 1"})
         )
         return int(moved.rows_updated) == 1
 
@@ -102,4 +102,4 @@ class LeaseTable:
 
     def _delete(self, where: str) -> None:
         if self._table.rows(where):
-            self._table.change("end an incarnation", lambda: self._table.open().delete(where))
+            self._table.change("end an incarnation", lambda table: table.delete(where))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -18,13 +21,18 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raymem.errors import Corrupt, StorageError
+from raymem.errors import Corrupt
 from raymem.logs import get_logger
 from raymem.storage.catalog import Entry
-from raymem.storage.tables.blobs import BLOB, FILE_FORMAT, Blob, opened
 from raymem.storage.tables.disk import reading, writing
 from raymem.storage.tables.tables import Tables, quote, snapshot_table
 
+# what a column's field says, and the version of Lance's files that keeps its values beside the other columns: later
+# ones keep them in a folder for each commit, which no clean-up removes
+_BLOB = {"lance-encoding:blob": "true"}
+_FILE_FORMAT = "2.1"
+# an address is a fragment's number and a row's in it
+_ROW_BITS = 32
 # what one thread reads at a time
 _PART_BYTES = 2**22
 # four do on two cores; an object store is to have more requests to answer at once
@@ -40,7 +48,7 @@ _SCHEMA = pa.schema(
         # of the state's bytes
         pa.field("start", pa.int64(), nullable=False),
         # neither compressed nor taken apart
-        pa.field("data", pa.large_binary(), metadata=BLOB),
+        pa.field("data", pa.large_binary(), metadata=_BLOB),
         # of the marker alone
         pa.field("manifest", pa.large_binary()),
         # of the data, or of the manifest
@@ -50,16 +58,20 @@ _SCHEMA = pa.schema(
 _log = get_logger("raymem.snapshots")
 
 Snapshot = tuple[int, dict[str, Tensor], dict[str, Any]]
+_Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class _Manifest:
-    """What one snapshot holds: its tensors' bytes follow each other in the order of `tensors`."""
+class _Part:
+    """One part of a state: where in it these bytes begin, how many they are, their checksum, and where they are kept.
 
-    snapshot: str
-    pos: int
-    tensors: dict[str, dict[str, Any]]
-    meta: dict[str, Any]
+    That is a place in an open file, or what LanceDB makes of it in an object store.
+    """
+
+    start: int
+    size: int
+    crc: int
+    place: tuple[int, int] | Any
 
 
 class Snapshots:
@@ -76,7 +88,6 @@ class Snapshots:
         self._tables = tables
         self._bank = entry.name
         self._name = snapshot_table(entry.id, entry.generation)
-        self._is_merged = MERGED_TAG in entry.tags
         self._sync = tables.folder_sync(self._name)
         self._keep = keep
         self._tagged = tagged
@@ -97,8 +108,8 @@ class Snapshots:
         headers = {name: _header(tensor) for name, tensor in tensors.items()}
         body = json.dumps({"tensors": headers, "meta": meta}, allow_nan=False).encode()
         with writing(f"save a snapshot of {self._bank}"):
-            table = self._create()
-            table.add(pa.RecordBatchReader.from_batches(_SCHEMA, _parts(snapshot, pos, tensors)))
+            table = self._tables.create(self._name, _SCHEMA.empty_table(), _FILE_FORMAT)
+            table.add(pa.RecordBatchReader.from_batches(_SCHEMA, _batches(snapshot, pos, tensors)))
             self._make_durable()
             table.add(pa.Table.from_batches([_marker(snapshot, pos, body)]))
             self._make_durable()
@@ -116,7 +127,7 @@ class Snapshots:
             if upto is not None and row["pos"] > upto:
                 continue
             try:
-                return self._load(self._parse(row))
+                return self._load(row)
             except Corrupt as error:
                 if strict:
                     raise
@@ -127,7 +138,7 @@ class Snapshots:
     def nbytes(self) -> int:
         """Bytes of the newest snapshot's tensors; 0 if there is none."""
         rows = self._manifests()[:1]
-        return sum(header["bytes"] for row in rows for header in self._parse(row).tensors.values())
+        return sum(header["bytes"] for row in rows for header in self._manifest(row)["tensors"].values())
 
     def unfinished(self) -> set[str]:
         """Snapshots that were cut short, or are being saved: they have parts and no manifest."""
@@ -142,61 +153,90 @@ class Snapshots:
         """Manifest rows, newest first."""
         rows = self._select(f"start = {_MANIFEST}", ["snapshot", "pos", "manifest", "crc32c"])
         # a stable sort: of two at one position, the one that was written later comes first
-        return sorted(reversed(rows), key=lambda row: -row["pos"])
+        return sorted(reversed(rows), key=itemgetter("pos"), reverse=True)
 
     def _select(self, where: str, columns: list[str]) -> list[dict[str, Any]]:
-        table = self._open()
-        if table is None:
-            return []
-        if not _is_ours(table):
-            if self._is_merged:
-                raise Corrupt(
-                    f"an earlier build wrote {self._bank}'s snapshots, and only they hold the state it was merged to; "
-                    "export it with that one and import it here, or merge again"
-                )
-            _log.warning("snapshots of an earlier build passed over: the journal redoes them", bank=self._bank)
+        try:
+            table = self._tables.open(self._name)
+        except Corrupt as error:
+            if not error.details.get("missing"):
+                raise
+            # no snapshot was ever saved
             return []
         with reading(f"list the snapshots of {self._bank}"):
             found: list[dict[str, Any]] = table.search().where(where).select(columns).limit(None).to_list()
         return found
 
-    def _open(self) -> Any | None:
-        """The table, or None if no snapshot was ever saved."""
-        try:
-            return self._tables.open(self._name)
-        except Corrupt as error:
-            if not error.details.get("missing"):
-                raise
-            return None
-
-    def _create(self) -> Any:
-        try:
-            return self._tables.create(self._name, _SCHEMA.empty_table(), FILE_FORMAT)
-        except StorageError:
-            there = self._open()
-            if there is None or _is_ours(there):
-                raise
-        self._tables.drop(self._name)
-        return self._tables.create(self._name, _SCHEMA.empty_table(), FILE_FORMAT)
-
-    def _parse(self, row: dict[str, Any]) -> _Manifest:
+    def _manifest(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What a manifest row says: "tensors", whose bytes follow each other in this order, and "meta"."""
         if not row["manifest"] or crc32c(row["manifest"]) != row["crc32c"]:
             raise Corrupt(f"the manifest of {self._bank}'s snapshot at {row['pos']} does not match its checksum")
-        return _Manifest(row["snapshot"], row["pos"], **json.loads(row["manifest"]))
+        parsed: dict[str, Any] = json.loads(row["manifest"])
+        return parsed
 
-    def _load(self, manifest: _Manifest) -> Snapshot:
-        what = f"{self._bank}'s snapshot at position {manifest.pos}"
-        state = _State(manifest.tensors)
-        where = f"snapshot = {quote(manifest.snapshot)} AND start > {_MANIFEST}"
-        with reading(f"read {what}"), opened(self._tables, self._name, "data", where, ["start", "crc32c"]) as parts:
-            parts.sort(key=lambda part: part[0]["start"])
-            ends = accumulate(blob.size for _, blob in parts)
-            if [0, *ends] != [*(row["start"] for row, _ in parts), state.nbytes]:
-                raise Corrupt(f"{what} lacks some of the {state.nbytes} bytes that its manifest names, or has others")
+    def _load(self, row: dict[str, Any]) -> Snapshot:
+        """Read a state's parts to where they stay, in several threads."""
+        manifest = self._manifest(row)
+        headers: dict[str, dict[str, Any]] = manifest["tensors"]
+        what = f"{self._bank}'s snapshot at position {row['pos']}"
+        sizes = [header["bytes"] for header in headers.values()]
+        ends = list(accumulate(sizes, initial=0))
+        # rows find room behind a tensor without a copy; memory that is never touched costs none
+        data = [np.empty(size + size // 8, np.uint8) for size in sizes]
+
+        def fill(part: _Part) -> None:
+            stop = part.start + part.size
+            # where the part's bytes belong, tensor by tensor
+            views = [
+                each[max(part.start, begin) - begin : min(stop, end) - begin]
+                for each, (begin, end) in zip(data, pairwise(ends), strict=True)
+                if max(part.start, begin) < min(stop, end)
+            ]
+            _read(part.place, views)
+            if _crc(views) != part.crc:
+                raise Corrupt(f"{what} does not match its checksum from byte {part.start} on", start=part.start)
+
+        with reading(f"read {what}"), self._parts(row["snapshot"]) as parts:
+            if [0, *accumulate(part.size for part in parts)] != [*(part.start for part in parts), ends[-1]]:
+                raise Corrupt(f"{what} lacks some of the {ends[-1]} bytes that its manifest names, or has others")
             with ThreadPoolExecutor(_READERS, thread_name_prefix="raymem-snapshot") as pool:
                 # raises what a part did
-                list(pool.map(lambda part: _fill(what, state, *part), parts))
-        return manifest.pos, state.tensors(), manifest.meta
+                list(pool.map(fill, parts))
+        tensors = {name: _tensor(each, header) for each, (name, header) in zip(data, headers.items(), strict=True)}
+        return row["pos"], tensors, manifest["meta"]
+
+    @contextmanager
+    def _parts(self, snapshot: str) -> Iterator[list[_Part]]:
+        """The parts of a state in order, to be read inside.
+
+        In a folder that is done without LanceDB, whose own two copies take twice as long as the reading (ADR-9). What
+        is open stays readable when another process drops it meanwhile.
+        """
+        dataset = self._tables.open(self._name).to_lance()
+        where = f"snapshot = {quote(snapshot)} AND start > {_MANIFEST}"
+        scanner = dataset.scanner(
+            ["start", "crc32c", "data"], where, with_row_address=True, blob_handling="blobs_descriptions"
+        )
+        rows = scanner.to_table().sort_by("start").to_pylist()
+        addresses = [row["_rowaddr"] for row in rows]
+        folder = self._tables.folder(self._name)
+        places: list[Any]
+        with ExitStack() as files:
+            if folder is None:
+                # none at all is refused
+                places = dataset.take_blobs("data", addresses=addresses) if rows else []
+                sizes = [file.size() for file in places]
+            else:
+                handles: dict[int, int] = {}
+                for number in {address >> _ROW_BITS for address in addresses}:
+                    path = folder / "data" / dataset.get_fragment(number).data_files()[0].path
+                    handles[number] = files.enter_context(path.open("rb")).fileno()
+                places = [(handles[row["_rowaddr"] >> _ROW_BITS], row["data"]["position"]) for row in rows]
+                sizes = [row["data"]["size"] for row in rows]
+            yield [
+                _Part(row["start"], size, row["crc32c"], place)
+                for row, size, place in zip(rows, sizes, places, strict=True)
+            ]
 
     def _prune(self) -> None:
         manifests = self._manifests()
@@ -222,16 +262,12 @@ class Snapshots:
                 self._sync.sync()
 
 
-def _is_ours(table: Any) -> bool:
-    return set(_SCHEMA.names) == set(table.schema.names)
-
-
-def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    flat: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> _Bytes:
+    flat: _Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return flat
 
 
-def _crc(views: Iterable[NDArray[np.uint8]]) -> int:
+def _crc(views: Iterable[_Bytes]) -> int:
     crc: int = 0
     for view in views:
         crc = crc32c(view.data, crc)
@@ -242,7 +278,7 @@ def _header(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "bytes": tensor.nbytes}
 
 
-def _parts(snapshot: str, pos: int, tensors: dict[str, Tensor]) -> Iterator[pa.RecordBatch]:
+def _batches(snapshot: str, pos: int, tensors: dict[str, Tensor]) -> Iterator[pa.RecordBatch]:
     start = 0
     for piece in _pieces(tensors, _PART_BYTES):
         offsets = pa.py_buffer(np.array([0, len(piece)], np.int64))
@@ -252,7 +288,7 @@ def _parts(snapshot: str, pos: int, tensors: dict[str, Tensor]) -> Iterator[pa.R
         start += len(piece)
 
 
-def _pieces(tensors: dict[str, Tensor], size: int) -> Iterator[NDArray[np.uint8]]:
+def _pieces(tensors: dict[str, Tensor], size: int) -> Iterator[_Bytes]:
     """The bytes of all tensors, one after another, `size` at a time."""
     piece, filled = np.empty(size, np.uint8), 0
     for tensor in tensors.values():
@@ -277,37 +313,7 @@ def _row(snapshot: str, pos: int, start: int, crc: int, **content: Any) -> pa.Re
     return pa.RecordBatch.from_pydict(columns | {"data": [None], "manifest": [None]} | content, schema=_SCHEMA)
 
 
-class _State:
-    """Memory for a snapshot's tensors, and the bytes of all of them as if one came after the other."""
-
-    def __init__(self, headers: dict[str, dict[str, Any]]) -> None:
-        self._headers = headers
-        sizes = [header["bytes"] for header in headers.values()]
-        # rows find room behind it without a copy; memory that is never touched costs none
-        self._data = [np.empty(size + size // 8, np.uint8) for size in sizes]
-        self._ends: list[int] = list(accumulate(sizes, initial=0))
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors."""
-        return self._ends[-1]
-
-    def views(self, start: int, size: int) -> list[NDArray[np.uint8]]:
-        """Where `size` bytes from `start` on belong, tensor by tensor."""
-        stop, found = start + size, []
-        for data, (begins, ends) in zip(self._data, pairwise(self._ends), strict=True):
-            if max(start, begins) < min(stop, ends):
-                found.append(data[max(start, begins) - begins : min(stop, ends) - begins])
-        return found
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By name, in the order of the manifest."""
-        return {
-            name: _tensor(data, header) for data, (name, header) in zip(self._data, self._headers.items(), strict=True)
-        }
-
-
-def _tensor(data: NDArray[np.uint8], header: dict[str, Any]) -> Tensor:
+def _tensor(data: _Bytes, header: dict[str, Any]) -> Tensor:
     dtype: torch.dtype = getattr(torch, header["dtype"])
     # bytes that aren't there have no stride to be viewed by
     if not header["bytes"]:
@@ -315,8 +321,15 @@ def _tensor(data: NDArray[np.uint8], header: dict[str, Any]) -> Tensor:
     return torch.from_numpy(data)[: header["bytes"]].view(dtype).reshape(header["shape"])
 
 
-def _fill(what: str, state: _State, row: dict[str, Any], blob: Blob) -> None:
-    views = state.views(row["start"], blob.size)
-    blob.read_into(views)
-    if _crc(views) != row["crc32c"]:
-        raise Corrupt(f"{what} does not match its checksum from byte {row['start']} on", start=row["start"])
+def _read(place: tuple[int, int] | Any, views: Sequence[_Bytes]) -> None:
+    """Fill arrays one after another; of bytes that were cut short the rest stays as it is."""
+    if isinstance(place, tuple):
+        handle, position = place
+        for view in views:
+            rest = view.data
+            while len(rest) and (count := os.preadv(handle, [rest], position)):
+                rest, position = rest[count:], position + count
+        return
+    data = np.frombuffer(place.readall(), np.uint8)
+    for view in views:
+        view[:], data = data[: len(view)], data[len(view) :]

@@ -8,7 +8,7 @@ from raymem.storage.catalog import Catalog, Entry
 from raymem.storage.content_store import Calibrations, Params
 from raymem.storage.cordon import Cordon
 from raymem.storage.erasure.receipts import Receipts
-from raymem.storage.journal.fork_journal import ancestors, open_journal
+from raymem.storage.journal.fork_journal import ForkJournal, ancestors
 from raymem.storage.journal.journal import Journal
 from raymem.storage.journal.log import Log, OldLogs
 from raymem.storage.lease_table import LeaseTable
@@ -71,7 +71,8 @@ class ColdStore:
 
     def journal(self, entry: Entry, log: Log | None = None) -> Journal:
         """A bank's journal; nothing is read or written before it is used. Its owner may have a log."""
-        return open_journal(self.tables, self.catalog, entry.whole(), self._old_logs, log)
+        kind = Journal if entry.whole().parent is None else ForkJournal
+        return kind(self.tables, self.catalog, entry, self._old_logs, log)
 
     def snapshots(self, entry: Entry) -> Snapshots:
         """A bank's snapshots; nothing is read or written before they are used."""
@@ -80,10 +81,12 @@ class ColdStore:
     def state(self, entry: Entry, upto: int | None = None) -> Snapshot | None:
         """The newest sound snapshot up to position `upto`; a fork without one of its own has those it came from."""
         found = self.snapshots(entry).latest(upto=upto)
+        if found is not None or entry.parent is None:
+            return found
         for parent, base in ancestors(self.catalog, entry):
+            found = self.snapshots(parent).latest(upto=base if upto is None else min(base, upto))
             if found is not None:
                 break
-            found = self.snapshots(parent).latest(upto=base if upto is None else min(base, upto))
         return found
 
     def nonce(self) -> str:

@@ -17,7 +17,6 @@ from raymem.storage.journal.tombstones import Tombstones
 from raymem.storage.snapshots import Snapshots
 from raymem.storage.store import ColdStore
 from raymem.storage.sweeper import sweep
-from raymem.storage.tables import blobs
 from raymem.storage.tables.files import Files
 from raymem.storage.tables.tables import Tables
 from raymem.types import BankSpec, Selection
@@ -169,13 +168,13 @@ def test_a_checksum_says_where(store: ColdStore, snapshots: Snapshots, monkeypat
 def test_a_file_that_is_cut_short_is_not_read_as_what_memory_held(store: ColdStore, snapshots: Snapshots):
     tensors = {"x": torch.randint(0, 255, (200_000,), dtype=torch.uint8)}
     snapshots.save(5, tensors, {})
-    read = blobs._read
+    read = snapshots_module._read
     with pytest.MonkeyPatch.context() as patch:
         # all zeros would pass for what the file doesn't say
         patch.setattr(np, "empty", lambda *args: np.full(*args[:1], 0xA5, *args[1:]))
         assert torch.equal(snapshots.latest(strict=True)[1]["x"], tensors["x"])
         (path,) = sorted(Path(store.uri).glob("snapshots-*/data/*"), key=os.path.getsize)[1:]
-        patch.setattr(blobs, "_read", lambda *args: (os.truncate(path, 100_000), read(*args)))
+        patch.setattr(snapshots_module, "_read", lambda *args: (os.truncate(path, 100_000), read(*args)))
         with pytest.raises(Corrupt, match="checksum"):
             snapshots.latest(strict=True)
 
@@ -195,7 +194,7 @@ def test_a_snapshot_that_is_being_read_may_be_dropped(store: ColdStore, snapshot
     monkeypatch.setattr(snapshots_module, "_PART_BYTES", 1000)
     snapshots.save(5, tensors, {})
     monkeypatch.setattr(snapshots_module, "_READERS", 1)
-    other, read, reads = store.snapshots(store.catalog.get("lab/a")), blobs._read, []
+    other, read, reads = store.snapshots(store.catalog.get("lab/a")), snapshots_module._read, []
 
     def meanwhile(*args) -> None:
         reads.append(args)
@@ -206,25 +205,10 @@ def test_a_snapshot_that_is_being_read_may_be_dropped(store: ColdStore, snapshot
                 other.save(pos, {"x": torch.zeros(9)}, {})
         read(*args)
 
-    monkeypatch.setattr(blobs, "_read", meanwhile)
+    monkeypatch.setattr(snapshots_module, "_read", meanwhile)
     pos, back, _ = snapshots.latest()
     assert (len(reads), pos, snapshots.fallbacks) == (9, 5, 0)
     assert torch.equal(back["x"], tensors["x"])
-
-
-def test_snapshots_of_an_earlier_raymem_are_passed_over_and_replaced(store: ColdStore, snapshots: Snapshots, caplog):
-    fields = [("snapshot", pa.string()), ("pos", pa.int64()), ("part", pa.int32()), ("data", pa.large_binary())]
-    row = {"snapshot": "s", "pos": 7, "part": 0, "data": b"x"}
-    store.tables.create(snapshots._name, pa.Table.from_pylist([row], pa.schema(fields)))
-    assert (snapshots.latest(), snapshots.nbytes(), snapshots.unfinished()) == (None, 0, set())
-    assert "the journal redoes them" in caplog.text
-    store.catalog.tag("lab/a", "merged", 7)
-    with pytest.raises(Corrupt, match="merge again"):
-        store.snapshots(store.catalog.get("lab/a")).latest()
-    tensors = state()
-    snapshots.save(9, tensors, {})
-    pos, back, _ = snapshots.latest(strict=True)
-    assert (pos, raw(back["keys_NK"])) == (9, raw(tensors["keys_NK"]))
 
 
 def test_who_looks_for_erased_rows_can_not_read_a_part_without_bytes(store: ColdStore, snapshots: Snapshots):

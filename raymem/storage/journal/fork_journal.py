@@ -15,9 +15,7 @@ from raymem.errors import BankNotFound, Conflict, Corrupt
 from raymem.rows import JournalRows
 from raymem.storage.catalog import Catalog, Entry
 from raymem.storage.journal.journal import Journal
-from raymem.storage.journal.log import Log, OldLogs
 from raymem.storage.journal.tombstones import Tombstones
-from raymem.storage.tables.tables import Tables
 
 
 class ForkJournal(Journal):
@@ -47,6 +45,10 @@ class ForkJournal(Journal):
         inherited = self._parent().named(where)
         return pa.concat_tables([inherited.filter(pc.less(inherited["pos"], self.entry.base)), super().named(where)])
 
+    def rows(self) -> int:
+        """As `Journal.rows`, with those that the fork inherited."""
+        return self.end() - len(self.tombstones())
+
     def tombstones(self) -> Tombstones:
         """As `Journal.tombstones`."""
         return self._parent().tombstones().until(self.entry.base) | super().tombstones()
@@ -72,12 +74,8 @@ class ForkJournal(Journal):
                 f"the bank that {self.entry.name} was forked from at position {self.entry.base} is not in the catalog; "
                 "restore the store from a copy"
             )
-        return open_journal(self._tables, self._catalog, parent, self._old_logs)
-
-
-def open_journal(tables: Tables, catalog: Catalog, entry: Entry, old_logs: OldLogs, log: Log | None = None) -> Journal:
-    """A bank's journal, whether it is a fork or not; nothing is read or written before it is used."""
-    return (Journal if entry.parent is None else ForkJournal)(tables, catalog, entry, old_logs, log)
+        kind = Journal if parent.parent is None else ForkJournal
+        return kind(self._tables, self._catalog, parent, self._old_logs)
 
 
 def ancestors(catalog: Catalog, entry: Entry) -> Iterator[tuple[Entry, int]]:

@@ -97,8 +97,13 @@ class Journal:
         self._log_bytes = log_bytes
         self._owned = False
         self._flushed_end = 0
+        hidden = bank_schema(entry.spec).field("hidden").type
+        row_bytes = hidden.list_size * hidden.value_type.bit_width // 8
         self._writer = SingleWriterTable(
-            tables, journal_table(entry.id, entry.generation), f"bank {entry.name}", _fragment_rows(entry)
+            tables,
+            journal_table(entry.id, entry.generation),
+            f"bank {entry.name}",
+            max(1, _FRAGMENT_BYTES // row_bytes),
         )
 
     def claim(self, entry: Entry, log: Log | None) -> None:
@@ -117,7 +122,14 @@ class Journal:
         self._owned = False
         entry = self._catalog.unchanged(self.entry)
         mine = None if self._log is None else self._log.id
-        left = self._left(entry, mine)
+        left: list[JournalRows] = []
+        if entry.log is not None and entry.log != mine:
+            try:
+                left = self._old_logs.rows(entry.log, entry)
+            except Corrupt:
+                # it is gone if others have the bank by now
+                self._catalog.unchanged(entry)
+                raise
         self._writer.fence()
         # a newer owner may have fenced before us: then we have just stopped it and must leave the bank to the next
         self._catalog.unchanged(self.entry)
@@ -200,7 +212,14 @@ class Journal:
 
     def rows(self) -> int:
         """How many rows there are; positions are more once rows were erased."""
-        return self.end() - len(self.tombstones())
+
+        def look() -> int:
+            reader, left = self._look()
+            table = reader.open()
+            end = max([reader.end(table), *(int(rows.pos_T[-1]) + 1 for rows in left)])
+            return end - len(reader.tombstones(table))
+
+        return _again(look)
 
     def scan(self, start: int = 0, stop: int | None = None, batch_rows: int = 4096) -> Iterator[JournalRows]:
         """Rows from position `start` up to `stop` in order, checked; rows appended meanwhile may be left out.
@@ -319,7 +338,7 @@ class Journal:
 
     def stats(self) -> dict[str, int]:
         """Rows and bytes on disk of the table's latest version, fragments, commits so far, and what the log holds."""
-        table = self._writer.open()
+        table = self._tables.open(self._writer.name)
         found = table.stats()
         return {
             "rows": found["num_rows"],
@@ -381,17 +400,6 @@ class Journal:
 
         return _again(look)
 
-    def _left(self, entry: Entry, mine: str | None) -> list[JournalRows]:
-        """The rows in the log of an earlier owner, if the bank names one that isn't this one's."""
-        if entry.log is None or entry.log == mine:
-            return []
-        try:
-            return self._old_logs.rows(entry.log, entry)
-        except Corrupt:
-            # it is gone if others have the bank by now
-            self._catalog.unchanged(entry)
-            raise
-
     def _add(self, parts: list[JournalRows]) -> None:
         if parts:
             self._writer.add(pa.concat_tables([part.to_arrow() for part in parts]))
@@ -425,9 +433,3 @@ def _again(look: Callable[[], T]) -> T:
         if not error.details.get("missing"):
             raise
         return look()
-
-
-def _fragment_rows(entry: Entry) -> int:
-    hidden = bank_schema(entry.spec).field("hidden").type
-    row_bytes: int = hidden.list_size * hidden.value_type.bit_width // 8
-    return max(1, _FRAGMENT_BYTES // row_bytes)

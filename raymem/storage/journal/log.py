@@ -335,7 +335,7 @@ class Log:
 
     def _is_there(self, lsn: int) -> bool:
         with reading(f"look for commit {lsn} in log {self.id}"):
-            return bool(self._table.open().count_rows(f"lsn = {lsn}"))
+            return bool(self._tables.open(self._table.name).count_rows(f"lsn = {lsn}"))
 
     def _first(self, bank: str | None = None) -> int:
         """The commit with the oldest row held, of one bank or of all."""

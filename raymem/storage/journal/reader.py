@@ -29,13 +29,13 @@ class JournalReader:
         """A handle on the latest version."""
         return self._tables.open(journal_table(self.entry.id, self.entry.generation))
 
-    def end(self) -> int:
+    def end(self, table: Any = None) -> int:
         """The position after the last one that was flushed or erased.
 
         Raises:
             Corrupt: rows are missing.
         """
-        table = self.open()
+        table = self.open() if table is None else table
         tombstones = self.tombstones(table)
         with reading(f"find the end of the journal of {self.entry.name}"):
             rows = int(table.count_rows())

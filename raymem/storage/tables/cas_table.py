@@ -61,18 +61,14 @@ class CasTable:
                 f"{', '.join(sorted(missing))}; export its banks with that version, and import them into a new store"
             )
 
-    def open(self) -> Any:
-        """A handle on the latest version."""
-        return self._tables.open(self._name)
-
-    def rows(self, where: str = "true") -> list[dict[str, Any]]:
+    def rows(self, where: str = "true") -> Rows:
         """The rows that match, as of now."""
         with reading(f"read {self._what}"):
-            found: list[dict[str, Any]] = self.open().search().where(where).to_arrow().to_pylist()
+            found: Rows = self._tables.open(self._name).search().where(where).to_arrow().to_pylist()
         return found
 
-    def change(self, what: str, change: Callable[[], T], count: int = _ATTEMPTS) -> T:
-        """Run a change of one commit until no other process is in its way.
+    def change(self, what: str, change: Callable[[Any], T], count: int = _ATTEMPTS) -> T:
+        """Run a change of one commit, on a handle on the latest version, until no other process is in its way.
 
         Raises:
             Overloaded: the others never ended.
@@ -82,12 +78,14 @@ class CasTable:
             for _ in attempts(count, f"{what}: {self._what} is too busy", retry_after_s=0.5):
                 try:
                     with writing(what):
-                        result = change()
+                        table = self._tables.open(self._name)
+                        result = change(table)
                     break
                 except Conflict:
                     continue
             self._make_durable()
-            self._compact()
+            if table.version % _COMPACT_EVERY == 0:
+                self._compact(table)
         return result
 
     def swap(self, what: str, pivot: str, counter: str, decide: Callable[[Find], Change]) -> None:
@@ -103,8 +101,8 @@ class CasTable:
             decide: what to change, from rows as they are; what it raises is raised, and nothing changed.
         """
 
-        def once() -> RaymemError | None:
-            dataset = self.open().to_lance()
+        def once(table: Any) -> RaymemError | None:
+            dataset = table.to_lance()
 
             def find(where: str) -> Rows:
                 with reading(f"read {self._what}"):
@@ -122,6 +120,7 @@ class CasTable:
             if dropped:
                 merge = merge.when_not_matched_by_source_delete(f"id IN ({', '.join(map(quote, dropped))})")
             merge.conflict_retries(0).execute(pa.Table.from_pylist(list(changed.values()), schema=dataset.schema))
+            table.checkout_latest()
             return None
 
         refused = self.change(what, once, SWAP_ATTEMPTS)
@@ -133,14 +132,11 @@ class CasTable:
             with writing(f"sync {self._what}"):
                 self._sync.sync()
 
-    def _compact(self) -> None:
-        table = self.open()
-        if table.version % _COMPACT_EVERY:
-            return
+    def _compact(self, table: Any) -> None:
         try:
             with writing(f"compact {self._what}"):
                 table.optimize(cleanup_older_than=self._keep)
         except (Conflict, StorageError):
-            # somebody changed the table meanwhile: the next multiple comes soon
+            # another process changed the table meanwhile: the next multiple comes soon
             return
         self._make_durable()

@@ -71,10 +71,6 @@ class SingleWriterTable:
         self._handle: Any = None
         self._version = 0
 
-    def open(self) -> Any:
-        """The latest version, for reading."""
-        return self._tables.open(self.name)
-
     def create(self, schema: pa.Schema) -> None:
         """Make the table under a name that nobody else uses, and be its first writer."""
         handle = self._tables.create(self.name, schema.empty_table())
@@ -87,12 +83,12 @@ class SingleWriterTable:
         Raises:
             Overloaded: others were always first. StorageError: try again.
         """
-        self.close()
+        self._handle, self.state = None, WriterState.IN_DOUBT
         if self._sync:
             with writing(f"fence {self.what}"):
                 self._sync.trust()
         for _ in attempts(SWAP_ATTEMPTS, f"{self.what} is written to, or taken over, all the time", retry_after_s=0.5):
-            handle = self.open()
+            handle = self._tables.open(self.name)
             dataset = self._dataset(handle)
             if self._bar(handle, dataset):
                 break
@@ -110,7 +106,7 @@ class SingleWriterTable:
         """
         if self.state is WriterState.LOST:
             raise self._lost()
-        handle = self.open()
+        handle = self._tables.open(self.name)
         dataset = self._dataset(handle)
         commits = self._commits(dataset, self._version, dataset.version + 1)
         if not all(isinstance(commit, _WRITES) or _reserves(commit) for commit in commits):
@@ -192,10 +188,8 @@ class SingleWriterTable:
     def _count(self, dataset: Any) -> None:
         rows = [fragment.metadata.physical_rows for fragment in dataset.get_fragments()]
         self.fragments = len(rows)
-        self.loose = sum(count < self._target_rows(sum(rows)) for count in rows)
-
-    def _target_rows(self, rows: int) -> int:
-        return max(self._fragment_rows, rows // _FRAGMENTS)
+        target = max(self._fragment_rows, sum(rows) // _FRAGMENTS)
+        self.loose = sum(count < target for count in rows)
 
     def _bar(self, handle: Any, dataset: Any) -> bool:
         """Commit a version with all that the dataset's has, if that is the latest, and move the handle there.
@@ -240,7 +234,7 @@ class SingleWriterTable:
     def _compact(self, handle: Any, renew: bool, keep: timedelta) -> Any:
         with writing(f"compact {self.what}"):
             dataset = handle.to_lance()
-            target = self._target_rows(dataset.count_rows())
+            target = max(self._fragment_rows, dataset.count_rows() // _FRAGMENTS)
             # what was deleted must go from the files too
             dataset.optimize.compact_files(target_rows_per_fragment=target, materialize_deletions_threshold=0.0)
         # the new files must be on disk before the old ones go

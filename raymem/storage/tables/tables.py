@@ -68,12 +68,17 @@ class Tables:
         Raises:
             Corrupt: the table is gone or its metadata can't be read.
         """
-        try:
-            return self._open(name)
-        except Corrupt:
-            if self.sync != "disk" or not set_aside_torn(self._folder(name)):
-                raise
-            return self._open(name)
+        was_torn = False
+        while True:
+            if self.place:
+                self.place.require()
+            try:
+                with reading(f"open {name} in {self.uri}"):
+                    return self._connection.open_table(name)
+            except Corrupt:
+                if was_torn or self.sync != "disk" or not set_aside_torn(self._folder(name)):
+                    raise
+                was_torn = True
 
     def create(self, name: str, rows: pa.Table, file_format: str | None = None) -> Any:
         """Create a table holding `rows`, in one commit, or open the one that is there; see `share`.
@@ -166,11 +171,6 @@ class Tables:
             yield
         finally:
             os.close(handle)
-
-    def _open(self, name: str) -> Any:
-        self._require()
-        with reading(f"open {name} in {self.uri}"):
-            return self._connection.open_table(name)
 
     def _require(self) -> None:
         if self.place:
