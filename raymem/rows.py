@@ -34,7 +34,7 @@ _HIDDEN_DTYPES = {arrow: dtype for dtype, arrow in _HIDDEN_TYPES.items()}
 
 @dataclass(frozen=True)
 class JournalRows:
-    """Consecutive accepted rows of one bank, written under one epoch; nobody changes its tensors.
+    """Consecutive accepted rows of one bank, written under one epoch; its tensors are never changed.
 
     `pos_T` and `seq_T` int64, `streams` and `runs` one name a row, `token_T` int64, `hidden_TLD` in the bank's dtype,
     `value_TV` float32 or None, `time_T` float64 seconds since the epoch (see `sound_times`), `crc_T` int64 (a uint32

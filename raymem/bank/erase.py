@@ -6,7 +6,7 @@ from raymem.bank.primary import Primary
 from raymem.bank.replica import Replica
 from raymem.errors import RaymemError, Unsupported
 from raymem.storage.erasure import erase as erasure
-from raymem.storage.erasure.audit import Evidence
+from raymem.storage.erasure.audit import ErasedRows
 from raymem.storage.store import ColdStore, Entry
 from raymem.types import EraseReceipt, Selection
 
@@ -57,7 +57,7 @@ def erase(primary: Primary, what: Selection, *, rebuild: bool) -> EraseReceipt:
     return erasure.finish(primary.cold, receipt, evidence)
 
 
-def _rewritten(cold: ColdStore, entry: Entry, evidence: Evidence, device: str) -> tuple[Replica, Evidence]:
+def _rewritten(cold: ColdStore, entry: Entry, evidence: ErasedRows, device: str) -> tuple[Replica, ErasedRows]:
     """The bank as it will be, with a snapshot, so that its next owner need not replay it again."""
     rewritten, evidence = erasure.rewrite(cold, entry, evidence)
     replica = Replica(cold, rewritten, device)

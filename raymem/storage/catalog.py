@@ -134,7 +134,7 @@ class Catalog:
         self._table.create(pa.Table.from_pylist([first], schema=_SCHEMA))
 
     def nonce(self) -> str:
-        """What the store's creator wrote: the same for everyone who sees this store."""
+        """What the store's creator wrote: the same for every process that opens this store."""
         return str(self._store_row()["id"])
 
     def create(self, name: str, spec: BankSpec) -> Entry:
@@ -208,7 +208,7 @@ class Catalog:
             check: raises, at the moment of the commit, if something else stands in the way.
 
         Raises:
-            NotOwner: somebody has claimed or rewritten one since it was looked up. BankExists: a name is taken.
+            NotOwner: another process has claimed or rewritten one since it was looked up. BankExists: a name is taken.
         """
         names = dict(zip((old.name for old in olds), kept_as, strict=True))
 
@@ -224,7 +224,7 @@ class Catalog:
     def together(self, what: str, decide: Callable[[Moment], Iterable[Entry]]) -> None:
         """Change or add lines depending on what all say at one moment; of two that do so the later looks again.
 
-        That holds where nothing is to be changed too: who looked before this has not committed, or does so again.
+        That holds where nothing is to be changed too: a change that looked earlier and has not committed looks again.
 
         Args:
             what: the change in errors.
@@ -348,7 +348,7 @@ class Catalog:
         return entry
 
     def unchanged(self, entry: Entry) -> Entry:
-        """As `require`; raise NotOwner also if its journal was rewritten: who does so again would drop the new one."""
+        """As `require`; raise NotOwner also if its journal was rewritten: a second rewriting would drop the new one."""
         found = self.get(entry.name)
         if (found.id, found.epoch) != (entry.id, entry.epoch):
             raise _not_owner(found, entry.epoch)
@@ -462,7 +462,7 @@ class Catalog:
 
 
 class Moment:
-    """The catalog as it is at one moment, for those who change several lines at once."""
+    """The catalog as it is at one moment, for changes of several lines at once."""
 
     def __init__(self, find: Find) -> None:
         self._find = find
@@ -492,7 +492,7 @@ class Moment:
         return [_entry(row) for row in rows]
 
     def require_same(self, entry: Entry) -> Entry:
-        """The bank as it is now; raise NotOwner if somebody has claimed or rewritten it since it was looked up."""
+        """The bank as it is now; raise NotOwner if it was claimed or rewritten since it was looked up."""
         present = [_entry(row) for row in self._find(f"id = {quote(entry.id)}")]
         if not present or (present[0].epoch, present[0].generation) != (entry.epoch, entry.generation):
             raise _not_owner(present[0] if present else entry, entry.epoch)
@@ -592,7 +592,7 @@ def _line(row: dict[str, Any]) -> Line:
 
 def _not_owner(entry: Entry, epoch: int) -> NotOwner:
     return NotOwner(
-        f"bank {entry.name} is at epoch {entry.epoch}, owned by {entry.owner or 'nobody'}, not at epoch {epoch}; "
+        f"bank {entry.name} is at epoch {entry.epoch}, owned by {entry.owner or 'no one'}, not at epoch {epoch}; "
         "look it up again and go to its present owner",
         epoch=entry.epoch,
     )

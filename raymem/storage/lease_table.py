@@ -22,7 +22,7 @@ _SCHEMA = pa.schema(
         pa.field("started", pa.float64(), nullable=False),
     ]
 )
-# each beat is a version: nobody reads an old one for long
+# each beat is a version: no reader keeps an old one for long
 _KEEP_VERSIONS = timedelta(seconds=60)
 
 
@@ -83,7 +83,7 @@ class LeaseTable:
         except Corrupt as error:
             if not error.details.get("missing"):
                 raise
-            # nobody ever owned a bank here
+            # no bank was ever owned here
             return []
         return sorted((Incarnation(**row) for row in rows), key=lambda row: row.started)
 

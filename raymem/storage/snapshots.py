@@ -62,7 +62,7 @@ _Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class _Part:
+class _StoredBytes:
     """One part of a state: where in it these bytes begin, how many they are, their checksum, and where they are kept.
 
     That is a place in an open file, or what LanceDB makes of it in an object store.
@@ -146,7 +146,7 @@ class Snapshots:
         return {row["snapshot"] for row in rows} - {row["snapshot"] for row in rows if row["start"] == _MANIFEST}
 
     def clear(self) -> int:
-        """Delete the parts of unfinished snapshots, when nobody is saving one; return how many snapshots that were."""
+        """Delete the parts of unfinished snapshots, while none is being saved; return how many snapshots that were."""
         return self._delete(self.unfinished())
 
     def _manifests(self) -> list[dict[str, Any]]:
@@ -184,7 +184,7 @@ class Snapshots:
         # rows find room behind a tensor without a copy; memory that is never touched costs none
         data = [np.empty(size + size // 8, np.uint8) for size in sizes]
 
-        def fill(part: _Part) -> None:
+        def fill(part: _StoredBytes) -> None:
             stop = part.start + part.size
             # where the part's bytes belong, tensor by tensor
             views = [
@@ -206,7 +206,7 @@ class Snapshots:
         return row["pos"], tensors, manifest["meta"]
 
     @contextmanager
-    def _parts(self, snapshot: str) -> Iterator[list[_Part]]:
+    def _parts(self, snapshot: str) -> Iterator[list[_StoredBytes]]:
         """The parts of a state in order, to be read inside.
 
         In a folder that is done without LanceDB, whose own two copies take twice as long as the reading (ADR-9). What
@@ -234,7 +234,7 @@ class Snapshots:
                 places = [(handles[row["_rowaddr"] >> _ROW_BITS], row["data"]["position"]) for row in rows]
                 sizes = [row["data"]["size"] for row in rows]
             yield [
-                _Part(row["start"], size, row["crc32c"], place)
+                _StoredBytes(row["start"], size, row["crc32c"], place)
                 for row, size, place in zip(rows, sizes, places, strict=True)
             ]
 

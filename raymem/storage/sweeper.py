@@ -9,7 +9,7 @@ import time
 from raymem.errors import Corrupt
 from raymem.storage.catalog import Entry
 from raymem.storage.erasure import erase as erasure
-from raymem.storage.erasure.audit import Evidence
+from raymem.storage.erasure.audit import ErasedRows
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.files import Files
 from raymem.types import EraseReceipt, SweepReport
@@ -78,11 +78,11 @@ def _is_named(cold: ColdStore, table: str, match: re.Match[str]) -> bool:
     return any(table in line.tables for line in cold.catalog.lines(id=match["id"]))
 
 
-def _go_on(cold: ColdStore, receipt: EraseReceipt, evidence: Evidence, age_s: float) -> EraseReceipt:
+def _go_on(cold: ColdStore, receipt: EraseReceipt, evidence: ErasedRows, age_s: float) -> EraseReceipt:
     entry = cold.catalog.by_id(receipt.bank_id)
     if entry is None or _has_erased(cold, entry, evidence):
         return erasure.finish(cold, receipt, evidence)
-    # whoever erases may be at it still
+    # the erasure may still be under way
     if time.time() - receipt.started < age_s:
         return receipt
     return cold.receipts.put(
@@ -90,6 +90,6 @@ def _go_on(cold: ColdStore, receipt: EraseReceipt, evidence: Evidence, age_s: fl
     )
 
 
-def _has_erased(cold: ColdStore, entry: Entry, evidence: Evidence) -> bool:
+def _has_erased(cold: ColdStore, entry: Entry, evidence: ErasedRows) -> bool:
     """Whether the bank's present journal says that these rows were erased."""
     return not evidence.gone - cold.journal(entry).tombstones()

@@ -12,7 +12,7 @@ import torch
 
 from raymem.errors import Corrupt, StorageError
 from raymem.storage import snapshots as snapshots_module
-from raymem.storage.erasure.audit import Evidence, inspect
+from raymem.storage.erasure.audit import ErasedRows, inspect
 from raymem.storage.journal.tombstones import Tombstones
 from raymem.storage.snapshots import Snapshots
 from raymem.storage.store import ColdStore
@@ -212,7 +212,7 @@ def test_a_snapshot_that_is_being_read_may_be_dropped(store: ColdStore, snapshot
 
 
 def test_who_looks_for_erased_rows_can_not_read_a_part_without_bytes(store: ColdStore, snapshots: Snapshots):
-    looks = Evidence(store.catalog.get("lab/a").id, Selection(stream="s"), 0, Tombstones.of(range(3), 3))
+    looks = ErasedRows(store.catalog.get("lab/a").id, Selection(stream="s"), 0, Tombstones.of(range(3), 3))
     snapshots.save(5, {"memory.pos": torch.arange(5)}, {})
     check = inspect(Files(store.tables), looks)
     assert (check.found, check.unreadable) == (3, 0)

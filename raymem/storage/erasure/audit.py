@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raymem.encode.saved_state import named_runs, position_tensors, positions
 from raymem.errors import Corrupt
 from raymem.inputs import TIME_END, composed
 from raymem.storage.erasure.reach import Reach
@@ -30,7 +31,7 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ErasedRows:
     """How a row that was erased would be known, without keeping what was erased.
 
     `gone` are its positions, which no later row of the bank gets, `contents` digests of token and hidden states of up
@@ -67,7 +68,7 @@ class Evidence:
         )
 
     @classmethod
-    def from_json(cls, text: str, bank_id: str, what: Selection, generation: int) -> Evidence:
+    def from_json(cls, text: str, bank_id: str, what: Selection, generation: int) -> ErasedRows:
         """What `to_json` wrote."""
         found = json.loads(text)
         digests = frozenset(bytes.fromhex(digest) for digest in found["contents"])
@@ -107,14 +108,14 @@ def contents(batch: pa.RecordBatch, rows: Sequence[int]) -> list[bytes]:
     ]
 
 
-def inspect(files: Files, evidence: Evidence) -> FileCheck:
+def inspect(files: Files, evidence: ErasedRows) -> FileCheck:
     """Decode every file of the bank's tables, of all generations, and of all logs; see FileCheck."""
     tables = [name for name in files.tables() if evidence.bank_id in name or name.startswith("log-")]
     counted = [_inspect(files, name, evidence) for name in tables]
     return FileCheck(*(sum(part) for part in zip(*counted, strict=True))) if counted else FileCheck(0, 0, 0, 0)
 
 
-def _inspect(files: Files, table: str, evidence: Evidence) -> tuple[int, int, int, int]:
+def _inspect(files: Files, table: str, evidence: ErasedRows) -> tuple[int, int, int, int]:
     there = files.of(table)
     data = [file for file in there if file.holds_rows]
     find = _in_snapshots if table.startswith("snapshots-") else _in_rows
@@ -122,7 +123,7 @@ def _inspect(files: Files, table: str, evidence: Evidence) -> tuple[int, int, in
     return len(there), sum(file.bytes for file in there), found, unreadable
 
 
-def _in_rows(files: Files, data: Sequence[File], evidence: Evidence) -> tuple[int, int]:
+def _in_rows(files: Files, data: Sequence[File], evidence: ErasedRows) -> tuple[int, int]:
     found = unreadable = 0
     for file in data:
         try:
@@ -132,7 +133,7 @@ def _in_rows(files: Files, data: Sequence[File], evidence: Evidence) -> tuple[in
     return found, unreadable
 
 
-def _in_snapshots(files: Files, data: Sequence[File], evidence: Evidence) -> tuple[int, int]:
+def _in_snapshots(files: Files, data: Sequence[File], evidence: ErasedRows) -> tuple[int, int]:
     """Names, positions and tails in states; a state older than the rewriting has the rows mixed into it."""
     # manifests first: they say where in a state's bytes each tensor lies
     manifests: dict[str, tuple[int, dict[str, Any]]] = {}
@@ -146,7 +147,7 @@ def _in_snapshots(files: Files, data: Sequence[File], evidence: Evidence) -> tup
             continue
     unreadable, found = len(data) - len(whole), 0
     for name, (pos, manifest) in manifests.items():
-        tensors = {key: bytearray() for key in _wanted(manifest)}
+        tensors = {key: bytearray() for key in position_tensors(manifest["tensors"])}
         for file in whole:
             for batch in _parts(files, file):
                 _collect(batch, name, manifest, tensors)
@@ -172,10 +173,6 @@ def _manifests(batch: pa.RecordBatch) -> Iterator[tuple[str, tuple[int, dict[str
         yield row["snapshot"], (row["pos"], json.loads(row["manifest"]))
 
 
-def _wanted(manifest: dict[str, Any]) -> list[str]:
-    return [name for name in manifest["tensors"] if name in ("memory.pos", "encoder.tail_runs")]
-
-
 def _collect(batch: pa.RecordBatch, snapshot: str, manifest: dict[str, Any], tensors: dict[str, bytearray]) -> None:
     """Take the wanted tensors' bytes out of a state's parts, which come in order."""
     of_it = _true(pc.and_(pc.equal(batch["snapshot"], snapshot), pc.greater_equal(batch["start"], 0)))
@@ -189,18 +186,15 @@ def _collect(batch: pa.RecordBatch, snapshot: str, manifest: dict[str, Any], ten
             start = stop
 
 
-def _in_state(pos: int, manifest: dict[str, Any], tensors: dict[str, bytearray], evidence: Evidence) -> int:
-    found = 0
-    for name, data in tensors.items():
-        columns = np.frombuffer(bytes(data), dtype="<i8").reshape(manifest["tensors"][name]["shape"])
-        found += int(evidence.gone.has(columns if columns.ndim == 1 else columns[:, 3]).sum())
-    what, sources = evidence.what, manifest["meta"].get("encoder", {}).get("sources", [])
+def _in_state(pos: int, manifest: dict[str, Any], tensors: dict[str, bytearray], evidence: ErasedRows) -> int:
+    found = sum(int(evidence.gone.has(positions(name, bytes(data))).sum()) for name, data in tensors.items())
+    what = evidence.what
     # a run that comes back later may have its name back
     if pos > evidence.gone.end or not what.whole:
         return found
     stream, run = what.stream or "", what.run
-    named = [name for name in sources if same(name[0], stream) and (run is None or same(name[1], run))]
-    return found + len(named)
+    names = named_runs(manifest["meta"])
+    return found + sum(same(name[0], stream) and (run is None or same(name[1], run)) for name in names)
 
 
 def _hidden(column: pa.Array) -> Iterable[bytes]:

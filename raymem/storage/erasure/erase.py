@@ -1,7 +1,7 @@
 """Erasing rows of a bank: its journal is written anew without them, the catalog switched, the old folder deleted.
 
 Never in place: cleaning a table up beside an appender can make it unreadable (measured), and its old versions, its
-snapshots and its log hold the rows too. Each step leaves all of the rows or none, whoever dies when.
+snapshots and its log hold the rows too. A process that is killed at any step leaves all of the rows or none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from raymem.storage.catalog import bank_of
-from raymem.storage.erasure.audit import Evidence, contents, inspect, sample
+from raymem.storage.erasure.audit import ErasedRows, contents, inspect, sample
 from raymem.storage.erasure.reach import LISTED, beyond, inherited, is_reached, reach
 from raymem.storage.journal.tombstones import Tombstones, bank_schema
 from raymem.storage.store import ColdStore, Entry
@@ -27,7 +27,7 @@ from raymem.types import EraseReceipt, FileCheck, Selection
 _OF_A_BANK = re.compile(r"(journal|snapshots)-(?P<bank>[0-9a-f]+)(-(?P<generation>\d+))?")
 
 
-def find(cold: ColdStore, entry: Entry, what: Selection) -> Evidence:
+def find(cold: ColdStore, entry: Entry, what: Selection) -> ErasedRows:
     """Which rows of a flushed bank a selection is about, and how they would be known once they are gone.
 
     Of a fork these are also the rows that were erased in its parent since: its own states have them still.
@@ -43,7 +43,7 @@ def find(cold: ColdStore, entry: Entry, what: Selection) -> Evidence:
                 digests.update(contents(batch, picked))
     if what.scope == "run":
         what = dataclasses.replace(what, starts=tuple({*what.starts, *found.starts}))
-    return Evidence(entry.id, what, entry.next_generation, gone, frozenset(digests), found)
+    return ErasedRows(entry.id, what, entry.next_generation, gone, frozenset(digests), found)
 
 
 def is_due(cold: ColdStore, entry: Entry, what: Selection) -> bool:
@@ -52,7 +52,7 @@ def is_due(cold: ColdStore, entry: Entry, what: Selection) -> bool:
     return is_reached(journal, what) or len(journal.tombstones()) > len(journal.noted())
 
 
-def begin(cold: ColdStore, entry: Entry, evidence: Evidence) -> EraseReceipt:
+def begin(cold: ColdStore, entry: Entry, evidence: ErasedRows) -> EraseReceipt:
     """Run the check, which must find the rows now, and put down what is about to happen."""
     check, found = inspect(Files(cold.tables), evidence), evidence.reach
     own = len(evidence.gone) - len(evidence.gone.until(entry.base))
@@ -80,22 +80,22 @@ def begin(cold: ColdStore, entry: Entry, evidence: Evidence) -> EraseReceipt:
     return cold.receipts.put(dataclasses.replace(receipt, out_of_reach=words), evidence)
 
 
-def note(cold: ColdStore, entry: Entry, receipt: EraseReceipt, evidence: Evidence) -> EraseReceipt:
+def note(cold: ColdStore, entry: Entry, receipt: EraseReceipt, evidence: ErasedRows) -> EraseReceipt:
     """Put down what the rewriting showed, before its switch: which contents rows that stay have too."""
     receipt = dataclasses.replace(receipt, same_rows=evidence.same)
     words = _beyond(cold, entry, receipt, evidence)
     return cold.receipts.put(dataclasses.replace(receipt, out_of_reach=words), evidence)
 
 
-def nothing(entry: Entry, evidence: Evidence) -> EraseReceipt:
+def nothing(entry: Entry, evidence: ErasedRows) -> EraseReceipt:
     """The receipt of an erasure that no row is about; it proves nothing and isn't kept."""
     now, none = time.time(), FileCheck(0, 0, 0, 0)
     about = (uuid.uuid4().hex, entry.name, entry.id, evidence.what, 0, entry.generation)
     return EraseReceipt(*about, "complete", now, none, none, finished=now, reason="no row of the bank is meant")
 
 
-def rewrite(cold: ColdStore, entry: Entry, evidence: Evidence) -> tuple[Entry, Evidence]:
-    """Write the rows that stay to a table of the new generation; nobody sees it until the catalog names it.
+def rewrite(cold: ColdStore, entry: Entry, evidence: ErasedRows) -> tuple[Entry, ErasedRows]:
+    """Write the rows that stay to a table of the new generation; no reader sees it until the catalog names it.
 
     A fork goes on reading its parent's rows, unless some of those are to go from the fork alone: then it takes along
     what stays of them and is a fork no more.
@@ -141,7 +141,7 @@ def switch(cold: ColdStore, entry: Entry, rewritten: Entry) -> Entry:
     return cold.catalog.change(entry, **values)
 
 
-def undo(cold: ColdStore, receipt: EraseReceipt, evidence: Evidence) -> EraseReceipt | None:
+def undo(cold: ColdStore, receipt: EraseReceipt, evidence: ErasedRows) -> EraseReceipt | None:
     """After a failure: clear the new generation away, unless the catalog names it after all; then None."""
     present = cold.catalog.by_id(receipt.bank_id)
     if present is not None and present.generation == evidence.generation:
@@ -152,7 +152,7 @@ def undo(cold: ColdStore, receipt: EraseReceipt, evidence: Evidence) -> EraseRec
     return cold.receipts.put(done, evidence)
 
 
-def finish(cold: ColdStore, receipt: EraseReceipt, evidence: Evidence) -> EraseReceipt:
+def finish(cold: ColdStore, receipt: EraseReceipt, evidence: ErasedRows) -> EraseReceipt:
     """Delete what earlier generations left, look at every file again, and say on the receipt what was found."""
     files = Files(cold.tables)
     present = cold.catalog.by_id(receipt.bank_id)
@@ -187,7 +187,7 @@ def is_older(table: str, entry: Entry) -> bool:
     return found is not None and found["bank"] == entry.id and int(found["generation"] or 0) < entry.generation
 
 
-def _beyond(cold: ColdStore, entry: Entry, receipt: EraseReceipt, evidence: Evidence) -> tuple[str, ...]:
+def _beyond(cold: ColdStore, entry: Entry, receipt: EraseReceipt, evidence: ErasedRows) -> tuple[str, ...]:
     """What is out of reach, and the parent of a fork whose inherited rows it still has."""
     parent = cold.catalog.by_id(entry.parent) if entry.parent else None
     if parent is None or not evidence.gone.until(entry.base) - cold.journal(entry).tombstones():

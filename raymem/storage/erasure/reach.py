@@ -59,7 +59,7 @@ class Reach:
     later: int = 0
 
 
-class _Rows(NamedTuple):
+class _StreamRows(NamedTuple):
     """All rows of the streams that are touched, as columns; `run_T` and `stream_T` number the names."""
 
     names: pa.Table
@@ -160,20 +160,20 @@ def _named(journal: Journal, what: Selection) -> pa.Table:
     return found
 
 
-def _rows(journal: Journal, streams: set[str]) -> _Rows:
+def _rows(journal: Journal, streams: set[str]) -> _StreamRows:
     listed = ", ".join(quote(stream) for stream in sorted(streams))
     where = "true" if len(streams) > _NAMED else f"stream IN ({listed})" if streams else "false"
     names = journal.named(where)
     stream_T, run_T = _numbers(names["stream"]), _numbers(names["run"])
     _, both_T = np.unique(stream_T * (int(run_T.max(initial=0)) + 1) + run_T, return_inverse=True)
-    return _Rows(names, names["pos"].to_numpy(), names["seq"].to_numpy(), both_T, stream_T)
+    return _StreamRows(names, names["pos"].to_numpy(), names["seq"].to_numpy(), both_T, stream_T)
 
 
 def _numbers(column: pa.ChunkedArray) -> Ints:
     return np.asarray(column.combine_chunks().dictionary_encode().indices.to_numpy(), dtype=np.int64)
 
 
-def _cut(first_R: Ints, rows: _Rows, what: Selection) -> None:
+def _cut(first_R: Ints, rows: _StreamRows, what: Selection) -> None:
     """Also begin runs where a selection says so whose rows are gone already."""
     cuts = [(start.stream, start.run, start.seq) for start in what.starts]
     if what.stream is not None and what.run is not None and what.before is None:
@@ -190,7 +190,7 @@ def _cut(first_R: Ints, rows: _Rows, what: Selection) -> None:
             first_R[number] = min(int(first_R[number]), seq)
 
 
-def _before(rows: _Rows, gone_T: Mask) -> Mask:
+def _before(rows: _StreamRows, gone_T: Mask) -> Mask:
     """The rows that stay directly before one that goes."""
     order_T = np.lexsort((rows.seq_T, rows.run_T))
     run_T, seq_T, gone = rows.run_T[order_T], rows.seq_T[order_T], gone_T[order_T]
@@ -200,13 +200,13 @@ def _before(rows: _Rows, gone_T: Mask) -> Mask:
     return found_T
 
 
-def _starts(rows: _Rows, named_T: Mask, first_R: Ints) -> list[RowRef]:
+def _starts(rows: _StreamRows, named_T: Mask, first_R: Ints) -> list[RowRef]:
     at = np.flatnonzero(named_T & (rows.seq_T == first_R[rows.run_T]))
     found = rows.names.take(pa.array(at)).to_pylist()
     return [RowRef(row["stream"], row["run"], row["seq"], row["pos"]) for row in found]
 
 
-def _exposed(rows: _Rows, exposed_T: Mask, first_R: Ints) -> list[Exposed]:
+def _exposed(rows: _StreamRows, exposed_T: Mask, first_R: Ints) -> list[Exposed]:
     """By run, the runs with the most rows first."""
     runs, places, counts = np.unique(rows.run_T[exposed_T], return_index=True, return_counts=True)
     named = rows.names.take(pa.array(np.flatnonzero(exposed_T)[places]))
@@ -219,7 +219,7 @@ def _exposed(rows: _Rows, exposed_T: Mask, first_R: Ints) -> list[Exposed]:
     return sorted(found, key=lambda each: -each.rows)
 
 
-def _later(rows: _Rows, gone_T: Mask, touched_R: Mask) -> int:
+def _later(rows: _StreamRows, gone_T: Mask, touched_R: Mask) -> int:
     """How many rows of runs that were not touched came after the first erased row of their stream."""
     if not gone_T.any():
         return 0

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from raymem.errors import Conflict, Corrupt
 from raymem.storage.catalog import part_prefix
-from raymem.storage.erasure.audit import Evidence
+from raymem.storage.erasure.audit import ErasedRows
 from raymem.storage.erasure.reach import FORGOTTEN, FORGOTTEN_RUNS, KEPT_NAMES, NAMED_RUNS
 from raymem.storage.tables.disk import reading, writing
 from raymem.storage.tables.tables import Tables, quote
@@ -43,7 +43,7 @@ class Receipts:
         self._tables = tables
         self._sync = tables.folder_sync(_TABLE)
 
-    def put(self, receipt: EraseReceipt, evidence: Evidence) -> EraseReceipt:
+    def put(self, receipt: EraseReceipt, evidence: ErasedRows) -> EraseReceipt:
         """Keep a receipt in place of the one of its id; durable when it returns."""
         # what rows would be known by is of use only while a check is still to come
         self._keep(receipt, evidence.to_json() if receipt.status == "pending" else "")
@@ -99,13 +99,13 @@ class Receipts:
             if len(table.list_versions()) > 1:
                 table.optimize(cleanup_older_than=_KEEP_VERSIONS)
 
-    def pending(self) -> list[tuple[EraseReceipt, Evidence]]:
+    def pending(self) -> list[tuple[EraseReceipt, ErasedRows]]:
         """The receipts of erasures that are not finished, with what their rows would be known by."""
         rows = sorted(self._rows("status = 'pending'"), key=lambda row: row["started"])
         return [(receipt, self._evidence(row, receipt)) for row in rows for receipt in [_receipt(row)]]
 
-    def _evidence(self, row: dict[str, Any], receipt: EraseReceipt) -> Evidence:
-        return Evidence.from_json(row["evidence"], receipt.bank_id, receipt.what, receipt.generation)
+    def _evidence(self, row: dict[str, Any], receipt: EraseReceipt) -> ErasedRows:
+        return ErasedRows.from_json(row["evidence"], receipt.bank_id, receipt.what, receipt.generation)
 
     def _rows(self, where: str) -> list[dict[str, Any]]:
         try:

@@ -32,7 +32,7 @@ _MAX_FRAGMENTS = 1_400
 _RETRY_S = 1.0
 
 
-class _Span(NamedTuple):
+class _RunRange(NamedTuple):
     """Rows of a run, by its exact name or any spelling: seq in [seq_from, seq_to), before `stop` if there is one."""
 
     stream: str
@@ -106,18 +106,22 @@ class Journal:
             max(1, _FRAGMENT_BYTES // row_bytes),
         )
 
-    def claim(self, entry: Entry, log: Log | None) -> None:
-        """`fence` under another entry of the same generation, for an owner with this log."""
-        self.entry, self._log = entry, log
-        self.fence()
-
     def fence(self) -> None:
+        """Become the journal's only writer again; see `claim`."""
+        self.claim(self.entry, self._log)
+
+    def claim(self, entry: Entry, log: Log | None) -> None:
         """Become the journal's only writer, and flush what an earlier owner's log still holds.
 
+        Args:
+            entry: the bank as it was claimed, of the same generation.
+            log: the owner's.
+
         Raises:
-            NotOwner: the catalog has moved on from the epoch of the entry that this journal was opened with.
+            NotOwner: the catalog has moved on from the epoch of this entry.
             Overloaded: another process writes to it all the time.
         """
+        self.entry, self._log = entry, log
         self._writer.close()
         self._owned = False
         entry = self._catalog.unchanged(self.entry)
@@ -133,8 +137,9 @@ class Journal:
         self._writer.fence()
         # a newer owner may have fenced before us: then we have just stopped it and must leave the bank to the next
         self._catalog.unchanged(self.entry)
-        self._flushed_end = JournalReader(self._tables, entry).end()
-        self._add([rows for part in left if (rows := part.since(self._flushed_end))])
+        self._flushed_end, _ = JournalReader(self._tables, entry).extent()
+        if left := [rows for part in left if (rows := part.since(self._flushed_end))]:
+            self._add(left)
         if entry.log != mine:
             entry = self._catalog.change(entry, log=mine)
         self.entry = entry
@@ -185,12 +190,12 @@ class Journal:
         held = [] if self._log is None else self._log.rows(self.entry.id)
         if held or parts:
             self._make_room()
-        self._add([*held, *parts])
+            self._add([*held, *parts])
         if self._log is not None:
             self._log.flushed(self.entry.id, self._flushed_end)
 
     def let_go(self) -> None:
-        """Settle, for an owner who need not look into this one's log; it takes rows only after another `fence`."""
+        """Flush, so that the next owner need not read this one's log; a later write fences again."""
         self.flush()
         self._owned = False
         self._writer.close()
@@ -200,7 +205,7 @@ class Journal:
 
         def look() -> int:
             table, left = self._look()
-            end = table.end()
+            end, _ = table.extent()
             return max([end, *(int(rows.pos_T[-1]) + 1 for rows in left)])
 
         return _again(look)
@@ -214,10 +219,9 @@ class Journal:
         """How many rows there are; positions are more once rows were erased."""
 
         def look() -> int:
-            reader, left = self._look()
-            table = reader.open()
-            end = max([reader.end(table), *(int(rows.pos_T[-1]) + 1 for rows in left)])
-            return end - len(reader.tombstones(table))
+            table, left = self._look()
+            end, tombstones = table.extent()
+            return max([end, *(int(rows.pos_T[-1]) + 1 for rows in left)]) - len(tombstones)
 
         return _again(look)
 
@@ -261,7 +265,7 @@ class Journal:
 
         def look() -> dict[str, int]:
             table, left = self._look()
-            end = table.end()
+            end, _ = table.extent()
             unflushed = [name for rows in left for name in rows.since(end).until(stop).streams]
             counted = Counter(table.select(where, ["stream"])["stream"]) + Counter(unflushed)
             together = Counter[str]()
@@ -273,15 +277,15 @@ class Journal:
 
     def find(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> dict[int, int]:
         """Checksums by seq of a run's rows in [seq_from, seq_to) that are there already, before position `stop`."""
-        return self._of_run(_Span(stream, run, seq_from, seq_to, stop), "crc32c", lambda rows: rows.crc_T)
+        return self._of_run(_RunRange(stream, run, seq_from, seq_to, stop), "crc32c", lambda rows: rows.crc_T)
 
     def tokens(self, stream: str, run: str, seq_from: int, seq_to: int, stop: int | None = None) -> Tensor:
         """Token ids [T] int64 of a run's rows in [seq_from, seq_to), in order; rows that are not there are left out.
 
         The run may be spelled in any Unicode form; of rows that are there in two, those under the given name count.
         """
-        spelled = has_others(stream + run)
-        found = self._of_run(_Span(stream, run, seq_from, seq_to, stop, spelled), "token", lambda rows: rows.token_T)
+        wanted = _RunRange(stream, run, seq_from, seq_to, stop, spelled=has_others(stream + run))
+        found = self._of_run(wanted, "token", lambda rows: rows.token_T)
         return torch.tensor([token for _, token in sorted(found.items())], dtype=torch.int64)
 
     def before(self, time: float) -> int | None:
@@ -385,25 +389,24 @@ class Journal:
                 yield rows.verify()
                 reached = int(rows.pos_T[-1]) + 1
 
-    def _of_run(self, span: _Span, column: str, of: Callable[[JournalRows], Tensor]) -> dict[int, int]:
+    def _of_run(self, wanted: _RunRange, column: str, of: Callable[[JournalRows], Tensor]) -> dict[int, int]:
         def look() -> dict[int, int]:
             table, left = self._look()
-            found = {seq: value for rows in left for seq, value in span.of(rows, of(rows))}
-            if not span.spelled:
-                there = table.select(span.filter, ["seq", column])
+            found = {seq: value for rows in left for seq, value in wanted.of(rows, of(rows))}
+            if not wanted.spelled:
+                there = table.select(wanted.filter, ["seq", column])
                 return found | dict(zip(there["seq"], there[column], strict=True))
-            there = table.select(span.filter, ["stream", "run", "seq", column])
+            there = table.select(wanted.filter, ["stream", "run", "seq", column])
             rows = sorted(
-                zip(*there.values(), strict=True), key=lambda row: (row[0], row[1]) == (span.stream, span.run)
+                zip(*there.values(), strict=True), key=lambda row: (row[0], row[1]) == (wanted.stream, wanted.run)
             )
-            return found | {seq: value for stream, run, seq, value in rows if span.names(stream, run)}
+            return found | {seq: value for stream, run, seq, value in rows if wanted.names(stream, run)}
 
         return _again(look)
 
     def _add(self, parts: list[JournalRows]) -> None:
-        if parts:
-            self._writer.add(pa.concat_tables([part.to_arrow() for part in parts]))
-            self._flushed_end = int(parts[-1].pos_T[-1]) + 1
+        self._writer.add(pa.concat_tables([part.to_arrow() for part in parts]))
+        self._flushed_end = int(parts[-1].pos_T[-1]) + 1
 
     def _make_room(self) -> None:
         """Wait for a compaction that is overdue, and refuse rows rather than pile fragments up."""

@@ -68,7 +68,7 @@ class Log:
 
     - READY: the table is READY and nothing is pending. What is held are the rows of all commits that were not flushed.
     - IN_DOUBT: a change of the table is under way or failed. The `_pending` rows, of commit `_lsn`, may be in the table
-      and are not held yet. Who needs to know waits for the change, and if it failed looks for what became of it.
+      and are not held yet. A caller that needs them waits for the change, and if it failed finds out what became of it.
     - LOST: the log was fenced off, or dropped. No commit will succeed, and what became of `_pending` is for the next
       owner to tell. This is the last state.
 
@@ -204,7 +204,7 @@ class Log:
             self._nbytes -= 0 if held is None else held.nbytes
 
     def leave(self, bank: str) -> None:
-        """A bank whose rows were all flushed gets another owner, who may erase some: `maintain` drops them here."""
+        """A bank whose rows were all flushed gets another owner, which may erase some: `maintain` drops them here."""
         with self._lock:
             if bank in self._last:
                 self._left[bank] = self._last[bank]
@@ -326,7 +326,7 @@ class Log:
         with self._changing():
             landed = self._table.reopen()
             if landed and not (landed == 1 and there):
-                # its positions are others' by now, who may be told that they are durable
+                # its positions may be other rows' by now, acknowledged as durable
                 raise NotOwner(
                     f"a commit to log {self.id} that had failed landed after a look for it: take its banks over"
                 )
@@ -354,7 +354,7 @@ class OldLogs:
         self._cached: tuple[str, pa.Table] | None = None
 
     def rows(self, incarnation: str, entry: Entry) -> list[JournalRows]:
-        """A bank's rows in a log that from now on nobody can add to.
+        """A bank's rows in a log, which is fenced first: no row can be added to it any more.
 
         Raises:
             Corrupt: the log is gone, or does not fit the bank's spec.

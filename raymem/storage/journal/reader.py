@@ -24,18 +24,15 @@ class JournalReader:
         self._tables = tables
         self.entry = entry
         self._schema = bank_schema(entry.spec)
+        self._name = journal_table(entry.id, entry.generation)
 
-    def open(self) -> Any:
-        """A handle on the latest version."""
-        return self._tables.open(journal_table(self.entry.id, self.entry.generation))
-
-    def end(self, table: Any = None) -> int:
-        """The position after the last one that was flushed or erased.
+    def extent(self) -> tuple[int, Tombstones]:
+        """The position after the last one that was flushed or erased, and those that were erased, of one version.
 
         Raises:
             Corrupt: rows are missing.
         """
-        table = self.open() if table is None else table
+        table = self._tables.open(self._name)
         tombstones = self.tombstones(table)
         with reading(f"find the end of the journal of {self.entry.name}"):
             rows = int(table.count_rows())
@@ -49,12 +46,13 @@ class JournalReader:
                 f"{len(tombstones)} were erased; restore the bank from an export or a copy of the store",
                 pos=end,
             )
-        return end
+        return end, tombstones
 
     def tombstones(self, table: Any = None) -> Tombstones:
         """The positions whose rows were erased."""
         with reading(f"open the journal of {self.entry.name}"):
-            text = ((self.open() if table is None else table).schema.metadata or {}).get(TOMBSTONES)
+            table = self._tables.open(self._name) if table is None else table
+            text = (table.schema.metadata or {}).get(TOMBSTONES)
         return Tombstones() if text is None else Tombstones.decode(text)
 
     def select(self, where: str, columns: list[str], limit: int | None = None) -> dict[str, list[Any]]:
@@ -65,12 +63,13 @@ class JournalReader:
     def columns(self, where: str, columns: list[str], limit: int | None = None) -> pa.Table:
         """As `select`, as Arrow."""
         with reading(f"search the journal of {self.entry.name}"):
-            return self.open().search().where(where).select(columns).limit(limit).to_arrow().select(columns)
+            query = self._tables.open(self._name).search().where(where).select(columns).limit(limit)
+            return query.to_arrow().select(columns)
 
     def of_stream(self, stream: str, start: int, batch_rows: int = 4096) -> Iterator[JournalRows]:
         """A stream's rows of one version, however spelled, from position `start` on, in order, checked."""
         with reading(f"read a stream in the journal of {self.entry.name}"):
-            query = self.open().search().where(f"{alike('stream', stream)} AND pos >= {start}")
+            query = self._tables.open(self._name).search().where(f"{alike('stream', stream)} AND pos >= {start}")
             batches = iter(query.to_batches(batch_rows))
         while True:
             with reading(f"read a stream in the journal of {self.entry.name}"):
@@ -88,7 +87,7 @@ class JournalReader:
             Corrupt: naming the position at which a checksum, the order or the file itself did not hold.
         """
         name = self.entry.name
-        table = self.open()
+        table = self._tables.open(self._name)
         tombstones = self.tombstones(table)
         start = max(start, self.entry.base)
         # rows lie in order, so that a tail is found by its place in the table: a filter would look at every row

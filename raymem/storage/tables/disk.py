@@ -109,7 +109,7 @@ def is_locked(path: Path) -> bool:
 
 
 def _unlock(handle: int, pid: int) -> None:
-    # the lock is the parent's, who goes on
+    # the lock is the parent's, which goes on
     if pid == os.getpid():
         fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)

@@ -72,7 +72,7 @@ class SingleWriterTable:
         self._version = 0
 
     def create(self, schema: pa.Schema) -> None:
-        """Make the table under a name that nobody else uses, and be its first writer."""
+        """Make the table under a name that no other writer uses, and be its first writer."""
         handle = self._tables.create(self.name, schema.empty_table())
         self._make_durable()
         self._keep(handle)
@@ -99,7 +99,7 @@ class SingleWriterTable:
     def reopen(self) -> int:
         """Go on after an error without a fence of one's own; say how many appends that failed are there all the same.
 
-        Right only in a table that nobody but this writer and those who fence it off ever change.
+        Right only in a table that this writer alone changes, but for the fences of later owners.
 
         Raises:
             NotOwner: a later owner has fenced.
@@ -215,7 +215,7 @@ class SingleWriterTable:
         return handle.version == version or self._alone(handle, version, handle.version + 1)
 
     def _alone(self, handle: Any, after: int, before: int) -> bool:
-        """Whether nobody has changed the table between two versions."""
+        """Whether no other writer has changed the table between two versions."""
         return all(map(_reserves, self._commits(self._dataset(handle), after, before)))
 
     def _commits(self, dataset: Any, after: int, before: int) -> list[Any]:

@@ -142,7 +142,7 @@ class Tables:
         raise last
 
     def folder_sync(self, name: str) -> FolderSync | None:
-        """What makes this table's commits durable, or None where the store does that itself or nobody asked."""
+        """What makes this table's commits durable, or None where the store does that itself or `sync` is "none"."""
         return FolderSync(self._folder(name)) if self.sync == "disk" else None
 
     def folder(self, name: str) -> Path | None:
