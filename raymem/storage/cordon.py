@@ -6,7 +6,6 @@ import time
 
 import pyarrow as pa
 
-from raymem.errors import Corrupt
 from raymem.storage.tables.cas_table import CasTable
 from raymem.storage.tables.tables import Tables, quote
 
@@ -18,7 +17,7 @@ class Cordon:
     """The nodes that take no new banks, by the beginning of their Ray id; a node that starts anew has a new one."""
 
     def __init__(self, tables: Tables) -> None:
-        self._table = CasTable(tables, _TABLE, "the list of draining nodes")
+        self._table = CasTable(tables, _TABLE, "the list of draining nodes", later=True)
 
     def begin(self, node: str) -> None:
         """Let a node take no more banks."""
@@ -36,10 +35,4 @@ class Cordon:
 
     def nodes(self) -> frozenset[str]:
         """The nodes that are being emptied, or have been."""
-        try:
-            return frozenset(row["node"] for row in self._table.rows())
-        except Corrupt as error:
-            if not error.details.get("missing"):
-                raise
-            # none ever was
-            return frozenset()
+        return frozenset(row["node"] for row in self._table.rows())

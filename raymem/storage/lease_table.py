@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import pyarrow as pa
 
-from raymem.errors import Corrupt
 from raymem.storage.tables.cas_table import CasTable
 from raymem.storage.tables.tables import Tables, log_table, quote
 
@@ -42,7 +41,7 @@ class LeaseTable:
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
-        self._table = CasTable(tables, _TABLE, "the incarnations", keep=_KEEP_VERSIONS)
+        self._table = CasTable(tables, _TABLE, "the incarnations", keep=_KEEP_VERSIONS, later=True)
         self._made = False
 
     def register(self, id: str, owner: str, lease_s: float) -> None:
@@ -78,13 +77,7 @@ class LeaseTable:
 
     def list(self, owner: str | None = None) -> list[Incarnation]:
         """All incarnations, or those of one owner, oldest first."""
-        try:
-            rows = self._table.rows("true" if owner is None else f"owner = {quote(owner)}")
-        except Corrupt as error:
-            if not error.details.get("missing"):
-                raise
-            # no bank was ever owned here
-            return []
+        rows = self._table.rows("true" if owner is None else f"owner = {quote(owner)}")
         return sorted((Incarnation(**row) for row in rows), key=lambda row: row.started)
 
     def held(self, owner: str) -> bool | None:

@@ -15,6 +15,7 @@ from raymem.errors import Conflict, Corrupt
 from raymem.storage.catalog import part_prefix
 from raymem.storage.erasure.audit import ErasedRows
 from raymem.storage.erasure.reach import FORGOTTEN, FORGOTTEN_RUNS, KEPT_NAMES, NAMED_RUNS
+from raymem.storage.tables.cas_table import CasTable
 from raymem.storage.tables.disk import reading, writing
 from raymem.storage.tables.tables import Tables, quote
 from raymem.types import EraseReceipt, name_digest
@@ -32,7 +33,6 @@ _SCHEMA = pa.schema(
     ]
 )
 _RECEIPT = TypeAdapter(EraseReceipt)
-_COMPACT_EVERY = 64
 _KEEP_VERSIONS = timedelta(minutes=5)
 
 
@@ -41,7 +41,7 @@ class Receipts:
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
-        self._sync = tables.folder_sync(_TABLE)
+        self._table = CasTable(tables, _TABLE, "the receipts", _KEEP_VERSIONS, later=True)
 
     def put(self, receipt: EraseReceipt, evidence: ErasedRows) -> EraseReceipt:
         """Keep a receipt in place of the one of its id; durable when it returns."""
@@ -52,18 +52,17 @@ class Receipts:
     def _keep(self, receipt: EraseReceipt, known_by: str) -> None:
         row = {name: getattr(receipt, name) for name in ("id", "bank", "bank_id", "status", "started")}
         row |= {"receipt": _RECEIPT.dump_json(receipt).decode(), "evidence": known_by}
-        with writing(f"keep the receipt of an erasure in {receipt.bank}"):
-            table = self._tables.share(_TABLE, _SCHEMA.empty_table())
-            merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(pa.Table.from_pylist([row], schema=_SCHEMA))
-            if table.version % _COMPACT_EVERY == 0:
-                table.optimize(cleanup_older_than=_KEEP_VERSIONS)
-            if self._sync:
-                self._sync.sync()
+        rows = pa.Table.from_pylist([row], schema=_SCHEMA)
+
+        def keep(table: Any) -> None:
+            table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+        self._table.create(_SCHEMA.empty_table())
+        self._table.change(f"keep the receipt of an erasure in {receipt.bank}", keep)
 
     def get(self, id: str) -> EraseReceipt | None:
         """The receipt of an id."""
-        found = self._rows(f"id = {quote(id)}")
+        found = self._table.rows(f"id = {quote(id)}")
         return _receipt(found[0]) if found else None
 
     def of(self, bank: str) -> list[EraseReceipt]:
@@ -72,7 +71,7 @@ class Receipts:
         Those of a partitioned bank are its partitions'.
         """
         where = f"bank = {quote(bank)} OR starts_with(bank, {quote(part_prefix(bank))})" if bank else "true"
-        rows = self._rows(where)
+        rows = self._table.rows(where)
         return [_receipt(row) for row in sorted(rows, key=lambda row: row["started"])]
 
     def forget_names(self, bank: str) -> list[EraseReceipt]:
@@ -101,23 +100,11 @@ class Receipts:
 
     def pending(self) -> list[tuple[EraseReceipt, ErasedRows]]:
         """The receipts of erasures that are not finished, with what their rows would be known by."""
-        rows = sorted(self._rows("status = 'pending'"), key=lambda row: row["started"])
+        rows = sorted(self._table.rows("status = 'pending'"), key=lambda row: row["started"])
         return [(receipt, self._evidence(row, receipt)) for row in rows for receipt in [_receipt(row)]]
 
     def _evidence(self, row: dict[str, Any], receipt: EraseReceipt) -> ErasedRows:
         return ErasedRows.from_json(row["evidence"], receipt.bank_id, receipt.what, receipt.generation)
-
-    def _rows(self, where: str) -> list[dict[str, Any]]:
-        try:
-            table = self._tables.open(_TABLE)
-        except Corrupt as error:
-            if not error.details.get("missing"):
-                raise
-            # nothing was ever erased here
-            return []
-        with reading("read the receipts"):
-            rows: list[dict[str, Any]] = table.search().where(where).to_arrow().to_pylist()
-        return rows
 
 
 def forgotten(receipt: EraseReceipt) -> EraseReceipt:

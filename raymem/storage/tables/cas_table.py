@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from raymem.errors import ConfigError, Conflict, RaymemError, StorageError
+from raymem.errors import ConfigError, Conflict, Corrupt, RaymemError, StorageError
 from raymem.retry import attempts
 from raymem.storage.tables.disk import reading, writing
 from raymem.storage.tables.tables import Tables, quote
@@ -37,13 +37,17 @@ class CasTable:
         name: of the table.
         what: the table in errors, for example "the catalog".
         keep: how long versions that were overwritten stay readable.
+        later: whether it is made with its first rows, and has none until then.
     """
 
-    def __init__(self, tables: Tables, name: str, what: str, keep: timedelta = _KEEP_VERSIONS) -> None:
+    def __init__(
+        self, tables: Tables, name: str, what: str, keep: timedelta = _KEEP_VERSIONS, *, later: bool = False
+    ) -> None:
         self._tables = tables
         self._name = name
         self._what = what
         self._keep = keep
+        self._later = later
         self._sync = tables.folder_sync(name)
         self._turn = threading.Lock()
 
@@ -63,8 +67,13 @@ class CasTable:
 
     def rows(self, where: str = "true") -> Rows:
         """The rows that match, as of now."""
-        with reading(f"read {self._what}"):
-            found: Rows = self._tables.open(self._name).search().where(where).to_arrow().to_pylist()
+        try:
+            with reading(f"read {self._what}"):
+                found: Rows = self._tables.open(self._name).search().where(where).to_arrow().to_pylist()
+        except Corrupt as error:
+            if not (self._later and error.details.get("missing")):
+                raise
+            return []
         return found
 
     def change(self, what: str, change: Callable[[Any], T], count: int = _ATTEMPTS) -> T:
