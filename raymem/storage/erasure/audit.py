@@ -134,7 +134,7 @@ def _in_rows(files: Files, data: Sequence[File], evidence: ErasedRows) -> tuple[
 
 
 def _in_snapshots(files: Files, data: Sequence[File], evidence: ErasedRows) -> tuple[int, int]:
-    """Names, positions and tails in states; a state older than the rewriting has the rows mixed into it."""
+    """Runs' names, and positions, in states; a state older than the rewriting has the rows mixed into it."""
     # manifests first: they say where in a state's bytes each tensor lies
     manifests: dict[str, tuple[int, dict[str, Any]]] = {}
     whole: list[File] = []

@@ -17,10 +17,11 @@ from raymem.rows import JournalRows
 from raymem.storage.catalog import Catalog, Entry
 from raymem.storage.journal.log import Log, OldLogs, read_log
 from raymem.storage.journal.reader import JournalReader
-from raymem.storage.journal.tombstones import Tombstones, bank_schema
+from raymem.storage.journal.tombstones import Tombstones
 from raymem.storage.spellings import alike, has_others, same
 from raymem.storage.tables.single_writer_table import SingleWriterTable, WriterState
 from raymem.storage.tables.tables import Tables, in_memory, journal_table, quote
+from raymem.types import DTYPES
 
 T = TypeVar("T")
 _NAMES = ["pos", "stream", "run", "seq"]
@@ -97,14 +98,10 @@ class Journal:
         self._log_bytes = log_bytes
         self._owned = False
         self._flushed_end = 0
-        hidden = bank_schema(entry.spec).field("hidden").type
-        row_bytes = hidden.list_size * hidden.value_type.bit_width // 8
-        self._writer = SingleWriterTable(
-            tables,
-            journal_table(entry.id, entry.generation),
-            f"bank {entry.name}",
-            max(1, _FRAGMENT_BYTES // row_bytes),
-        )
+        made_by, name = entry.spec.fingerprint, journal_table(entry.id, entry.generation)
+        row_bytes = len(made_by.layers) * made_by.width * DTYPES[made_by.dtype].itemsize
+        rows = max(1, _FRAGMENT_BYTES // row_bytes)
+        self._writer = SingleWriterTable(tables, name, f"bank {entry.name}", rows)
 
     def fence(self) -> None:
         """Become the journal's only writer again; see `claim`."""

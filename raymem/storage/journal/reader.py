@@ -23,7 +23,6 @@ class JournalReader:
     def __init__(self, tables: Tables, entry: Entry) -> None:
         self._tables = tables
         self.entry = entry
-        self._schema = bank_schema(entry.spec)
         self._name = journal_table(entry.id, entry.generation)
 
     def extent(self) -> tuple[int, Tombstones]:
@@ -121,12 +120,13 @@ class JournalReader:
             )
 
     def _pieces(self, batches: list[pa.RecordBatch]) -> list[JournalRows]:
-        if batches and not batches[0].schema.equals(self._schema):
+        schema = bank_schema(self.entry.spec)
+        if batches and not batches[0].schema.equals(schema):
             raise Corrupt(
                 f"the journal of {self.entry.name} has another schema than its spec says: {batches[0].schema}; "
                 "restore the bank from an export or a copy of the store"
             )
-        return JournalRows.from_arrow(pa.Table.from_batches(batches, schema=self._schema))
+        return JournalRows.from_arrow(pa.Table.from_batches(batches, schema=schema))
 
 
 def _take(batches: Iterator[pa.RecordBatch], rows: int) -> list[pa.RecordBatch]:

@@ -42,7 +42,7 @@ class Tombstones:
 
     @classmethod
     def of(cls, positions: Iterable[int] | Tensor, end: int) -> Tombstones:
-        """Holes at these positions of a journal that has given `end` positions out."""
+        """Tombstones at these positions of a journal that has given `end` positions out."""
         listed = positions.tolist() if isinstance(positions, Tensor) else list(positions)
         pos = np.unique(np.array(listed, dtype=np.int64))
         if not len(pos):
