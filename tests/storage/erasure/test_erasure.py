@@ -21,10 +21,12 @@ from raymem.bank import merge as merging
 from raymem.config import ColdSettings
 from raymem.errors import BankNotFound, Conflict, InvalidInput, Unsupported
 from raymem.memory import kinds
+from raymem.storage.catalog import Entry
 from raymem.storage.erasure import erase as erasure
 from raymem.storage.erasure.audit import inspect
 from raymem.storage.export.export import export_bank
 from raymem.storage.journal.journal import Journal
+from raymem.storage.journal.log import Log
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.files import Files
 
@@ -281,15 +283,15 @@ def test_a_failure_after_the_switch_loses_nothing_that_is_written_or_erased_then
     parent = bank_of(store, tiny, "a", "spalm", "alice", "bob", "carol")
     bank = store.fork(parent.name, "lab/fork") if verb == "materialise" else parent
     bank.write(tiny.talk("bob", 5, run="r3"))
-    fence, switched = Journal.fence, cold.catalog.get(bank.name).generation
+    claim, switched = Journal.claim, cold.catalog.get(bank.name).generation
 
-    def fails(journal: Journal) -> None:
+    def fails(journal: Journal, entry: Entry, log: Log | None) -> None:
         if cold.catalog.get(bank.name).generation > switched:
             raise raymem.errors.StorageError("the disk is full")
-        fence(journal)
+        claim(journal, entry, log)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "fence", fails)
+        patched.setattr(Journal, "claim", fails)
         with pytest.raises(raymem.errors.StorageError):
             bank.materialise() if verb == "materialise" else bank.erase(stream="alice")
 
