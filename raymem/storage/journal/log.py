@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -391,9 +393,11 @@ def to_log(lsn: int, parts: Sequence[Part]) -> pa.Table:
         "generation": np.repeat([entry.generation for entry, _ in parts], counts),
         "epoch": np.repeat([rows.epoch for rows in rows_of], counts),
     }
-    # one value a row, its bytes; none is null
-    hidden = [rows.hidden_TLD.flatten(1).contiguous().view(torch.uint8).numpy() for rows in rows_of]
-    offsets = np.concatenate([[0], np.cumsum(np.repeat([rows.shape[1] for rows in hidden], counts))]).astype(np.int64)
+    # one value a row, its bytes; none is null. those of one shape at once: most are of one model, with a single row
+    alike = groupby((rows.hidden_TLD for rows in rows_of), attrgetter("dtype", "shape"))
+    hidden = [torch.cat([*group]).flatten(1).contiguous().view(torch.uint8).numpy() for _, group in alike]
+    lengths = np.repeat([rows.shape[1] for rows in hidden], [len(rows) for rows in hidden])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.concatenate([rows.reshape(-1) for rows in hidden]))]
     values: list[bytes | None] = []
     for rows in rows_of:
