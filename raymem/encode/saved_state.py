@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-
-from raymem.encode.open_runs import Ints
+from numpy.typing import NDArray
 
 # the rows that a mechanism keeps, and the runs that an encoder waits for the next row of
 _ROWS, _OPEN_RUNS = "memory.pos", "encoder.tail_runs"
@@ -18,7 +17,7 @@ def position_tensors(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in (_ROWS, _OPEN_RUNS)]
 
 
-def positions(name: str, data: bytes) -> Ints:
+def positions(name: str, data: bytes) -> NDArray[np.int64]:
     """The positions [N] int64 in the bytes of such a tensor.
 
     Raises:
