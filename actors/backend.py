@@ -18,8 +18,8 @@ from raymem.actors.shard import ClusterSpec, open_cas
 from raymem.actors.transfer import pack, pack_fields, unpack_fields
 from raymem.config import Settings
 from raymem.errors import BankDetached, BankNotFound, ConfigError, Conflict, NotShared, RaymemError
-from raymem.host.admission import Limiter, caller
 from raymem.host.backend import OwnerVerb, shard_info
+from raymem.host.host import Limiter, caller
 from raymem.partition.backend import PartitionedBackend
 from raymem.storage.store import ColdStore, Entry
 from raymem.types import Ack, DrainReport, MigrationReport, Readout, ShardInfo, Trace

@@ -88,7 +88,7 @@ class Shard:
         await (await self._hot(name)).materialise(name)
 
     async def attach(self, name: str, take_from: str, epoch: int | None = None) -> None:
-        """Claim and load a bank that is cold, owned by nobody, or owned by `take_from`, if it says so at `epoch`.
+        """Claim and load a bank that is cold, without an owner, or owned by `take_from`, if it says so at `epoch`.
 
         Raises:
             Conflict: this node is being drained.
@@ -98,7 +98,7 @@ class Shard:
         await host.attach(name, take_from=take_from, epoch=epoch)
 
     async def detach(self, name: str) -> None:
-        """Settle, snapshot and free a bank."""
+        """Flush, snapshot and free a bank."""
         host = await self._hot(name)
         await host.detach(name)
 
@@ -164,7 +164,7 @@ class Shard:
         return await (await self._host()).stats() | {"pid": os.getpid()}
 
     async def close(self) -> None:
-        """Settle every bank; they stay hot in the catalog."""
+        """Flush every bank; they stay hot in the catalog."""
         await (await self._host()).close()
 
     def _check_open(self, cold: ColdStore, name: str) -> None:
@@ -195,7 +195,7 @@ class Shard:
         outcomes = await asyncio.gather(*map(host.reopen, mine), return_exceptions=True)
         for name, outcome in zip(mine, outcomes, strict=True):
             if isinstance(outcome, RaymemError):
-                # whoever uses the bank next hears the same
+                # the next caller of the bank hears the same
                 log.warning("bank not recovered", bank=name, error=str(outcome))
             elif outcome is not None:
                 raise outcome

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raymem.client import routes
 from raymem.config import GatewaySettings
 from raymem.errors import ConfigError, InvalidInput, RaymemError, TooLarge, Unauthorized
-from raymem.host.admission import caller
+from raymem.host.host import caller
 from raymem.serving.errors import NOT_HTTP, Carried, respond
 
 DOCS = "/docs"

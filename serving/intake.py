@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from raymem.client import routes
 from raymem.config import GatewaySettings
 from raymem.errors import InvalidInput, Overloaded, TooLarge
-from raymem.host.admission import caller
+from raymem.host.host import caller
 from raymem.serving.errors import NOT_HTTP, Carried
 
 T = TypeVar("T")

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from raymem.config import Settings
 from raymem.errors import Conflict, InvalidInput, Moved, NotOwner
-from raymem.host.admission import caller
 from raymem.host.backend import OwnerVerb, detached, shard_info
-from raymem.host.host import Host
+from raymem.host.host import Host, caller
 from raymem.host.lease import Watch
 from raymem.partition.backend import PartitionedBackend
 from raymem.storage.store import ColdStore, Entry, LeaseTable

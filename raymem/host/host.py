@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,9 @@ from raymem.bank.group_commit import GroupCommit
 from raymem.bank.owner import BankOwner
 from raymem.bank.primary import Primary, Standing
 from raymem.bank.replica import Replica
-from raymem.config import Settings
-from raymem.errors import Moved, NotOwner, RaymemError, StoreClosed
+from raymem.config import HostSettings, Settings
+from raymem.errors import Moved, NotOwner, Overloaded, RaymemError, StoreClosed, TooLarge
 from raymem.executor import Executor, Locks, run_now
-from raymem.host.admission import Limiter
 from raymem.host.backend import detached
 from raymem.host.lease import Lease, clock
 from raymem.host.maintenance import Maintenance
@@ -36,6 +36,44 @@ from raymem.types import Ack, EraseReceipt, Readout, Selection, Trace
 
 log = get_logger("raymem.host.host")
 _TICK_S = 1.0
+# the caller, where one process asks for many: a gateway sets it to the holder of a request's key
+caller: ContextVar[str] = ContextVar("caller", default="")
+
+
+class Limiter:
+    """Requests and bytes that each caller has in flight; over the limit a call is refused, never queued."""
+
+    def __init__(self, settings: HostSettings) -> None:
+        self._requests = settings.caller_requests
+        self._bytes = settings.caller_bytes
+        self._in_flight: dict[str, tuple[int, int]] = {}
+        self.refused = 0
+
+    @contextmanager
+    def admit(self, caller: str, nbytes: int) -> Iterator[None]:
+        """Hold a place for one request of `nbytes` while the block runs.
+
+        Raises:
+            TooLarge: the request alone is over the byte limit.
+            Overloaded: the caller has too much in flight; come back after `retry_after_s`.
+        """
+        if nbytes > self._bytes:
+            raise TooLarge(f"a request of {nbytes} bytes is over the limit of {self._bytes}; send it in pieces")
+        requests, held = self._in_flight.get(caller, (0, 0))
+        if requests >= self._requests or held + nbytes > self._bytes:
+            self.refused += 1
+            raise Overloaded(
+                f"{requests} requests with {held} bytes are in flight (limits {self._requests} and {self._bytes}); "
+                "wait for some to finish",
+                retry_after_s=0.05,
+            )
+        self._in_flight[caller] = (requests + 1, held + nbytes)
+        try:
+            yield
+        finally:
+            requests, held = self._in_flight.pop(caller)
+            if requests > 1:
+                self._in_flight[caller] = (requests - 1, held - nbytes)
 
 
 class Host:

@@ -29,7 +29,7 @@ from raymem.errors import (
     TagNotFound,
     Unsupported,
 )
-from raymem.host.admission import caller
+from raymem.host.host import caller
 from raymem.serving.intake import Intake
 from raymem.serving.routes.common import BYTES_BODY, BankDep, NameDep, StoreDep, TransfersDep, serve
 from raymem.serving.schemas import (

@@ -13,7 +13,7 @@ from raymem.client.routes import Route
 from raymem.client.store import AsyncBank, AsyncStore
 from raymem.config import GatewaySettings
 from raymem.errors import BankNotFound, Conflict, RaymemError, Unsupported
-from raymem.host.admission import caller
+from raymem.host.host import caller
 from raymem.serving.errors import documented
 from raymem.serving.intake import Transfers
 from raymem.serving.recall import RecallModel

@@ -39,7 +39,7 @@ from raymem.errors import (
     SequenceConflict,
 )
 from raymem.executor import Executor, run_now
-from raymem.host.admission import caller
+from raymem.host.host import caller
 from raymem.memory import kinds
 from raymem.storage.partitions import Place
 from raymem.storage.store import ColdStore
