@@ -58,19 +58,15 @@ class RayBackend(PartitionedBackend):
             spec = await running_spec(Remote(cluster.DIRECTORY), settings.actors)
             if spec is None:
                 return await cls._start(cold, settings)
-            return await cls._enter(spec, cold, settings)
+            store = await asyncio.to_thread(_same_store, spec, cold)
+            backend = cls(store, Remote(cluster.DIRECTORY), settings)
+            topology = await backend._router.refresh(retry_failed=True)
+            if not topology.shards:
+                raise next(iter(topology.failures.values()))
+            return backend
         except BaseException:
             await asyncio.to_thread(cluster.leave)
             raise
-
-    @classmethod
-    async def _enter(cls, spec: ClusterSpec, cold: str | None, settings: Settings) -> RayBackend:
-        store = await asyncio.to_thread(_same_store, spec, cold)
-        backend = cls(store, Remote(cluster.DIRECTORY), settings)
-        topology = await backend._router.refresh(retry_failed=True)
-        if not topology.shards:
-            raise next(iter(topology.failures.values()))
-        return backend
 
     @classmethod
     async def _start(cls, cold: str | None, settings: Settings) -> RayBackend:

@@ -37,7 +37,6 @@ from raymem.errors import (
     RaymemError,
     Reassigned,
     StorageError,
-    TagNotFound,
     Unavailable,
     Unsupported,
 )
@@ -50,7 +49,7 @@ from raymem.partition.rebalance import Mover
 from raymem.storage.catalog import Catalog, part_of, part_prefix
 from raymem.storage.export.export import export_bank
 from raymem.storage.export.imports import import_bank
-from raymem.storage.history import fork_at, positions_of, restore_to, seconds, tag_at, untag
+from raymem.storage.history import fork_at, moment_of, positions_of, restore_to, tag_at, untag
 from raymem.storage.partitions import MOST, Layout
 from raymem.storage.store import ColdStore, Entry
 from raymem.storage.sweeper import sweep
@@ -68,7 +67,6 @@ from raymem.types import (
     Selection,
     SweepReport,
     Trace,
-    shorten,
 )
 
 B = TypeVar("B", bound=type[Any])
@@ -266,12 +264,8 @@ class PartitionedBackend(Hosts):
 
     def _check_past(self, layout: Layout, as_of: str | float) -> None:
         """Refuse a time before rows were moved, which their new partition had later than they were written."""
-        if isinstance(as_of, str) and as_of in self.cold.catalog.tags(layout.parts[0]):
-            return
-        moment = seconds(as_of) if isinstance(as_of, str) else as_of
-        if moment is None:
-            raise TagNotFound(f"bank {layout.name} has no tag {shorten(str(as_of))!r}, which is no time either")
-        if moment < layout.moved:
+        moment = moment_of(self.cold.catalog.get(layout.parts[0]), as_of)
+        if moment is not None and moment < layout.moved:
             raise InvalidInput(
                 f"streams of bank {layout.name} were moved between its partitions at {layout.moved:.0f}, and what it "
                 f"was before, at {moment:.0f}, can't be read any more; tag or export a bank before rebalancing it"

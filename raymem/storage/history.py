@@ -47,17 +47,25 @@ def position_of(cold: ColdStore, entry: Entry, at: str | float) -> int:
         TagNotFound: neither a tag nor a time, naming the tags there are.
         InvalidInput: a time that no row can have.
     """
-    if isinstance(at, str) and at in entry.tags:
-        return entry.tags[at]
-    moment = seconds(at) if isinstance(at, str) else at
+    moment = moment_of(entry, at)
     if moment is None:
-        raise TagNotFound(
-            f"bank {entry.name} has no tag {shorten(str(at))!r}, which is no time either; its tags are "
-            f"{sorted(entry.tags) or 'none'}, a time is 2026-01-31T12:00:00Z or seconds since 1970"
-        )
+        return entry.tags[str(at)]
     journal = cold.journal(entry)
     found = journal.before(moment)
     return journal.end() if found is None else found
+
+
+def moment_of(entry: Entry, at: str | float) -> float | None:
+    """The moment that `at` means, in seconds since 1970; None if it is a tag of a bank or partition."""
+    if isinstance(at, str) and at in entry.tags:
+        return None
+    moment = seconds(at) if isinstance(at, str) else at
+    if moment is None:
+        raise TagNotFound(
+            f"bank {bank_of(entry.name)} has no tag {shorten(str(at))!r}, which is no time either; its tags are "
+            f"{sorted(entry.tags) or 'none'}, a time is 2026-01-31T12:00:00Z or seconds since 1970"
+        )
+    return moment
 
 
 def positions_of(cold: ColdStore, parts: Sequence[Entry], at: str | int | None) -> tuple[list[int], list[int]]:

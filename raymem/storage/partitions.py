@@ -228,7 +228,7 @@ class Partitions:
 
     def find(self, bank: str, stream: str) -> Place | None:
         """Where a stream of the bank of that id lives; None if it has no row yet."""
-        row = _first(self._table.rows, bank, stream)
+        row = _rows_of(self._table.rows, bank, [stream]).get(stream)
         return None if row is None else _place(row)
 
     def assign(self, layout: Layout, streams: Collection[str]) -> dict[str, Place]:
@@ -236,10 +236,10 @@ class Partitions:
 
         Of several who ask at once the first decides.
         """
-        found = self._find_all(self._table.rows, layout, streams)
+        found = _places(self._table.rows, layout, streams)
 
         def decide(find: Find) -> Change:
-            row, there = self._require(find, layout.id), self._find_all(find, layout, streams)
+            row, there = self._require(find, layout.id), _places(find, layout, streams)
             loads, new = row["streams"], dict[str, Place]()
             for stream in sorted(set(streams) - set(there)):
                 home = loads.index(min(loads))
@@ -252,11 +252,6 @@ class Partitions:
             self._swap(layout.id, decide)
         return found
 
-    def _find_all(self, find: Find, layout: Layout, streams: Collection[str]) -> dict[str, Place]:
-        rows = {row["id"]: _place(row) for row in find(_any_of(layout.id, streams))}
-        known = {stream: next((rows[id] for id in _ids(layout.id, stream) if id in rows), None) for stream in streams}
-        return {stream: place for stream, place in known.items() if place is not None}
-
     def change(self, layout: Layout, stream: str, before: Place, after: Place) -> Place:
         """Change where a stream lives, if it still lives as looked up; a new home is a new version of the layout.
 
@@ -266,7 +261,7 @@ class Partitions:
 
         def decide(find: Find) -> Change:
             row = self._require(find, layout.id)
-            there = _first(find, layout.id, stream)
+            there = _rows_of(find, layout.id, [stream]).get(stream)
             if there is None or _place(there) != before:
                 raise Conflict(f"stream {stream!r} of bank {layout.name} was moved or held by another caller meanwhile")
             if after.home != before.home:
@@ -376,9 +371,14 @@ def _ids(bank: str, stream: str) -> list[str]:
     return [_id(bank, name) for name in spellings(stream)]
 
 
-def _first(find: Find, bank: str, stream: str) -> dict[str, Any] | None:
-    rows = {row["id"]: row for row in find(_any_of(bank, [stream]))}
-    return next((rows[id] for id in _ids(bank, stream) if id in rows), None)
+def _rows_of(find: Find, bank: str, streams: Collection[str]) -> dict[str, dict[str, Any]]:
+    rows = {row["id"]: row for row in find(_any_of(bank, streams))}
+    known = {stream: next((rows[id] for id in _ids(bank, stream) if id in rows), None) for stream in streams}
+    return {stream: row for stream, row in known.items() if row is not None}
+
+
+def _places(find: Find, layout: Layout, streams: Collection[str]) -> dict[str, Place]:
+    return {stream: _place(row) for stream, row in _rows_of(find, layout.id, streams).items()}
 
 
 def _part_names(name: str, count: int) -> tuple[str, ...]:

@@ -13,17 +13,15 @@ The state is there for other readers: an import makes it of the rows, see import
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +32,6 @@ from safetensors.torch import save
 from raymem import __version__
 from raymem.errors import CalibrationNotFound
 from raymem.rows import JournalRows
-from raymem.storage.catalog import Entry
 from raymem.storage.export.manifest import (
     CALIBRATION,
     FORMAT,
@@ -54,7 +51,6 @@ from raymem.storage.kway_merge import Tally, merged
 from raymem.storage.snapshots import Snapshot
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.disk import fsync, writing
-from raymem.types import BankSpec
 
 Progress = Callable[[int, int], None]
 
@@ -92,43 +88,41 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
         ends = [journal.end() for journal in journals]
         tombstones = journals[0].tombstones() if layout.whole else Tombstones()
     scans = [journal.scan(stop=end) for journal, end in zip(journals, ends, strict=True)]
+    entry, path, budget = layout.entry, Path(path), sum(part.spec.budget_bytes for part in parts)
+    spec = entry.spec.model_copy(update={"budget_bytes": budget})
+    schema, rows = bank_schema(spec, tombstones), 0
     if layout.whole:
-        content = _Content(parts, scans[0], found, tombstones, int(tombstones.rank(np.array(ends))[0]))
-        return _export(store, layout.entry, Path(path), content, progress)
-    # a row that two partitions have, on its way from one to the other, is there once
-    tables = merged(scans, layout.parts, [""] * len(parts), Tally())
-    spec = parts[0].spec
-    spec = spec.model_copy(update={"budget_bytes": len(parts) * spec.budget_bytes})
-    rows = (rows for table in tables for rows in JournalRows.from_arrow(table))
-    entry = dataclasses.replace(layout.entry, spec=spec)
-    return _export(store, entry, Path(path), _Content(parts, rows, None, Tombstones(), 0), progress)
+        journal: Iterable[JournalRows] = scans[0]
+        rows = int(tombstones.rank(np.array(ends))[0])
+    else:
+        # a row that two partitions have, on its way from one to the other, is there once
+        tables = merged(scans, layout.parts, [""] * len(parts), Tally())
+        journal = (piece for table in tables for piece in JournalRows.from_arrow(table))
 
+    def write_journal(out: Any) -> None:
+        nonlocal rows
+        done = 0
+        with pa.ipc.new_file(pa.PythonFile(out, "w"), schema) as writer:
+            for piece in journal:
+                writer.write_table(piece.to_arrow().replace_schema_metadata(schema.metadata))
+                done += len(piece)
+                rows = max(rows, done)
+                if progress:
+                    progress(done, rows)
 
-@dataclass
-class _Content:
-    """What a file is made of, and of which banks: `rows` counts what the journal gives, if that is not known before."""
-
-    banks: Sequence[Entry]
-    journal: Iterable[JournalRows]
-    state: Snapshot | None
-    tombstones: Tombstones
-    rows: int
-
-
-def _export(store: ColdStore, entry: Entry, path: Path, content: _Content, progress: Progress | None) -> ExportReport:
-    found, schema = content.state, bank_schema(entry.spec, content.tombstones)
     with (
         _appearing(path) as file,
-        steady(store.catalog, *content.banks),
+        steady(store.catalog, *parts),
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
     ):
-        write = partial(_write_journal, schema=schema, content=content, progress=progress)
-        members = {JOURNAL: _write(archive, JOURNAL, write)}
-        blob = _calibration(store, entry.spec)
-        if blob is not None:
+        members = {JOURNAL: _write(archive, JOURNAL, write_journal)}
+        blob = b""
+        with suppress(CalibrationNotFound):
+            blob = store.calibrations.get(spec.fingerprint.calibration)
+        if blob:
             members[CALIBRATION] = _write(archive, CALIBRATION, lambda out: out.write(blob))
-        if entry.spec.params:
-            weights = store.params.get(entry.spec.params)
+        if spec.params:
+            weights = store.params.get(spec.params)
             members[PARAMS] = _write(archive, PARAMS, lambda out: out.write(weights))
         if found is not None:
             state = save(found[1])
@@ -138,18 +132,18 @@ def _export(store: ColdStore, entry: Entry, path: Path, content: _Content, progr
             version=VERSION,
             made_by=f"raymem {__version__}",
             bank=entry.name,
-            spec=entry.spec,
+            spec=spec,
             epoch=entry.epoch,
             created=entry.created,
             exported=time.time(),
             tags=entry.tags,
-            rows=content.rows,
-            end=content.rows + len(content.tombstones),
+            rows=rows,
+            end=rows + len(tombstones),
             state=None if found is None else ExportedState(pos=found[0], meta=found[2]),
             members=members,
         )
         archive.writestr(MANIFEST, manifest.model_dump_json(indent=1))
-    return ExportReport(path, content.rows, path.stat().st_size)
+    return ExportReport(path, rows, path.stat().st_size)
 
 
 def _told(found: Snapshot | None) -> Snapshot | None:
@@ -202,21 +196,3 @@ def _write(archive: zipfile.ZipFile, name: str, write: Callable[[Any], object]) 
         hashing = _Hashing(out)
         write(hashing)
     return Member(bytes=hashing.bytes, sha256=hashing.sha256.hexdigest())
-
-
-def _write_journal(out: Any, schema: pa.Schema, content: _Content, progress: Progress | None) -> None:
-    done = 0
-    with pa.ipc.new_file(pa.PythonFile(out, "w"), schema) as writer:
-        for piece in content.journal:
-            writer.write_table(piece.to_arrow().replace_schema_metadata(schema.metadata))
-            done += len(piece)
-            content.rows = max(content.rows, done)
-            if progress:
-                progress(done, content.rows)
-
-
-def _calibration(store: ColdStore, spec: BankSpec) -> bytes | None:
-    try:
-        return store.calibrations.get(spec.fingerprint.calibration)
-    except CalibrationNotFound:
-        return None

@@ -10,6 +10,7 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
@@ -210,7 +211,8 @@ def _require_usable(
     spec: BankSpec = archive.manifest.spec
     try:
         if calibration is None:
-            calibration = _known(store, spec)
+            with suppress(CalibrationNotFound):
+                calibration = store.calibrations.load(spec.fingerprint.calibration)
         if calibration is None:
             layers = spec.key.layers or spec.fingerprint.layers
             mechanism(spec, len(layers) * spec.fingerprint.width, learned)
@@ -218,10 +220,3 @@ def _require_usable(
             assemble(spec, calibration, learned)
     except InvalidInput as error:
         raise archive.corrupt("spec of manifest.json", f"can't be used: {error.message}") from error
-
-
-def _known(store: ColdStore, spec: BankSpec) -> Calibration | None:
-    try:
-        return Calibration.from_bytes(store.calibrations.get(spec.fingerprint.calibration))
-    except CalibrationNotFound:
-        return None
