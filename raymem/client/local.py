@@ -103,7 +103,7 @@ class LocalBackend(PartitionedBackend):
         return {"backend": "local", "cold": self.cold.uri, "sync": self.cold.sync, "shards": [await self.host.stats()]}
 
     async def close(self) -> None:
-        """Settle every bank."""
+        """Flush and release every bank."""
         await self.host.close()
 
     def abandon(self) -> None:
@@ -127,7 +127,7 @@ class LocalBackend(PartitionedBackend):
         try:
             return await verb(name, *args, **kwargs)
         except (Moved, NotOwner):
-            # the worker or the lease was lost: the catalog says who has the part now
+            # the owner or the lease was lost: the catalog says who has the part now
             if not self.host.has(name):
                 await self._reload(name)
             return await verb(name, *args, **kwargs)

@@ -1,7 +1,7 @@
 """The verbs of a store: one call on a bank becomes calls on its parts.
 
-A bank's parts are its partitions; a whole bank is its own only part. This is the one layer that knows of it, under
-`Store` and over the hosts. A gateway uses the same store, so that its clients make one call.
+A bank's parts are its partitions; a whole bank is its own only part. This is the one layer that knows about partitions,
+under `Store` and over the hosts. A gateway uses the same store, so that its clients make one call.
 """
 
 from __future__ import annotations
@@ -78,10 +78,9 @@ _TRIES = 20
 
 
 def telling(backend: B) -> B:
-    """A class of backend whose verbs raise BankNotFound or Conflict where a bank that they use goes meanwhile.
+    """Wrap a backend's public verbs: where another caller removes a bank in use, they raise BankNotFound or Conflict.
 
-    The tables of a bank that went are missing, as those of a damaged one are: the catalog tells them apart. The backend
-    has its store as `cold`.
+    The tables of a removed bank are missing, as those of a damaged one are; the catalog tells the two apart.
     """
 
     def wrap(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,9 +103,9 @@ def telling(backend: B) -> B:
 
 
 def _what_went(catalog: Catalog, error: RaymemError) -> RaymemError | None:
-    """Why a bank's table could not be used, if that is because of what another caller did; None if it is damage.
+    """The error to raise where another caller removed or rewrote the bank; None if the table is damaged.
 
-    Storage knows tables alone, so the error names them: by their names, or by the path of a file in one.
+    Storage's error names the table, or the path of a file in it.
     """
     for found in BANK_TABLE.finditer(error.message):
         entry = catalog.by_id(found["id"])
@@ -554,7 +553,7 @@ def _hot(parts: Sequence[Entry]) -> list[str]:
 
 
 async def _as_one(name: str, work: Awaitable[T]) -> T:
-    """What calls on a bank's parts give, whose names are told as the bank's."""
+    """Await calls on a bank's parts; an error of a detached part names the bank."""
     try:
         return await work
     except BankDetached:

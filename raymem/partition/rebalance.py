@@ -5,7 +5,7 @@ The steps of one stream; a mover may die after each, and the next rebalancing go
 1. its target is put down; the target's owner copies its rows from the journal of its home, as they are there
 2. its writes are held: put down first, then its home's owner finishes those that wait and looks before later ones
 3. the rest is copied
-4. the target is its home, by compare-and-swap; writers and readers who knew the old one look again
+4. the target is its home, by compare-and-swap; writers and readers that knew the old one look again
 5. its rows are erased where they were, which is put down last
 
 Until 4 its home has every acknowledged row, from then on the target; a read asks all partitions, counts a row once, and

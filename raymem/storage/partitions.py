@@ -234,7 +234,7 @@ class Partitions:
     def assign(self, layout: Layout, streams: Collection[str]) -> dict[str, Place]:
         """Give streams that live nowhere the partition with the fewest; return where all live.
 
-        Of several who ask at once the first decides.
+        Of several callers at once the first decides.
         """
         found = _places(self._table.rows, layout, streams)
 

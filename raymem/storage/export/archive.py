@@ -41,7 +41,7 @@ class _Bounded:
 
 
 class Archive:
-    """An exported file whose manifest and members' sizes are sound; nothing in it is larger than it is in the file."""
+    """An exported file with a sound manifest, whose members have their listed sizes and are not compressed."""
 
     def __init__(self, archive: zipfile.ZipFile, path: Path) -> None:
         self._archive = archive

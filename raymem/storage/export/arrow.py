@@ -18,7 +18,7 @@ def batches(source: Any, schema: pa.Schema | None = None) -> tuple[pa.Schema, It
     """The schema and the batches of an Arrow IPC stream, in order; each is whole and sound.
 
     Nothing grows: a batch that is compressed or has a dictionary is refused before it is unpacked, and offsets, UTF-8
-    and null counts are checked before anybody follows them.
+    and null counts are checked before they are followed.
 
     Args:
         source: a buffer or a file that is read from where it stands.

@@ -84,7 +84,7 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
     journals = [store.journal(part) for part in parts]
     with steady(store.catalog, *parts):
         # first the snapshot: the journal then reaches at least as far
-        found = _told(store.state(layout.entry)) if layout.whole else None
+        found = _that_fits(store.state(layout.entry)) if layout.whole else None
         ends = [journal.end() for journal in journals]
         tombstones = journals[0].tombstones() if layout.whole else Tombstones()
     scans = [journal.scan(stop=end) for journal, end in zip(journals, ends, strict=True)]
@@ -146,8 +146,8 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
     return ExportReport(path, rows, path.stat().st_size)
 
 
-def _told(found: Snapshot | None) -> Snapshot | None:
-    """A state whose names a manifest has room for; without it the rows are replayed."""
+def _that_fits(found: Snapshot | None) -> Snapshot | None:
+    """The snapshot, if a manifest has room for its metadata; without it the rows are replayed."""
     return None if found is None or 2 * len(json.dumps(found[2])) > MANIFEST_BYTES else found
 
 
