@@ -49,7 +49,7 @@ from raymem.partition.rebalance import Mover
 from raymem.storage.catalog import Catalog, part_of, part_prefix
 from raymem.storage.export.export import export_bank
 from raymem.storage.export.imports import import_bank
-from raymem.storage.history import fork_at, moment_of, positions_of, restore_to, tag_at, untag
+from raymem.storage.history import fork_at, moment_of, positions_of, restore_to, tag_end, untag
 from raymem.storage.partitions import MOST, Layout
 from raymem.storage.store import ColdStore, Entry
 from raymem.storage.sweeper import sweep
@@ -153,8 +153,10 @@ class PartitionedBackend(Hosts):
 
     async def banks(self, prefix: str) -> list[BankInfo]:
         """The lines of banks whose names begin with `prefix`, by name."""
-        # no name has a dot, but those of partitions
-        entries = await asyncio.to_thread(self.cold.catalog.list, prefix) if "." not in prefix else []
+        if "." in prefix:
+            # as in the names of partitions alone
+            return []
+        entries = await asyncio.to_thread(self.cold.catalog.list, prefix)
         hot = await self.hot_bytes()
         found: defaultdict[str, dict[int, BankInfo]] = defaultdict(dict)
         for entry in entries:
@@ -334,7 +336,7 @@ class PartitionedBackend(Hosts):
             return tags
         # also what was written without waiting
         await asyncio.gather(*(self.ask(part, "release", None) for part in hot))
-        return await asyncio.to_thread(tag_at, self.cold, layout, tag)
+        return await asyncio.to_thread(tag_end, self.cold, name, tag)
 
     async def untag(self, name: str, tag: str) -> dict[str, int]:
         """Forget a tag; return those that are left."""

@@ -102,21 +102,22 @@ def common_tags(tags: Sequence[dict[str, int]]) -> dict[str, int]:
     return {tag: sum(each[tag] for each in tags) for tag in tags[0] if all(tag in each for each in tags)}
 
 
-def tag_at(cold: ColdStore, layout: Layout, tag: str) -> dict[str, int]:
+def tag_end(cold: ColdStore, name: str, tag: str) -> dict[str, int]:
     """Name the present position of each part, in one commit; a tag of that name moves. Return all tags.
 
     Raises:
         Conflict: streams are being moved.
     """
     check_label("tag", tag)
+    layout = cold.partitions.get(name)
     ends = {part.name: cold.journal(part).end() for part in cold.partitions.entries(layout)}
 
     def decide(moment: Moment) -> list[Entry]:
         cold.partitions.require_still(layout)
         # a partition that is just being added has no row
-        return [_retagged(part, part.tags | {tag: ends.get(part.name, 0)}) for part in moment.parts(layout.name)]
+        return [_retagged(part, part.tags | {tag: ends.get(part.name, 0)}) for part in moment.parts(name)]
 
-    return _together(cold, f"tag {layout.name}", decide)
+    return _together(cold, f"tag {name}", decide)
 
 
 def untag(cold: ColdStore, name: str, tag: str) -> dict[str, int]:
