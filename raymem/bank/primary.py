@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -18,14 +18,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from raymem.bank.group_commit import GroupCommit
 from raymem.bank.replica import Replica, Wanted
 from raymem.errors import RaymemError, SequenceConflict
 from raymem.executor import Executor
 from raymem.logs import get_logger
 from raymem.rows import JournalRows, concat
 from raymem.storage.history import materialise
-from raymem.storage.journal.log import Log
+from raymem.storage.journal.log import Log, Part
 from raymem.storage.store import ColdStore, Entry
 from raymem.types import Ack, Readout, Trace
 
@@ -205,14 +204,15 @@ class Primary(Replica):
         self._enter(Standing.IN_DOUBT)
 
     async def write(
-        self, traces: Sequence[Trace], executor: Executor, group_commit: GroupCommit | None = None
+        self, traces: Sequence[Trace], executor: Executor, commit: Callable[[Part], Awaitable[None]] | None = None
     ) -> list[Ack | RaymemError]:
         """Journal the new rows of all traces in one commit, then apply them.
 
         Args:
             traces: a group.
             executor: where to do what takes longer than the hop there.
-            group_commit: of the host's log, for rows that belong there; without one all go to the bank's own table.
+            commit: the group commit of the host's log, for rows that belong there; without it all go to the bank's own
+                table.
 
         Returns:
             For each trace its Ack, or the error that refused it; a refused trace changes nothing and does not keep
@@ -224,8 +224,8 @@ class Primary(Replica):
         # vectors that came narrow are kept as float32
         small = small and (rows is None or rows.nbytes <= SMALL_BYTES)
         try:
-            if rows is not None and pending.logged and group_commit is not None:
-                await group_commit.commit((self.entry, rows))
+            if rows is not None and pending.logged and commit is not None:
+                await commit((self.entry, rows))
             elif rows is not None:
                 await executor.run(self.journal.append, rows)
         except RaymemError as error:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import Any, NamedTuple
 
-from raymem.bank.group_commit import GroupCommit
+from raymem.bank.owner import GroupCommit
 from raymem.bank.primary import Primary
 from raymem.config import Settings
 from raymem.errors import Moved

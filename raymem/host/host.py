@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from raymem.bank.erase import erase
-from raymem.bank.group_commit import GroupCommit
-from raymem.bank.owner import BankOwner
+from raymem.bank.owner import BankOwner, GroupCommit
 from raymem.bank.primary import Primary, Standing
 from raymem.bank.replica import Replica
 from raymem.config import HostSettings, Settings

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from raymem.bank.group_commit import GroupCommit
+from raymem.bank.owner import GroupCommit
 from raymem.config import Settings
 from raymem.errors import Moved, RaymemError
 from raymem.executor import Executor
