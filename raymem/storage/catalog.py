@@ -24,7 +24,6 @@ from raymem.errors import (
     NotOwner,
     Partitioned,
     RaymemError,
-    TagNotFound,
 )
 from raymem.inputs import composed
 from raymem.logs import get_logger
@@ -221,7 +220,7 @@ class Catalog:
 
         self._with_journals(news, {}, {}, lambda: self.together(f"restore {olds[0].name}", decide))
 
-    def together(self, what: str, decide: Callable[[Moment], Iterable[Entry]]) -> None:
+    def together(self, what: str, decide: Callable[[Moment], Iterable[Entry]]) -> builtins.list[Entry]:
         """Change or add lines depending on what all say at one moment; of two that do so the later looks again.
 
         That holds where nothing is to be changed too: a change that looked earlier and has not committed looks again.
@@ -229,8 +228,18 @@ class Catalog:
         Args:
             what: the change in errors.
             decide: gives the lines as they are to be; what it raises is raised, and nothing changed.
+
+        Returns:
+            Those lines.
         """
-        self._commit(what, lambda find: ([_entry_row(entry) for entry in decide(Moment(find))], []))
+        changed: builtins.list[Entry] = []
+
+        def change(find: Find) -> Change:
+            changed[:] = decide(Moment(find))
+            return [_entry_row(entry) for entry in changed], []
+
+        self._commit(what, change)
+        return changed
 
     def get(self, name: str) -> Entry:
         """The bank of that name.
@@ -368,21 +377,11 @@ class Catalog:
     def tag(self, name: str, tag: str, pos: int) -> None:
         """Name a journal position; a tag of that name moves."""
         check_label("tag", tag)
-        self._retag(name, lambda tags: tags | {tag: pos})
-
-    def untag(self, name: str, tag: str) -> None:
-        """Forget a tag.
-
-        Raises:
-            TagNotFound: naming the tags there are.
-        """
-
-        def without(tags: dict[str, int]) -> dict[str, int]:
-            if tag not in tags:
-                raise TagNotFound(f"bank {name} has no tag {shorten(tag)!r}; it has {sorted(tags) or 'none'}")
-            return {key: pos for key, pos in tags.items() if key != tag}
-
-        self._retag(name, without)
+        for _ in attempts(SWAP_ATTEMPTS, f"the tags of {name} keep changing", retry_after_s=0.1):
+            row = self._row(name)
+            values = {"tags": json.dumps(_entry(row).tags | {tag: pos})}
+            if self._update(f"id = {quote(row['id'])} AND tags = {quote(row['tags'])}", values):
+                return
 
     def tags(self, name: str) -> dict[str, int]:
         """A bank's tags and their positions."""
@@ -419,7 +418,7 @@ class Catalog:
         entries: Sequence[Entry],
         journals: Mapping[str, Iterable[pa.RecordBatch]],
         tombstones: Mapping[str, Tombstones | None],
-        commit: Callable[[], None],
+        commit: Callable[[], object],
     ) -> None:
         """Make the tables first and the lines last; after an error there are none."""
         tables = {entry.id: journal_table(entry.id, entry.generation) for entry in entries if entry.state != "split"}
@@ -445,13 +444,6 @@ class Catalog:
             "update the catalog", lambda table: table.update(where, values, values_sql=sql).rows_updated
         )
         return int(changed)
-
-    def _retag(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
-        for _ in attempts(SWAP_ATTEMPTS, f"the tags of {name} keep changing", retry_after_s=0.1):
-            row = self._row(name)
-            values = {"tags": json.dumps(change(_entry(row).tags))}
-            if self._update(f"id = {quote(row['id'])} AND tags = {quote(row['tags'])}", values):
-                return
 
     def _nearest(self, name: str) -> str:
         names = [entry.name for entry in self.list() if not part_of(entry.name)]

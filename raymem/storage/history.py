@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -117,7 +117,7 @@ def tag_end(cold: ColdStore, name: str, tag: str) -> dict[str, int]:
         # a partition that is just being added has no row
         return [_retagged(part, part.tags | {tag: ends.get(part.name, 0)}) for part in moment.parts(name)]
 
-    return _together(cold, f"tag {name}", decide)
+    return common_tags([part.tags for part in cold.catalog.together(f"tag {name}", decide)])
 
 
 def untag(cold: ColdStore, name: str, tag: str) -> dict[str, int]:
@@ -134,7 +134,7 @@ def untag(cold: ColdStore, name: str, tag: str) -> dict[str, int]:
             raise TagNotFound(f"bank {name} has no tag {shorten(tag)!r}; it has {known}")
         return [_retagged(part, {each: pos for each, pos in part.tags.items() if each != tag}) for part in parts]
 
-    return _together(cold, f"untag {name}", decide)
+    return common_tags([part.tags for part in cold.catalog.together(f"untag {name}", decide)])
 
 
 def require_no_past(cold: ColdStore, layout: Layout) -> None:
@@ -255,17 +255,6 @@ def _keep_states(cold: ColdStore, entry: Entry, rewritten: Entry) -> None:
 def _batches(journal: Journal) -> Iterator[pa.RecordBatch]:
     for rows in journal.scan():
         yield from rows.to_arrow().to_batches()
-
-
-def _together(cold: ColdStore, what: str, decide: Callable[[Moment], list[Entry]]) -> dict[str, int]:
-    changed: list[Entry] = []
-
-    def kept(moment: Moment) -> list[Entry]:
-        changed[:] = decide(moment)
-        return changed
-
-    cold.catalog.together(what, kept)
-    return common_tags([part.tags for part in changed])
 
 
 def _retagged(part: Entry, tags: dict[str, int]) -> Entry:
