@@ -203,9 +203,7 @@ class RayBackend(PartitionedBackend):
         """Counters of every shard; one that does not answer has its error in their place."""
         topology, answers = await self._ask_shards("stats")
         shards = [
-            {"shard": name, "node": topology.node_of(name)}
-            | ({"owner": name, "error": found.to_wire()} if isinstance(found, RaymemError) else found)
-            for name, found in answers.items()
+            {"shard": name, "node": topology.node_of(name)} | _plain(name, answer) for name, answer in answers.items()
         ]
         failed = {node: error.to_wire() for node, error in topology.failures.items()}
         about = {"backend": "ray", "cold": self.cold.uri, "sync": self.cold.sync}
@@ -235,6 +233,10 @@ class RayBackend(PartitionedBackend):
     def _caller(self) -> str:
         # the holder of a key is the same through every gateway
         return caller.get() or self._self
+
+
+def _plain(shard: str, answer: Any) -> dict[str, Any]:
+    return {"owner": shard, "error": answer.to_wire()} if isinstance(answer, RaymemError) else dict(answer)
 
 
 def _same_store(spec: ClusterSpec, cold: str | None) -> ColdStore:
