@@ -1,6 +1,6 @@
 """Traces and readouts between processes of one Ray cluster: tensors go as byte arrays, which Ray moves without copying.
 
-numpy has no bf16, so a tensor travels as its bytes with dtype and shape beside them.
+They are bytes with dtype and shape beside them, see `raymem.tensors`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import dataclasses
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from raymem.tensors import dtype_name, from_bytes, to_bytes
 from raymem.types import Readout, Trace
 
 T = TypeVar("T", Trace, Readout)
@@ -27,16 +27,12 @@ class Packed(NamedTuple):
 
 def pack(tensor: Tensor) -> Packed:
     """A tensor as bytes; it shares memory with a contiguous CPU tensor."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return Packed(flat.view(torch.uint8).numpy(), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    return Packed(to_bytes(tensor), dtype_name(tensor.dtype), tuple(tensor.shape))
 
 
 def unpack(packed: Packed) -> Tensor:
     """The tensor that `pack` was given, in memory of its own: what Ray hands over is read-only."""
-    dtype: torch.dtype = getattr(torch, packed.dtype)
-    if not packed.data.size:
-        return torch.zeros(packed.shape, dtype=dtype)
-    return torch.from_numpy(packed.data.copy()).view(dtype).reshape(packed.shape)
+    return from_bytes(packed.data.copy(), packed.dtype, packed.shape)
 
 
 def pack_fields(value: Trace | Readout) -> dict[str, Any]:

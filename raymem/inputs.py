@@ -1,21 +1,18 @@
 """What a caller may send: the domain of every argument, stated once.
 
 Each domain is a function that returns the value as raymem goes on with it or raises InvalidInput, and a type for
-signatures and for the gateway's JSON which carries that function. `checked` applies those of a verb to its arguments.
+signatures and for the gateway's JSON which carries that function. The client applies those of a verb to its arguments.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import operator
 import os
 import re
-import types
 import typing
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from numbers import Real
@@ -27,7 +24,10 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from raymem.errors import InvalidInput, InvalidName, InvalidSpec, InvalidTrace, TooLarge
+from raymem.errors import InvalidInput, InvalidName, InvalidSpec, InvalidTrace, NonFinite, TooLarge
+
+if typing.TYPE_CHECKING:
+    from raymem.types import Fingerprint
 
 # what JSON carries everywhere without losing a digit; far inside the 64 bits of a journal's columns
 COUNT_END = 2**53
@@ -360,39 +360,6 @@ AnyMoment = Annotated[float | datetime, BeforeValidator(moment)]
 AnyAsOf = Annotated[str | float | datetime | None, BeforeValidator(as_of)]
 
 
-def checked(cls: type[C]) -> type[C]:
-    """A class whose public async verbs check their arguments against the domains that their signatures name, first.
-
-    Each raises InvalidInput, or the class that the domain says, naming the argument, the value and the fix.
-    """
-    for name, verb in list(vars(cls).items()):
-        if inspect.iscoroutinefunction(verb) and not name.startswith("_"):
-            setattr(cls, name, _checked(verb))
-    return cls
-
-
-def domains(verb: Callable[..., Any]) -> dict[str, Check | None]:
-    """A verb's arguments and the check of each, None where its signature names no domain."""
-    hints = typing.get_type_hints(verb, include_extras=True)
-    return {name: _check_of(hints[name]) for name in inspect.signature(verb).parameters if name != "self"}
-
-
-def _checked(verb: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(verb)
-    # once it is called: the classes that a signature names may come after it
-    checks = functools.cache(lambda: [(name, check) for name, check in domains(verb).items() if check is not None])
-
-    @functools.wraps(verb)
-    async def checked_verb(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        for name, check in checks():
-            if name in bound.arguments:
-                bound.arguments[name] = named(name, check, bound.arguments[name])
-        return await verb(*bound.args, **bound.kwargs)
-
-    return checked_verb
-
-
 def named(name: str, check: Callable[..., Any], value: object, *more: Any) -> Any:
     """A value that was checked; an error says which argument it was. `more` is for the check."""
     try:
@@ -400,17 +367,6 @@ def named(name: str, check: Callable[..., Any], value: object, *more: Any) -> An
     except InvalidInput as error:
         said = error.message if error.message.startswith("bank name") else f"{name} is {error.message}"
         raise type(error)(said, **error.details) from None
-
-
-def _check_of(hint: Any) -> Check | None:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        inner = [part for part in typing.get_args(hint) if part is not type(None)]
-        check = _check_of(inner[0])
-        return None if check is None else lambda value: None if value is None else check(value)
-    for part in getattr(hint, "__metadata__", ()):
-        if isinstance(part, BeforeValidator):
-            return typing.cast(Check, part.func)
-    return None
 
 
 def numbers(what: str, given: object, dtype: torch.dtype) -> Tensor:
@@ -435,6 +391,28 @@ def numbers(what: str, given: object, dtype: torch.dtype) -> Tensor:
     if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
         raise InvalidTrace(f"{what} are {found.dtype}; give whole numbers, such as torch.int64")
     return found.to(torch.int64)
+
+
+def check_hidden(hidden: Tensor, fingerprint: Fingerprint) -> None:
+    """Check hidden states [T, L, D] against a fingerprint: shape, dtype, finiteness.
+
+    Raises:
+        InvalidTrace, NonFinite: with the offending value and what was expected.
+    """
+    layers, width = len(fingerprint.layers), fingerprint.width
+    if hidden.dim() != 3 or hidden.shape[1:] != (layers, width):
+        raise InvalidTrace(
+            f"hidden states are {list(hidden.shape)}; this bank holds [rows, {layers} layers, width {width}] "
+            f"of {fingerprint.model}"
+        )
+    if str(hidden.dtype) != f"torch.{fingerprint.dtype}":
+        raise InvalidTrace(
+            f"hidden states are {hidden.dtype}; this bank holds {fingerprint.dtype}: cast before writing"
+        )
+    # NaN goes through both ends; no mask as large as the tensor is made
+    if hidden.numel() and not torch.stack(torch.aminmax(hidden)).isfinite().all():
+        bad = int((~torch.isfinite(hidden)).flatten(1).any(1).nonzero()[0])
+        raise NonFinite(f"row {bad} holds NaN or Inf; it was refused whole, nothing was written")
 
 
 def is_dense(given: object) -> bool:
@@ -476,23 +454,3 @@ def _from_array(what: str, given: object, dtype: torch.dtype) -> Tensor:
         found = torch.from_numpy(np.array(array, dtype=kept, order="C"))
     # numpy's strides of nothing are none that torch takes
     return found.to(dtype) if found.numel() else torch.zeros(found.shape, dtype=dtype)
-
-
-class Known:
-    """Names of runs, (stream, run), of which some are spelled as raymem no longer does."""
-
-    def __init__(self, names: Iterable[tuple[str, str]] = ()) -> None:
-        self._odd: dict[tuple[str, str], tuple[str, str]] = {}
-        for name in names:
-            self.add(name)
-
-    def add(self, name: tuple[str, str]) -> None:
-        """Remember a name, if it is spelled in another way."""
-        if not (name[0].isascii() and name[1].isascii()):
-            usual = (composed(name[0]), composed(name[1]))
-            if usual != name:
-                self._odd[usual] = name
-
-    def get(self, name: tuple[str, str]) -> tuple[str, str]:
-        """The name under which the rows of a run are there already, or the name itself."""
-        return self._odd.get(name, name)

@@ -20,6 +20,7 @@ from torch.utils.dlpack import from_dlpack
 
 from raymem.errors import Corrupt
 from raymem.inputs import TIME_END
+from raymem.tensors import to_bits
 from raymem.types import Trace
 
 _LAYERS = b"raymem.layers"
@@ -322,8 +323,7 @@ def _hidden(table: pa.Table) -> Tensor:
 
 
 def _fixed(tensor_TN: Tensor, kind: pa.DataType) -> pa.Array:
-    bits = tensor_TN.view(torch.uint16) if tensor_TN.dtype == torch.bfloat16 else tensor_TN
-    return pa.FixedSizeListArray.from_arrays(pa.array(bits.reshape(-1).numpy()), type=kind)
+    return pa.FixedSizeListArray.from_arrays(pa.array(to_bits(tensor_TN.reshape(-1))), type=kind)
 
 
 def _lists(tensor_TV: Tensor) -> pa.Array:

@@ -1,31 +1,107 @@
-"""Tensors in safetensors files, checked before a bank takes them."""
+"""How a tensor becomes bytes and back, in messages, snapshots and files alike.
+
+A tensor is the name of its dtype, its shape and its elements in C order, little-endian. numpy and Arrow have no
+bfloat16: there it goes as its uint16 bits.
+"""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from pydantic_core import from_json
 from torch import Tensor
 
-from raymem.errors import Corrupt, InvalidTrace
+from raymem.errors import Corrupt, RaymemError
+from raymem.inputs import shown
 
-# a view of one element may claim any size
+# all that torch has, but the quantised ones: their scales live outside their bytes
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
+}
+_MOST_DIMENSIONS = 32
+# no memory holds more
 _MOST_ELEMENTS = 2**48
 # of names, shapes and what was said of the tensors; 100 bytes a tensor are usual
 _HEAD_BYTES = 2**20
 
+assert sys.byteorder == "little", "tensors travel in the byte order of the machine"
 
-def require_sizes(shape: list[int]) -> None:
-    """Raise InvalidTrace for sizes that no tensor has: beside a zero too."""
-    elements = 1
-    for size in shape:
-        elements *= max(1, size)
-    if elements > _MOST_ELEMENTS:
-        raise InvalidTrace(f"a tensor of {str(shape)[:80]}: too large to be true")
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as formats name it, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def has_bytes(tensor: Tensor) -> bool:
+    """Whether all there is to a tensor is its elements: it is dense, and not quantised."""
+    return dtype_name(tensor.dtype) in _DTYPES and tensor.layout == torch.strided
+
+
+def to_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """A tensor's elements, one after another [bytes]; those of a contiguous one on the CPU are not copied."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    data: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return data
+
+
+def from_bytes(
+    data: bytearray | NDArray[np.uint8] | Tensor, dtype: object, shape: object, error: type[RaymemError] = Corrupt
+) -> Tensor:
+    """The tensor that `to_bytes` was given, in the memory of `data`, which can be written to.
+
+    Raises:
+        Corrupt: or `error`: no dtype or shape of a tensor, or another number of bytes than they say.
+    """
+    kind = _DTYPES.get(dtype) if isinstance(dtype, str) else None
+    if kind is None:
+        raise error(f"a tensor's dtype is {shown(dtype)}; expected one of torch, such as bfloat16")
+    if (
+        not isinstance(shape, list | tuple)
+        or len(shape) > _MOST_DIMENSIONS
+        or not all(type(size) is int and size >= 0 for size in shape)
+    ):
+        raise error(f"a tensor's shape is {str(shape)[:80]}; expected up to {_MOST_DIMENSIONS} sizes")
+    # sizes beside a zero count too: torch can't lay out [0, 2**62, 2**62]
+    if math.prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:
+        raise error(f"a tensor's shape is {str(shape)[:80]}: too large to be true")
+    expected = math.prod(shape) * kind.itemsize
+    if expected != len(data):
+        raise error(f"a tensor of {dtype} {list(shape)} has {expected} bytes, in C order; it came with {len(data)}")
+    if not expected:
+        return torch.zeros(0, dtype=torch.uint8).view(kind).reshape(shape)
+    flat = data if isinstance(data, Tensor) else torch.frombuffer(data, dtype=torch.uint8)
+    if kind == torch.bool and int(flat.max()) > 1:
+        raise error(f"a bool tensor holds the byte {int(flat.max())}")
+    return flat.view(kind).reshape(shape)
+
+
+def to_bits(tensor: Tensor) -> NDArray[Any]:
+    """A tensor as numpy and Arrow have it: bfloat16 as its uint16 bits. Nothing is copied on the CPU."""
+    tensor = tensor.detach().cpu()
+    bits: NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return bits
+
+
+def from_bits(bits: NDArray[Any]) -> Tensor:
+    """The tensor that `to_bits` showed."""
+    tensor = torch.from_numpy(bits)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Tensors and what is said of them as a safetensors file."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(whole, None if metadata is None else dict(metadata))
 
 
 def read_safetensors(data: bytes, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -23,6 +23,7 @@ from raymem.inputs import (
     Check,
     Label,
     bank_name,
+    check_hidden,
     count,
     json_value,
     label,
@@ -518,28 +519,6 @@ def check_spec(spec: object) -> BankSpec:
     if not isinstance(spec, BankSpec):
         raise InvalidSpec(f"{shown(spec)}; give a raymem.BankSpec")
     return BankSpec(**dict(spec))
-
-
-def check_hidden(hidden: Tensor, fingerprint: Fingerprint) -> None:
-    """Check hidden states [T, L, D] against a fingerprint: shape, dtype, finiteness.
-
-    Raises:
-        InvalidTrace, NonFinite: with the offending value and what was expected.
-    """
-    layers, width = len(fingerprint.layers), fingerprint.width
-    if hidden.dim() != 3 or hidden.shape[1:] != (layers, width):
-        raise InvalidTrace(
-            f"hidden states are {list(hidden.shape)}; this bank holds [rows, {layers} layers, width {width}] "
-            f"of {fingerprint.model}"
-        )
-    if hidden.dtype != DTYPES[fingerprint.dtype]:
-        raise InvalidTrace(
-            f"hidden states are {hidden.dtype}; this bank holds {fingerprint.dtype}: cast before writing"
-        )
-    # NaN goes through both ends; no mask as large as the tensor is made
-    if hidden.numel() and not torch.stack(torch.aminmax(hidden)).isfinite().all():
-        bad = int((~torch.isfinite(hidden)).flatten(1).any(1).nonzero()[0])
-        raise NonFinite(f"row {bad} holds NaN or Inf; it was refused whole, nothing was written")
 
 
 def _invalid_spec(name: str, error: ValidationError) -> InvalidSpec:

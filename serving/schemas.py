@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,7 +27,7 @@ from raymem.inputs import (
     Partitions,
     Place,
 )
-from raymem.tensors import require_sizes
+from raymem.tensors import from_bytes
 from raymem.types import DTYPES, BankSpec, Fingerprint, Readout, Trace
 
 Token = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
@@ -70,14 +69,7 @@ class PackedTensor(_Request):
             data = bytearray(base64.b64decode(self.base64, validate=True))
         except binascii.Error as error:
             raise InvalidTrace(f"a tensor's base64 is broken: {error}") from error
-        dtype = DTYPES[self.dtype]
-        expected = math.prod(self.shape) * dtype.itemsize
-        if len(data) != expected:
-            raise InvalidTrace(
-                f"{len(data)} bytes can't be {self.dtype} {self.shape}, which has {expected}; send row-major bytes"
-            )
-        require_sizes(self.shape)
-        return torch.frombuffer(data, dtype=dtype).reshape(self.shape) if data else torch.zeros(self.shape, dtype=dtype)
+        return from_bytes(data, self.dtype, self.shape, InvalidTrace)
 
 
 # one wrong number is told; a body full of them is not read on

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from raymem.encode.encoder import assemble
 from raymem.errors import Corrupt, StoreClosed, TooLarge
+from raymem.inputs import check_hidden
 from raymem.logs import get_logger
 from raymem.memory.base import EncodedRows, Found, State
 from raymem.memory.learned import Learned
 from raymem.rows import JournalRows
 from raymem.storage.catalog import part_of
 from raymem.storage.store import ColdStore, Entry
-from raymem.types import BankSpec, Readout, check_hidden
+from raymem.tensors import to_bytes
+from raymem.types import BankSpec, Readout
 
 # what encoding makes of so many bytes, some five times as much, stays in the processor's cache: thrice as fast
 _PIECE_BYTES = 2**20
@@ -175,7 +177,7 @@ class Replica:
         total = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             total.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-            total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            total.update(to_bytes(tensor).data)
         return total.hexdigest()
 
     def save(self) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import os
 import threading
+import types
+import typing
 import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
@@ -19,12 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from raymem.errors import InvalidTrace, RaymemError, StoreClosed
 from raymem.inputs import (
     AnyAsOf,
     AnyMoment,
+    Check,
     Count,
     Flag,
     Label,
@@ -33,7 +38,7 @@ from raymem.inputs import (
     Partitions,
     Place,
     TargetPath,
-    checked,
+    named,
     numbers,
     shown,
 )
@@ -259,6 +264,50 @@ def require(pid: int) -> None:
         if threading.current_thread().daemon:
             threading.Event().wait(_PARK_S)
         raise StoreClosed(f"process {here} is ending, and its stores are closed; join threads that write before that")
+
+
+def checked(cls: type[A]) -> type[A]:
+    """A class whose public async verbs check their arguments against the domains that their signatures name, first.
+
+    Each raises InvalidInput, or the class that the domain says, naming the argument, the value and the fix.
+    """
+    for name, verb in list(vars(cls).items()):
+        if inspect.iscoroutinefunction(verb) and not name.startswith("_"):
+            setattr(cls, name, _checked(verb))
+    return cls
+
+
+def domains(verb: Callable[..., Any]) -> dict[str, Check | None]:
+    """A verb's arguments and the check of each, None where its signature names no domain."""
+    hints = typing.get_type_hints(verb, include_extras=True)
+    return {name: _check_of(hints[name]) for name in inspect.signature(verb).parameters if name != "self"}
+
+
+def _checked(verb: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(verb)
+    # once it is called: the classes that a signature names may come after it
+    checks = functools.cache(lambda: [(name, check) for name, check in domains(verb).items() if check is not None])
+
+    @functools.wraps(verb)
+    async def checked_verb(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        for name, check in checks():
+            if name in bound.arguments:
+                bound.arguments[name] = named(name, check, bound.arguments[name])
+        return await verb(*bound.args, **bound.kwargs)
+
+    return checked_verb
+
+
+def _check_of(hint: Any) -> Check | None:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [part for part in typing.get_args(hint) if part is not type(None)]
+        check = _check_of(inner[0])
+        return None if check is None else lambda value: None if value is None else check(value)
+    for part in getattr(hint, "__metadata__", ()):
+        if isinstance(part, BeforeValidator):
+            return cast(Check, part.func)
+    return None
 
 
 @checked

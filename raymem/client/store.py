@@ -15,7 +15,7 @@ from pydantic import BeforeValidator
 
 from raymem.client.bank import AsyncBank as AsyncBank
 from raymem.client.bank import Bank as Bank
-from raymem.client.bank import Blocking, Handle, LoopThread, blocking
+from raymem.client.bank import Blocking, Handle, LoopThread, blocking, checked
 from raymem.config import Settings, check_key
 from raymem.encode.calibration import Calibration
 from raymem.errors import ConfigError
@@ -30,7 +30,6 @@ from raymem.inputs import (
     Place,
     Prefix,
     bank_name,
-    checked,
     instance,
     named,
     shown,

@@ -8,8 +8,6 @@ else is plain msgpack: nil, booleans, integers, floats, strings, bytes, arrays (
 from __future__ import annotations
 
 import json
-import math
-import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -18,7 +16,6 @@ from typing import Any
 
 import msgpack
 import pyarrow as pa
-import torch
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -26,6 +23,7 @@ from raymem.client.wire_limits import MOST_DEEP, check_arrow, check_msgpack, che
 from raymem.errors import Corrupt, InvalidInput, InvalidTrace, RaymemError, TooLarge
 from raymem.inputs import TIME_END, shown
 from raymem.rows import JournalRows, is_journal
+from raymem.tensors import dtype_name, from_bytes, has_bytes, to_bytes
 from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
 
 MAX_BYTES = 2**30
@@ -39,17 +37,7 @@ _NOUNS: dict[str, type[Any]] = {
     noun.__name__: noun for noun in (Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace)
 }
 _FIELDS = {name: typing.get_type_hints(noun) for name, noun in _NOUNS.items()}
-# all that torch has, but the quantised ones: their scales live outside their bytes
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
-}
 _PLAIN = (type(None), bool, int, float, str, bytes)
-_DEEPEST = MOST_DEEP
-_MOST_ELEMENTS = 2**48
-
-assert sys.byteorder == "little", "tensors travel in the byte order of the machine"
 
 
 def pack(obj: Any, max_bytes: int = MAX_BYTES) -> bytes:
@@ -172,8 +160,8 @@ def _plain(obj: Any, room: int, depth: int) -> Any:
     """`obj` as what msgpack knows by itself; `room` is the most bytes one tensor may have."""
     if type(obj) in _PLAIN:
         return obj
-    if depth == _DEEPEST:
-        raise InvalidInput(f"nested more than {_DEEPEST} deep: flatten it before sending")
+    if depth == MOST_DEEP:
+        raise InvalidInput(f"nested more than {MOST_DEEP} deep: flatten it before sending")
     if isinstance(obj, Tensor):
         return _from_tensor(obj, room)
     if isinstance(obj, RaymemError):
@@ -201,8 +189,7 @@ def _key(key: Any) -> str:
 
 
 def _from_tensor(tensor: Tensor, room: int) -> msgpack.ExtType:
-    name = str(tensor.dtype).removeprefix("torch.")
-    if name not in _DTYPES or tensor.layout != torch.strided:
+    if not has_bytes(tensor):
         raise InvalidInput(f"a {tensor.layout} tensor of {tensor.dtype} can't be sent: make it dense and dequantised")
     if tensor.nbytes > room:
         raise TooLarge(
@@ -210,11 +197,8 @@ def _from_tensor(tensor: Tensor, room: int) -> msgpack.ExtType:
             size=tensor.nbytes,
             limit=room,
         )
-    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    head = msgpack.packb([name, list(tensor.shape)])
-    return msgpack.ExtType(
-        _TENSOR, b"".join([len(head).to_bytes(2, "little"), head, flat.view(torch.uint8).numpy().data])
-    )
+    head = msgpack.packb([dtype_name(tensor.dtype), list(tensor.shape)])
+    return msgpack.ExtType(_TENSOR, b"".join([len(head).to_bytes(2, "little"), head, to_bytes(tensor).data]))
 
 
 def _from_extension(code: int, data: bytes) -> Tensor:
@@ -224,27 +208,7 @@ def _from_extension(code: int, data: bytes) -> Tensor:
     head = msgpack.unpackb(data[2:start])
     if not isinstance(head, list) or len(head) != 2:
         raise Corrupt(f"a tensor's head is {str(head)[:80]}; expected [dtype, shape]")
-    dtype, shape = _DTYPES.get(str(head[0])), head[1]
-    if dtype is None or not isinstance(shape, list) or len(shape) > _DEEPEST or not all(map(_is_size, shape)):
-        raise Corrupt(f"a tensor's head is {str(head)[:80]}; expected a torch dtype and its sizes")
-    # sizes beside a zero count too: torch can't lay out [0, 2**62, 2**62]
-    if math.prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:
-        raise Corrupt(f"a tensor's shape is {str(shape)[:80]}: too large to be true")
-    if math.prod(shape) * dtype.itemsize != len(data) - start:
-        raise Corrupt(f"a tensor of {head[0]} {shape} came with {len(data) - start} bytes")
-    return _to_tensor(bytearray(memoryview(data)[start:]), dtype, shape)
-
-
-def _to_tensor(raw: bytearray, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    if not raw:
-        return torch.zeros(0, dtype=torch.uint8).view(dtype).reshape(shape)
-    if dtype == torch.bool and max(raw) > 1:
-        raise Corrupt(f"a bool tensor holds the byte {max(raw)}")
-    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
-
-
-def _is_size(size: Any) -> bool:
-    return type(size) is int and size >= 0
+    return from_bytes(bytearray(memoryview(data)[start:]), *head)
 
 
 def _from_map(found: dict[Any, Any]) -> Any:

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec, RaymemError
 from raymem.inputs import is_dense, shown
-from raymem.tensors import read_object, read_safetensors
+from raymem.tensors import read_object, read_safetensors, save_safetensors
 from raymem.types import KeySpec
 
 _FORMAT = "raymem-calibration-1"
@@ -123,7 +122,7 @@ class Calibration:
     def to_bytes(self) -> bytes:
         """The calibration as one safetensors file that carries its own hash."""
         head, tensors = self._parts()
-        return safetensors.torch.save(tensors, {"format": _FORMAT, "head": head, "sha256": self.hash})
+        return save_safetensors(tensors, {"format": _FORMAT, "head": head, "sha256": self.hash})
 
     @staticmethod
     def from_bytes(data: bytes) -> Calibration:

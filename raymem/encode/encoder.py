@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raymem.encode.calibration import Calibration, Range
-from raymem.encode.keys import Array, Floats, KeyMaker, ages, from_bits, to_bits
+from raymem.encode.keys import Array, Floats, KeyMaker, ages
 from raymem.errors import Corrupt, FingerprintMismatch, InvalidSpec, InvalidTrace
-from raymem.inputs import Known
+from raymem.inputs import composed
 from raymem.memory import build
 from raymem.memory.base import Dims, EncodedRows, Memory
 from raymem.memory.learned import Learned
 from raymem.memory.state import StateMemory
 from raymem.rows import JournalRows
+from raymem.tensors import from_bits, to_bits
 from raymem.types import DTYPES, BankSpec
 
 Ints = NDArray[np.int64]
@@ -96,7 +97,7 @@ class Encoder:
         )
         self.sources: list[tuple[str, str]] = []
         self._source_of: dict[tuple[str, str], int] = {}
-        self._known = Known()
+        self._spellings = RunSpellings()
         self._next_seq: list[int] = []
 
     @cached_property
@@ -115,7 +116,7 @@ class Encoder:
 
     def spelling(self, stream: str, run: str) -> tuple[str, str]:
         """The name under which the rows of a run are there already, in whatever Unicode form, or the name itself."""
-        return (stream, run) if (stream, run) in self._source_of else self._known.get((stream, run))
+        return (stream, run) if (stream, run) in self._source_of else self._spellings.get((stream, run))
 
     def relevance(self, similarity_Q: Tensor) -> Tensor:
         """How much each query concerns the bank, float32 [Q] in 0 to 1: `clip((s - lo) / (hi - lo), 0, 1)`.
@@ -184,7 +185,7 @@ class Encoder:
         next_seq = checked(tensors, "next_seq", torch.int64, (len(source_of),)).tolist()
         self._open_runs.load(tensors, len(source_of))
         self.sources, self._source_of = list(source_of), source_of
-        self._next_seq, self._known = next_seq, Known(source_of)
+        self._next_seq, self._spellings = next_seq, RunSpellings(source_of)
 
     def _values(self, rows: JournalRows) -> Floats:
         given_TV, width = rows.value_TV, self.value_width
@@ -200,7 +201,7 @@ class Encoder:
         found = [source_of.setdefault(pair, len(source_of)) for pair in zip(rows.streams, rows.runs, strict=True)]
         for pair in list(itertools.islice(reversed(source_of), len(source_of) - len(self.sources)))[::-1]:
             self.sources.append(pair)
-            self._known.add(pair)
+            self._spellings.add(pair)
             self._next_seq.append(0)
         return np.array(found, dtype=np.int64)
 
@@ -467,3 +468,23 @@ def _columns_of(source: int, run: OpenRun) -> RowColumns:
         value_TV=value_nV,
         fresh_T=np.zeros(rows, dtype=np.bool_),
     )
+
+
+class RunSpellings:
+    """Names of runs, (stream, run), of which some are spelled as raymem no longer does."""
+
+    def __init__(self, names: Iterable[tuple[str, str]] = ()) -> None:
+        self._odd: dict[tuple[str, str], tuple[str, str]] = {}
+        for name in names:
+            self.add(name)
+
+    def add(self, name: tuple[str, str]) -> None:
+        """Remember a name, if it is spelled in another way."""
+        if not (name[0].isascii() and name[1].isascii()):
+            usual = (composed(name[0]), composed(name[1]))
+            if usual != name:
+                self._odd[usual] = name
+
+    def get(self, name: tuple[str, str]) -> tuple[str, str]:
+        """The name under which the rows of a run are there already, or the name itself."""
+        return self._odd.get(name, name)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from raymem.encode.calibration import Calibration
 from raymem.errors import InvalidSpec
+from raymem.tensors import to_bits
 from raymem.types import KeySpec
 
 Array = NDArray[Any]
@@ -92,18 +93,6 @@ class KeyMaker:
         keys_NK = self.make(self.pick(hidden_NLD), ages_N, index_N)
         keys_NK[torch.from_numpy(sink_N)] = 0
         return keys_NK
-
-
-def to_bits(hidden: Tensor) -> Array:
-    """A tensor as numpy sees it: bfloat16, which numpy lacks, as its uint16 bits. Nothing is copied on the CPU."""
-    hidden = hidden.detach().cpu()
-    return (hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden).numpy()
-
-
-def from_bits(bits: Array) -> Tensor:
-    """The tensor that `to_bits` showed."""
-    tensor = torch.from_numpy(bits)
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def centre(bits_NLD: Array, mean_LD: Floats) -> Floats:

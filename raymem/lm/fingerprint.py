@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from raymem.errors import InvalidSpec
 from raymem.lm.identity import identity
 from raymem.lm.models import LanguageModel, are_layers, model_path
+from raymem.tensors import dtype_name
 from raymem.types import Fingerprint
 
 
@@ -28,7 +29,7 @@ def fingerprint(model: LanguageModel, layers: Sequence[int], calibration: str = 
             "content": model.content_hash,
             "layers": tuple(layers),
             "width": model.width,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             "tokenizer": model.tokenizer_hash,
             "calibration": calibration,
             "legacy": model.legacy_hashes,

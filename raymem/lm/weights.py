@@ -142,11 +142,12 @@ def _of_safetensors(file: Path) -> Iterator[TensorFacts]:
 def _of_torch(file: Path) -> Iterator[TensorFacts]:
     import torch
 
+    from raymem.tensors import dtype_name, to_bytes
+
     # numbers and tensors alone: what else a pickle may hold is refused
     for name, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file)).items():
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        digest = hashlib.sha256(flat.numpy().data).hexdigest()
-        yield TensorFacts(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest)
+        digest = hashlib.sha256(to_bytes(tensor).data).hexdigest()
+        yield TensorFacts(name, dtype_name(tensor.dtype), tuple(tensor.shape), digest)
 
 
 def _is_zip(file: Path) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from raymem.errors import Corrupt, InvalidInput, InvalidSpec
 from raymem.inputs import is_dense, json_value, named, shown
 from raymem.memory import class_of, option_names
 from raymem.memory.base import Memory
-from raymem.tensors import read_object, read_safetensors, require_finite
+from raymem.tensors import read_object, read_safetensors, require_finite, save_safetensors
 
 _FORMAT = "raymem-params-1"
 _KEY = "raymem"
@@ -44,9 +43,9 @@ class Learned:
     def to_bytes(self) -> bytes:
         """The file. The same weights and words give the same bytes."""
         head = {"format": _FORMAT, "kind": self.kind, "options": dict(self.options), "about": dict(self.about)}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(self.tensors.items())}
         # one key: several would come in any order
-        return safetensors.torch.save(tensors, {_KEY: json.dumps(head, sort_keys=True, allow_nan=False)})
+        metadata = {_KEY: json.dumps(head, sort_keys=True, allow_nan=False)}
+        return save_safetensors(dict(sorted(self.tensors.items())), metadata)
 
     @staticmethod
     def from_bytes(data: bytes, name: str) -> Learned:

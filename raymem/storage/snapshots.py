@@ -26,6 +26,7 @@ from raymem.logs import get_logger
 from raymem.storage.catalog import Entry
 from raymem.storage.tables.disk import reading, writing
 from raymem.storage.tables.tables import Tables, quote, snapshot_table
+from raymem.tensors import dtype_name, from_bytes, to_bytes
 
 # what a column's field says, and the version of Lance's files that keeps its values beside the other columns: later
 # ones keep them in a folder for each commit, which no clean-up removes
@@ -202,7 +203,10 @@ class Snapshots:
             with ThreadPoolExecutor(_READERS, thread_name_prefix="raymem-snapshot") as pool:
                 # raises what a part did
                 list(pool.map(fill, parts))
-        tensors = {name: _tensor(each, header) for each, (name, header) in zip(data, headers.items(), strict=True)}
+        tensors = {
+            name: from_bytes(torch.from_numpy(each)[: header["bytes"]], header["dtype"], header["shape"])
+            for each, (name, header) in zip(data, headers.items(), strict=True)
+        }
         return row["pos"], tensors, manifest["meta"]
 
     @contextmanager
@@ -262,11 +266,6 @@ class Snapshots:
                 self._sync.sync()
 
 
-def _bytes(tensor: Tensor) -> _Bytes:
-    flat: _Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return flat
-
-
 def _crc(views: Iterable[_Bytes]) -> int:
     crc: int = 0
     for view in views:
@@ -275,7 +274,7 @@ def _crc(views: Iterable[_Bytes]) -> int:
 
 
 def _header(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "bytes": tensor.nbytes}
+    return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "bytes": tensor.nbytes}
 
 
 def _batches(snapshot: str, pos: int, tensors: dict[str, Tensor]) -> Iterator[pa.RecordBatch]:
@@ -292,7 +291,7 @@ def _pieces(tensors: dict[str, Tensor], size: int) -> Iterator[_Bytes]:
     """The bytes of all tensors, one after another, `size` at a time."""
     piece, filled = np.empty(size, np.uint8), 0
     for tensor in tensors.values():
-        data = _bytes(tensor)
+        data = to_bytes(tensor)
         while len(data):
             taken, data = data[: size - filled], data[size - filled :]
             piece[filled : filled + len(taken)] = taken
@@ -311,14 +310,6 @@ def _marker(snapshot: str, pos: int, manifest: bytes) -> pa.RecordBatch:
 def _row(snapshot: str, pos: int, start: int, crc: int, **content: Any) -> pa.RecordBatch:
     columns = {"snapshot": [snapshot], "pos": [pos], "start": [start], "crc32c": [crc]}
     return pa.RecordBatch.from_pydict(columns | {"data": [None], "manifest": [None]} | content, schema=_SCHEMA)
-
-
-def _tensor(data: _Bytes, header: dict[str, Any]) -> Tensor:
-    dtype: torch.dtype = getattr(torch, header["dtype"])
-    # bytes that aren't there have no stride to be viewed by
-    if not header["bytes"]:
-        return torch.zeros(header["shape"], dtype=dtype)
-    return torch.from_numpy(data)[: header["bytes"]].view(dtype).reshape(header["shape"])
 
 
 def _read(place: tuple[int, int] | Any, views: Sequence[_Bytes]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from raymem.errors import ConfigError, ModelNotFound, Unsupported
 from raymem.lm.identity import Changes, identity, tokenizer_identity
 from raymem.serving.vllm.params import METHOD
+from raymem.tensors import dtype_name
 from raymem.types import DTYPES, Fingerprint
 
 
@@ -134,7 +135,7 @@ def engine_fingerprint(vllm_config: Any, layers: tuple[int, ...]) -> Fingerprint
         ConfigError: its hidden states are of a dtype that no bank holds, or changed in a way that has no name.
     """
     model = vllm_config.model_config
-    dtype: Any = str(model.dtype).removeprefix("torch.")
+    dtype: Any = dtype_name(model.dtype)
     if dtype not in DTYPES:
         raise ConfigError(f"the engine computes in {dtype}; banks hold {', '.join(DTYPES)}: set dtype= to one of those")
     found = identity(model_folder(vllm_config), _changes(vllm_config, dtype))

@@ -18,10 +18,11 @@ import torch
 
 import raymem
 from raymem import Bank, BankSpec, Fingerprint, KeySpec, Settings, Store, Trace
+from raymem.client.bank import domains
 from raymem.client.store import AsyncBank, AsyncStore
 from raymem.config import ColdSettings
 from raymem.errors import ConfigError, InvalidInput, InvalidName, InvalidSpec, InvalidTrace, NonFinite, TooLarge
-from raymem.inputs import COUNT_END, TIME_END, domains, label, moment, shown, whole
+from raymem.inputs import COUNT_END, TIME_END, label, moment, shown, whole
 
 SETTINGS = Settings(cold=ColdSettings(sync="none"))
 

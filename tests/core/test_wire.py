@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymem.client.wire import _DTYPES, pack, traces_from_arrow, traces_to_arrow, unpack
+from raymem.client.wire import pack, traces_from_arrow, traces_to_arrow, unpack
 from raymem.client.wire_limits import check_msgpack
-from raymem.encode.keys import to_bits
 from raymem.errors import BankNotFound, Corrupt, InvalidInput, Overloaded, TooLarge
+from raymem.tensors import _DTYPES, to_bits
 from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
 
 FINGERPRINT = Fingerprint(model="tiny", content="c" * 64, layers=(3, 7), width=5, tokenizer="t" * 64)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymem.encode import Calibration, Encoder
-from raymem.encode.keys import to_bits
 from raymem.errors import Corrupt, FingerprintMismatch, InvalidSpec, InvalidTrace
 from raymem.memory.base import EncodedRows
 from raymem.rows import JournalRows
+from raymem.tensors import to_bits
 from raymem.types import KeySpec
 
 KEYS = [

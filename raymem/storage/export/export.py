@@ -27,7 +27,6 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-from safetensors.torch import save
 
 from raymem import __version__
 from raymem.errors import CalibrationNotFound
@@ -51,6 +50,7 @@ from raymem.storage.kway_merge import Tally, merged
 from raymem.storage.snapshots import Snapshot
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.disk import fsync, writing
+from raymem.tensors import save_safetensors
 
 Progress = Callable[[int, int], None]
 
@@ -125,7 +125,7 @@ def export_bank(store: ColdStore, name: str, path: str | Path, progress: Progres
             weights = store.params.get(spec.params)
             members[PARAMS] = _write(archive, PARAMS, lambda out: out.write(weights))
         if found is not None:
-            state = save(found[1])
+            state = save_safetensors(found[1])
             members[STATE] = _write(archive, STATE, lambda out: out.write(state))
         manifest = ExportManifest(
             format=FORMAT,
