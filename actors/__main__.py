@@ -9,7 +9,7 @@ from raymem.actors import cluster
 
 
 def main() -> None:
-    """Settle every bank, then end shards and directory."""
+    """Flush every bank, then end shards and directory."""
     if sys.argv[1:] != ["stop"]:
         sys.exit(__doc__)
     cluster.join("ray")

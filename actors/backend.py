@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from raymem.actors import cluster, placement
+from raymem.actors import cluster
 from raymem.actors.calls import Remote, ask_all
-from raymem.actors.placement import node_prefix
+from raymem.actors.placement import RunningShard, Topology, node_prefix
 from raymem.actors.routing import Router, running_spec
 from raymem.actors.shard import ClusterSpec, open_cas
 from raymem.actors.transfer import pack, pack_fields, unpack_fields
@@ -98,7 +98,7 @@ class RayBackend(PartitionedBackend):
 
     async def detach_part(self, name: str) -> None:
         """Flush, snapshot and free a part."""
-        await self._router.call(name, "detach", settled_by=BankDetached)
+        await self._router.call(name, "detach", done_if=BankDetached)
         self._router.forget(name)
 
     async def discard_part(self, name: str, owner: str | None) -> None:
@@ -180,7 +180,7 @@ class RayBackend(PartitionedBackend):
         return DrainReport(node, tuple(moved), failed, total_ms=total_ms, draining=not undo)
 
     async def _empty(
-        self, leaving: set[str], others: list[placement.ShardInfo]
+        self, leaving: set[str], others: list[RunningShard]
     ) -> tuple[list[MigrationReport], dict[str, str]]:
         moved: list[MigrationReport] = []
         failed: dict[str, str] = {}
@@ -226,7 +226,7 @@ class RayBackend(PartitionedBackend):
         """The node that a shard is on, if the shard is known."""
         return self._router.topology.node_of(owner)
 
-    async def _ask_shards(self, method: str) -> tuple[placement.Topology, dict[str, Any]]:
+    async def _ask_shards(self, method: str) -> tuple[Topology, dict[str, Any]]:
         topology = await self._router.refresh()
         return topology, await ask_all([self._router.remote(info.name) for info in topology.shards], method)
 

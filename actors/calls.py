@@ -1,4 +1,4 @@
-"""Calling an actor by its name: errors arrive as themselves, a dead actor as BackendUnavailable."""
+"""Calls to an actor by its name: its errors are raised as themselves, a dead actor raises BackendUnavailable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Peer(Protocol):
         """Its name in the catalog and in Ray."""
 
     async def call(self, method: str, *args: Any) -> Any:
-        """Run a method; its RaymemErrors arrive as themselves."""
+        """Run a method; its RaymemErrors are raised as themselves."""
 
 
 class Remote:
@@ -41,7 +41,7 @@ class Remote:
             RaymemError: what the method raised, as itself.
         """
         if not ray.is_initialized():
-            # asked for an actor, Ray would start a cluster of its own
+            # Ray would start a cluster of its own to find an actor
             raise StoreClosed(
                 "this process is not connected to its Ray cluster any more: ray.shutdown() was called; connect again"
             )
@@ -50,7 +50,7 @@ class Remote:
         try:
             return await getattr(self._handle, method).remote(*args)
         except RayTaskError as error:
-            # a RaymemError says all there is to say; of anything else the trace on the other side is worth having
+            # a RaymemError says enough; for any other error the remote traceback helps
             raise error.cause from (None if isinstance(error.cause, RaymemError) else error)
         except RayError as error:
             self._handle = None
@@ -67,7 +67,7 @@ class Remote:
 
 
 async def ask(peer: Peer, method: str, *args: Any, timeout_s: float) -> Any:
-    """Call a method that takes no time.
+    """Call a method that returns at once.
 
     Raises:
         BackendUnavailable: no answer in time; `details["silent"]` is True then, and the call may run later.
@@ -84,7 +84,7 @@ async def ask(peer: Peer, method: str, *args: Any, timeout_s: float) -> Any:
 async def ask_all(
     peers: Sequence[Peer], method: str, *args: Any, timeout_s: float = 10.0
 ) -> dict[str, Any | RaymemError]:
-    """Call a method of many actors at once; one that fails or is silent leaves its error in place of an answer."""
+    """Call a method of many actors at once; the error of one that fails or is silent takes its answer's place."""
 
     async def one(peer: Peer) -> Any | RaymemError:
         try:
@@ -97,7 +97,7 @@ async def ask_all(
 
 
 async def watched(peer: Peer, method: str, *args: Any, silence_s: float) -> Any:
-    """Call a method that may take its time, for as long as the actor answers to its name.
+    """Call a method that may take long, for as long as the actor answers other calls.
 
     Raises:
         BackendUnavailable: it was silent for `silence_s`; the call may run later.

@@ -24,12 +24,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymem.actors.calls import NAMESPACE, Remote, ask_all
 from raymem.actors.directory import Directory
-from raymem.actors.placement import Node, ShardInfo, name_nodes, node_prefix, shard_name
+from raymem.actors.placement import Node, RunningShard, name_nodes, node_prefix, shard_name
 from raymem.actors.shard import ClusterSpec, Shard
 from raymem.errors import BackendUnavailable, ConfigError, Unavailable
 
 DIRECTORY = "directory"
-# calls that one actor runs at a time; past each caller's own limit Ray would queue without telling anyone
+# calls that one actor runs at a time; beyond each caller's own limit Ray would queue them silently
 _CONCURRENT = 4096
 _KNOCK_S = 5.0
 _lifetime: dict[str, Any] = {
@@ -37,11 +37,11 @@ _lifetime: dict[str, Any] = {
     "lifetime": "detached",
     "get_if_exists": True,
     "max_restarts": -1,
-    # a call that died with its actor may have run: only the caller knows whether it can be repeated
+    # a call that died with its actor may have run; only the caller knows whether it can be repeated
     "max_task_retries": 0,
     "max_concurrency": _CONCURRENT,
 }
-# of nodes on this machine: quiet, not behind whatever else runs here, and soon missed when they are gone
+# for nodes on this machine: quiet, at normal priority, and soon missed when they are gone
 _LOCAL = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -56,7 +56,7 @@ _inherited = False
 
 
 def _after_fork() -> None:
-    """A forked child has none of the threads by which its parent is connected, and may have a lock that one held."""
+    """Reset in a forked child, which has none of its parent's threads and may have a lock that one of them held."""
     global _joining, _users, _ours, _inherited
     _joining, _users, _ours = threading.Lock(), 0, False
     _inherited = ray.is_initialized()
@@ -118,7 +118,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _knock(address: str) -> None:
-    # Ray itself keeps trying for minutes where nobody listens
+    # Ray itself retries a closed port for minutes
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
@@ -129,9 +129,9 @@ class ShardActor(Shard):
 
     def __init__(self, name: str, spec: ClusterSpec, device: str) -> None:
         super().__init__(name, spec, device, Remote)
-        # Ray lets an actor have as many threads as it reserves CPUs, and a shard reserves next to none
+        # Ray gives an actor as many threads as it reserves CPUs, and a shard reserves almost none
         torch.set_num_threads(min(spec.settings.host.threads, len(os.sched_getaffinity(0))))
-        # what is imported by now stays: under load the collector went through it every second, for 0.2 s each time
+        # imported objects stay: without this the collector scanned them every second under load, 0.2 s each time
         gc.freeze()
 
 
@@ -142,7 +142,7 @@ class RayCluster:
         """The living nodes."""
         return living_nodes()
 
-    async def start_shard(self, spec: ClusterSpec, node: Node, index: int) -> ShardInfo:
+    async def start_shard(self, spec: ClusterSpec, node: Node, index: int) -> RunningShard:
         """A shard on `node` that sees the cold store, made if it isn't there yet.
 
         Raises:
@@ -164,14 +164,14 @@ class RayCluster:
                 f"node {node.name} started no shard within {actors.retry_s:g} s: it needs {actors.cpus_per_shard:g} "
                 f"CPU and {gpus:g} GPU free there (settings actors.cpus_per_shard, actors.gpus_per_shard)"
             ) from None
-        return ShardInfo(name, node, gpu=gpus > 0)
+        return RunningShard(name, node, gpu=gpus > 0)
 
     async def stop_shard(self, name: str) -> None:
-        """End a shard without settling it."""
+        """End a shard without a flush."""
         await asyncio.to_thread(_kill, name)
 
     async def restart_shard(self, name: str) -> None:
-        """End a shard without settling it; Ray starts it again."""
+        """End a shard without a flush; Ray starts it again."""
         await asyncio.to_thread(_kill, name, restart=True)
 
     def shard(self, name: str) -> Remote:
@@ -184,7 +184,7 @@ class DirectoryActor(Directory):
 
     def __init__(self, spec: ClusterSpec) -> None:
         super().__init__(spec, RayCluster)
-        # after a restart nobody may ask for anything, and nodes and leases are to be watched all the same
+        # after a restart, nodes and leases are watched even if no call comes
         ray.get_runtime_context().current_actor.ensure.remote(False)
 
 
@@ -207,7 +207,7 @@ def living_nodes() -> list[Node]:
 
 
 class Head:
-    """Ray's head, which knows the nodes. Whoever is cut off from it waits for Ray, so one question at a time is asked.
+    """Ray's head, which knows the nodes. A process that is cut off from it waits in Ray, so one call at a time is made.
 
     Args:
         limit_s: how long to wait for an answer.
@@ -239,10 +239,10 @@ class Head:
 
 
 async def stop() -> None:
-    """End raymem on the cluster: settle every bank, then end shards and directory. Banks stay in the cold store."""
+    """End raymem on the cluster: flush every bank, then end shards and directory. Banks stay in the cold store."""
     named = ray.util.list_named_actors(all_namespaces=True)
     names = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
-    # first: it would start the shards again
+    # the directory first, as it would start the shards again
     for name in sorted(names, key=lambda name: name != DIRECTORY):
         if name == DIRECTORY:
             _kill(name)
@@ -287,7 +287,7 @@ class LocalNodes:
 
     def kill(self, name: str) -> None:
         """End a node without warning, with everything that runs on it."""
-        # without their raylet, workers would live on for a while
+        # workers outlive their raylet for a while
         workers = psutil.Process(self.raylet(name)).children(recursive=True)
         node = self._nodes.pop(name)
         self._cluster.remove_node(node, allow_graceful=False)
@@ -335,5 +335,5 @@ def _kill(name: str, restart: bool = False) -> None:
     try:
         ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=not restart)
     except ValueError:
-        # it is gone already
+        # it has ended already
         return

@@ -1,4 +1,4 @@
-"""Which nodes and shards there are, and which of them a bank goes to: pure functions of what is known."""
+"""Which nodes and shards there are, and which shard a bank is placed on: pure functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PREFIX = 12
 
 @dataclass(frozen=True)
 class Node:
-    """A living Ray node: its id, the name people use for it, and its GPUs."""
+    """A living Ray node: its id, its name for people, and its GPUs."""
 
     id: str
     name: str
@@ -23,7 +23,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class ShardInfo:
+class RunningShard:
     """A shard actor that serves: its name, its node, and whether it has a GPU."""
 
     name: str
@@ -33,9 +33,9 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Topology:
-    """The shards that serve, for nodes that can't have one why, and the nodes that take no new banks."""
+    """The shards that serve, why other nodes have none, and the nodes that take no new banks."""
 
-    shards: tuple[ShardInfo, ...] = ()
+    shards: tuple[RunningShard, ...] = ()
     failures: Mapping[str, RaymemError] = field(default_factory=dict)
     draining: frozenset[str] = frozenset()
 
@@ -48,7 +48,7 @@ class Topology:
         """The node that a shard is on, if it is known."""
         return next((info.node.name for info in self.shards if info.name == shard), None)
 
-    def on(self, node: str) -> list[ShardInfo]:
+    def on(self, node: str) -> list[RunningShard]:
         """The shards of a node, by its name or the beginning of its Ray id.
 
         Raises:
@@ -64,7 +64,7 @@ class Topology:
             raise InvalidInput(f"there is no node {node!r}; the nodes are {', '.join(self.nodes)}")
         return found
 
-    def taking(self, node: str | None = None) -> list[ShardInfo]:
+    def taking(self, node: str | None = None) -> list[RunningShard]:
         """The shards that take new banks: of all nodes, or of one.
 
         Raises:
@@ -117,14 +117,18 @@ def name_nodes(raw: Sequence[Mapping[str, Any]]) -> list[Node]:
 
 
 def choose(
-    bank: str, candidates: Sequence[ShardInfo], loads: Mapping[str, dict[str, int] | RaymemError], *, prefer_gpu: bool
-) -> ShardInfo:
+    bank: str,
+    candidates: Sequence[RunningShard],
+    loads: Mapping[str, dict[str, int] | RaymemError],
+    *,
+    prefer_gpu: bool,
+) -> RunningShard:
     """The shard with the fewest bytes, then the fewest banks, among those that answered.
 
     A partition goes where the fewest others of its bank are, whatever else is there.
 
     Args:
-        bank: what is to be placed.
+        bank: the bank to place.
         candidates: shards that may take the bank.
         loads: for each shard, bytes of its banks, or why it did not answer.
         prefer_gpu: take one with a GPU if there is any; otherwise one without, if there is any.
@@ -140,7 +144,7 @@ def choose(
     part = part_of(bank)
     beside = part_prefix(part[0]) if part else None
 
-    def order(pair: tuple[ShardInfo, dict[str, int]]) -> tuple[int, int, int, str]:
+    def order(pair: tuple[RunningShard, dict[str, int]]) -> tuple[int, int, int, str]:
         info, load = pair
         others = 0 if beside is None else sum(name.startswith(beside) for name in load.keys() - {bank})
         return others, sum(load.values()), len(load), info.name

@@ -1,4 +1,4 @@
-"""Finding the shard that has a bank, following it where it goes, and repeating calls that a crash cut short."""
+"""Finds the shard that has a bank, follows the bank when it moves, and repeats calls that a crash cut short."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from raymem.actors import cluster
 from raymem.actors.calls import Remote, ask, ask_all
-from raymem.actors.placement import ShardInfo, Topology, choose, node_prefix
+from raymem.actors.placement import RunningShard, Topology, choose, node_prefix
 from raymem.actors.shard import ClusterSpec
 from raymem.client.local import over
 from raymem.config import ActorSettings
@@ -19,17 +19,17 @@ from raymem.retry import retrying
 from raymem.storage.store import ColdStore, Entry
 
 T = TypeVar("T")
-# only its owner answers these, however long it takes
+# only the bank's owner answers these, however long it takes
 _SERVED = {"write", "read", "digest"}
-# the directory only saves a look into the catalog: nobody waits long for it
+# the directory only saves a read of the catalog, so no call waits long for it
 _DIRECTORY_S = 5.0
-# after this long without an answer, the catalog may say that somebody else has the bank
-_RETRY_S = 1.0
-# how often to look whether a lease moves
+# after so long without an answer, the catalog is asked whether the bank has another owner
+_CHECK_S = 1.0
+# how often a lease is checked
 _POLL_S = 0.2
-# a head that is only busy has answered long before
+# a head that is only busy answers much sooner
 _HEAD_S = 10.0
-# banks come and go under ever new names
+# new bank names never end, so what is remembered of them is bounded
 _MOST_NAMES = 2**16
 
 
@@ -64,7 +64,7 @@ async def running_spec(directory: Remote, settings: ActorSettings) -> ClusterSpe
 
 
 class Router:
-    """Where one client believes that banks are; every belief is checked by the shard it leads to."""
+    """One client's cache of which shard has a bank; the shard that it leads to checks every call."""
 
     def __init__(self, cold: ColdStore, directory: Remote, settings: ActorSettings) -> None:
         self.topology = Topology()
@@ -81,7 +81,7 @@ class Router:
         return self._remotes.setdefault(shard, Remote(shard))
 
     async def refresh(self, *, retry_failed: bool = False) -> Topology:
-        """Ask the directory which shards there are; what is known already stands if it does not answer in `retry_s`.
+        """Ask the directory which shards there are; without an answer in `retry_s` the known ones are returned.
 
         Raises:
             BackendUnavailable: it does not answer, and nothing is known.
@@ -92,7 +92,7 @@ class Router:
                 found = await self._ensure(retry_failed)
             except BackendUnavailable as error:
                 if self.topology.shards:
-                    # what may have changed and matters is written down
+                    # which nodes are drained is in the cold store
                     draining = await asyncio.to_thread(self._cold.draining.nodes)
                     return dataclasses.replace(self.topology, draining=draining)
                 raise _Again(error) from error
@@ -102,34 +102,35 @@ class Router:
         return self.topology
 
     async def _ensure(self, retry_failed: bool) -> Topology:
-        # one that is cut off from the cluster's head waits for Ray until it is back
+        # a directory that is cut off from the cluster's head waits for Ray until it is back
         limit_s = self._settings.retry_s if self.topology.shards else float("inf")
         found: Topology = await ask(self._directory, "ensure", retry_failed, timeout_s=limit_s)
         return found
 
-    async def call(self, bank: str, method: str, *args: Any, settled_by: type[RaymemError] | None = None) -> Any:
+    async def call(self, bank: str, method: str, *args: Any, done_if: type[RaymemError] | None = None) -> Any:
         """Run a shard's method on a bank, wherever it is.
 
         Args:
             bank: its name.
             method: of Shard; takes the bank's name first.
             args: the rest of its arguments.
-            settled_by: an error which, after a try that was cut short, says that this try had done its work.
+            done_if: an error which, after an attempt that was cut short, says that this attempt had done its work.
 
         Raises:
             BankDetached: the bank is cold.
             BackendUnavailable: its shard did not come back in time.
             Unavailable: its shard's node has left the cluster.
         """
-        tries = 0
+        attempt = 0
 
         async def once() -> Any:
-            nonlocal tries
-            tries += 1
+            nonlocal attempt
+            attempt += 1
             try:
-                return await self._once(bank, method, args)
+                shard = self._routes.get(bank) or await self._find(bank)
+                return await self._ask(bank, shard, method, *args)
             except RaymemError as error:
-                if tries > 1 and settled_by is not None and isinstance(error, settled_by):
+                if attempt > 1 and done_if is not None and isinstance(error, done_if):
                     return None
                 raise
 
@@ -148,7 +149,7 @@ class Router:
                 shard=shard,
             ) from None
 
-    async def load(self, bank: str, candidates: Sequence[ShardInfo], node: str | None) -> None:
+    async def load(self, bank: str, candidates: Sequence[RunningShard], node: str | None) -> None:
         """Make a bank hot on one of the candidates, unless it is hot on one already.
 
         Raises:
@@ -169,7 +170,7 @@ class Router:
         await _repeat(once, self._settings.retry_s)
 
     async def discard(self, bank: str, owner: str) -> None:
-        """Have the owner of a bank free it unseen, unless that has left the cluster for good.
+        """Have the owner of a bank free it without a flush, unless the owner has left the cluster for good.
 
         Raises:
             Conflict: a living process outside the cluster holds it.
@@ -182,8 +183,8 @@ class Router:
         await _repeat(once, self._settings.retry_s)
         self.forget(bank)
 
-    async def least(self, bank: str, candidates: Sequence[ShardInfo]) -> str:
-        """The candidate that a bank had best go to; see `choose`."""
+    async def least(self, bank: str, candidates: Sequence[RunningShard]) -> str:
+        """The best candidate for a bank; see `choose`."""
         loads = await ask_all([self.remote(info.name) for info in candidates], "bytes")
         return choose(bank, candidates, loads, prefer_gpu=self._settings.gpus_per_shard > 0).name
 
@@ -191,14 +192,10 @@ class Router:
         """Look the bank up again before its next call."""
         self._routes.pop(bank, None)
         if len(self._stale) >= _MOST_NAMES:
-            # what is believed of them is checked by the shard that it leads to
+            # the shard that a stale route leads to checks the call
             self._stale.clear()
             self._routes.clear()
         self._stale.add(bank)
-
-    async def _once(self, bank: str, method: str, args: Sequence[Any]) -> Any:
-        shard = self._routes.get(bank) or await self._find(bank)
-        return await self._ask(bank, shard, method, *args)
 
     async def _ask(self, bank: str, shard: str, method: str, *args: Any) -> Any:
         try:
@@ -213,11 +210,11 @@ class Router:
             raise _Again(error) from error
         except BackendUnavailable as error:
             self.forget(bank)
-            # a shard may also report that another one, which it asked, is silent
+            # a shard may also report that another shard, which it called, is silent
             if error.details.get("shard") != shard:
                 raise
             if await self._has_left(shard):
-                # the directory gives its banks to others once its lease has run out
+                # the directory gives its banks to other shards when its lease has expired
                 raise _Again(_gone(bank, shard)) from error
             raise _Again(error) from error
         self._routes[bank] = shard
@@ -227,15 +224,12 @@ class Router:
     async def _answer(self, bank: str, shard: str, method: str, args: Sequence[Any]) -> Any:
         call = asyncio.ensure_future(self.remote(shard).call(method, bank, *args))
         try:
-            while not (await asyncio.wait({call}, timeout=_RETRY_S))[0]:
-                if method in _SERVED and await asyncio.to_thread(self._has_lost, bank, shard):
+            while not (await asyncio.wait({call}, timeout=_CHECK_S))[0]:
+                if method in _SERVED and (await asyncio.to_thread(self._cold.catalog.get, bank)).owner != shard:
                     raise Moved(f"{shard} was silent and no longer has bank {bank!r}", to="")
             return call.result()
         finally:
             call.cancel()
-
-    def _has_lost(self, bank: str, shard: str) -> bool:
-        return self._cold.catalog.get(bank).owner != shard
 
     async def _find(self, bank: str) -> str:
         owner = await self._last_seen(bank)
@@ -267,7 +261,7 @@ class Router:
         except BackendUnavailable as error:
             raise _Again(error) from error
 
-    async def _place(self, entry: Entry, candidates: Sequence[ShardInfo], take_from: str) -> str:
+    async def _place(self, entry: Entry, candidates: Sequence[RunningShard], take_from: str) -> str:
         shard = await self.least(entry.name, candidates)
         await self._ask(entry.name, shard, "attach", take_from)
         return shard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +12,25 @@ from typing import Any, Literal
 
 import torch
 
-from raymem.actors.calls import Peer
-from raymem.actors.migration import move
+from raymem.actors.calls import Peer, ask, watched
 from raymem.actors.placement import draining, node_prefix
 from raymem.actors.transfer import Packed, pack_fields, unpack, unpack_fields
 from raymem.config import Settings
-from raymem.errors import NotShared, RaymemError
+from raymem.errors import NotShared, RaymemError, Unavailable
 from raymem.host.handover import MovingHost, Yielded
 from raymem.logs import get_logger
 from raymem.storage.store import ColdStore
 from raymem.types import Ack, EraseReceipt, MigrationReport, Selection, Trace
 
 log = get_logger("raymem.shard")
+# applying so few rows takes no longer than the handover itself
+_SHORT_ROWS = 256
+_ROUNDS = 16
 
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """What every shard of a cluster is told: the cold store that all nodes share, its nonce, and the settings."""
+    """What every shard of a cluster is started with: the cold store that all nodes share, its nonce, the settings."""
 
     cold: str
     sync: Literal["disk", "none"]
@@ -38,9 +41,9 @@ class ClusterSpec:
 class Shard:
     """The banks that the catalog says are hot under this shard's name.
 
-    A new incarnation under the same name, after a crash, loads them again: each one when it is first asked for, and
-    the others in the background. Every answer is checked against what is hot here, so a caller with an old idea of
-    where a bank lives hears `Moved` or `BankDetached`.
+    After a crash, a new incarnation under the same name loads them again: each bank at its first use, the others in the
+    background. Every call is checked against what is hot here, so a caller with a stale route gets `Moved` or
+    `BankDetached`.
 
     Args:
         name: the owner's name in the catalog.
@@ -58,7 +61,7 @@ class Shard:
         self._recovery: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
-        """Open the cold store and begin to load the banks that are hot here; return the process id.
+        """Open the cold store and begin to load the banks that are hot here; returns the process id.
 
         Raises:
             NotShared: this node sees another cold store than the one the cluster was started with.
@@ -88,7 +91,7 @@ class Shard:
         await (await self._hot(name)).materialise(name)
 
     async def attach(self, name: str, take_from: str, epoch: int | None = None) -> None:
-        """Claim and load a bank that is cold, without an owner, or owned by `take_from`, if it says so at `epoch`.
+        """Claim and load a bank that is cold, without an owner, or owned by `take_from`, at `epoch` if given.
 
         Raises:
             Conflict: this node is being drained.
@@ -112,7 +115,7 @@ class Shard:
         return await host.digest(name)
 
     async def erase(self, name: str, what: Selection, rebuild: bool) -> EraseReceipt:
-        """Erase rows of a bank; a try that was cut short is finished by the next, which then finds no row."""
+        """Erase rows of a bank; the next call finishes one that was cut short, and then finds no row."""
         host = await self._hot(name)
         return await host.erase(name, what, rebuild=rebuild)
 
@@ -180,7 +183,7 @@ class Shard:
     async def _host(self) -> MovingHost:
         if self._opening is None:
             self._opening = asyncio.create_task(self._open())
-        # a caller that goes away must not take the start down with it
+        # a caller that is cancelled must not cancel the start
         return await asyncio.shield(self._opening)
 
     async def _open(self) -> MovingHost:
@@ -195,10 +198,66 @@ class Shard:
         outcomes = await asyncio.gather(*map(host.reopen, mine), return_exceptions=True)
         for name, outcome in zip(mine, outcomes, strict=True):
             if isinstance(outcome, RaymemError):
-                # the next caller of the bank hears the same
+                # the next call on the bank raises the same error
                 log.warning("bank not recovered", bank=name, error=str(outcome))
             elif outcome is not None:
                 raise outcome
+
+
+async def move(name: str, source: MovingHost, to: str, target: Peer) -> MigrationReport:
+    """Hand a bank over: copy it, let the copy catch up, stop writes, let the target claim it.
+
+    Reads are answered throughout. Writes wait during the handover and then fail with `Moved`. If the source,
+    which drives this, dies, the catalog names the source or already the target.
+
+    Args:
+        name: the bank.
+        source: the host that owns it.
+        to: the target's name in the catalog.
+        target: the shard it goes to.
+
+    Raises:
+        Moved: it is being moved already.
+        BackendUnavailable: the target died, or was silent for a lease.
+        RaymemError: the target failed. It owns the bank if it had claimed it by then; otherwise the source keeps it.
+    """
+    began = time.perf_counter()
+    silence_s = source.settings.host.lease_s
+    try:
+        await _copy(name, source, target, silence_s)
+        paused = time.perf_counter()
+        yielded = await source.yield_writes(name, to)
+    except BaseException:
+        await _abandon(name, target, silence_s)
+        raise
+    try:
+        rows = await watched(target, "adopt", name, yielded, silence_s=silence_s)
+    # a cancellation must not leave writes waiting for ever
+    except BaseException:
+        await source.resume(name)
+        await _abandon(name, target, silence_s)
+        raise
+    pause_s = time.perf_counter() - paused
+    await source.forget_moved(name)
+    total_s = time.perf_counter() - began
+    return MigrationReport(name, source.owner, to, rows=rows, pause_ms=1e3 * pause_s, total_ms=1e3 * total_s)
+
+
+async def _copy(name: str, source: MovingHost, target: Peer, silence_s: float) -> None:
+    # each round copies what was written during the last one; the bound is for a writer as fast as the copy
+    reached = await watched(target, "prepare", name, silence_s=silence_s)
+    for _ in range(_ROUNDS):
+        if await source.quiesce(name) - reached <= _SHORT_ROWS:
+            return
+        reached = await watched(target, "prepare", name, silence_s=silence_s)
+
+
+async def _abandon(name: str, target: Peer, silence_s: float) -> None:
+    try:
+        await ask(target, "abandon", name, timeout_s=silence_s / 3)
+    except Unavailable:
+        # a target that died holds nothing; a silent one runs the call when it wakes
+        return
 
 
 def open_cas(spec: ClusterSpec, who: str) -> ColdStore:
@@ -208,7 +267,7 @@ def open_cas(spec: ClusterSpec, who: str) -> ColdStore:
         NotShared: it isn't there, or it is another one.
     """
     fix = "put the cold store on storage that every node mounts at that path, or on an object store (s3://…)"
-    # opening would make an empty store, here where there must be none
+    # opening a folder that is not there would make an empty store
     if "://" not in spec.cold and not Path(spec.cold).is_dir():
         raise NotShared(f"{who} sees no cold store at {spec.cold}: {fix}", path=spec.cold)
     cold = ColdStore.open(spec.cold, spec.sync)

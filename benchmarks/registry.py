@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from raymem.bench.comparison import Bench, Comparison
+from raymem.bench.comparison import Benchmark, Comparison
 from raymem.kernels.delta_update import chunk_delta_update, recurrent_delta_update, transition
 from raymem.kernels.topk_cosine import topk_cosine
 from raymem.kernels.vocab_scatter import vocab_scatter
@@ -226,7 +226,7 @@ def learn(length: int, batch: int) -> Comparison:
 
 
 REGISTRY = [
-    Bench(
+    Benchmark(
         "search",
         search,
         [
@@ -236,30 +236,30 @@ REGISTRY = [
         ],
         {"rows": 700, "width": 63, "queries": 3, "dtype": "int8"},
     ),
-    Bench(
+    Benchmark(
         "delta_update",
         delta_update,
         [{"steps": 1024, "key": 256, "value": 256}, {"steps": 512, "key": 576, "value": 1024}],
         {"steps": 64, "key": 10, "value": 7},
     ),
-    Bench(
+    Benchmark(
         "vocab_scatter",
         scatter,
         [{"queries": q, "k": k, "vocabulary": 49_152} for q, k in ((1, 32), (64, 32), (64, 1024))],
         {"queries": 3, "k": 9, "vocabulary": 50},
     ),
-    Bench("titans_peer", titans_peer, [{"steps": 256, "width": 64}], {"steps": 32, "width": 8}),
-    Bench(
+    Benchmark("titans_peer", titans_peer, [{"steps": 256, "width": 64}], {"steps": 32, "width": 8}),
+    Benchmark(
         "write",
         write,
         [{"rows": 3072, "width": 576, "budget": budget} for budget in (150_000, 1_000_000)],
         {"rows": 50, "width": 16, "budget": 30_000},
     ),
-    Bench(
+    Benchmark(
         "read",
         read,
         [{"rows": 3072, "width": 576, "budget": 1_000_000, "queries": queries} for queries in (1, 256)],
         {"rows": 50, "width": 16, "budget": 30_000, "queries": 2},
     ),
-    Bench("learn", learn, [{"length": 20, "batch": 16}], {"length": 3, "batch": 2}),
+    Benchmark("learn", learn, [{"length": 20, "batch": 16}], {"length": 3, "batch": 2}),
 ]

@@ -17,10 +17,10 @@ import torch
 from registry import REGISTRY
 from torch.profiler import ProfilerActivity, profile
 
-from raymem.bench.comparison import Bench, measure
+from raymem.bench.comparison import Benchmark, measure
 
 
-def run_bench(bench: Bench, sizes: dict[str, Any], repeats: int, device: str = "cpu") -> list[dict[str, Any]]:
+def run_bench(bench: Benchmark, sizes: dict[str, Any], repeats: int, device: str = "cpu") -> list[dict[str, Any]]:
     """One line of figures for each way of doing the work."""
     torch.manual_seed(0)
     # naming the device where it is the default anyway would be a part of what is timed

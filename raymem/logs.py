@@ -1,7 +1,7 @@
 """Logs: the standard library's `logging`, under "raymem".
 
-Importing raymem sets up no handler: an application decides, and Python itself puts warnings on stderr where it doesn't.
-Nothing is ever logged on stdout, which belongs to results.
+Importing raymem sets up no handler: that is the application's choice, and without one Python puts warnings on stderr.
+Nothing is logged on stdout, which is for results.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class RateLimit(logging.Filter):
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is when a line is logged: it may be exchanged."""
+    """Writes to what `sys.stderr` is when a line is logged, as it may be replaced."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

@@ -1,4 +1,4 @@
-"""Connections that may come from anybody: what each may send, how long it may take, and how many there may be."""
+"""Limits of untrusted connections: what each may send, how long it may take, and how many there may be."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from raymem.serving.errors import HEAD_TOO_LARGE, NOT_HTTP, TOO_SLOW, encode
 
 _HEAD_BYTES = 2**16
 _HEADERS = 128
-# requests sent before their predecessor's answer; more are an attempt to fill memory
+# requests that one connection sends ahead of its answers
 _PIPELINED = 4
-# chunks of a byte have six of their own
+# bytes of framing for each byte of a body: a chunk of one byte has six
 _FRAMING = 16
-# this much of a refused body is still read and thrown away, so that the caller hears the answer
+# so much of a refused body is still read and dropped, so that the caller gets the answer
 _DROP_BYTES = 64 * 2**20
-# bytes come in bursts, and what came early counts for so many times the wait: not for hours of holding what came
+# bytes come in bursts: bytes that came early count, for at most so many times the wait
 _CREDIT = 3
 
 
@@ -48,13 +48,13 @@ class BoundedConfig(uvicorn.Config):
     """uvicorn's configuration for `BoundedProtocol`."""
 
     def __init__(self, app: Any, limits: Limits, **options: Any) -> None:
-        # nothing here speaks WebSocket, and an upgrade would be a way around the protocol's limits
+        # no route speaks WebSocket, and an upgrade would bypass the protocol's limits
         super().__init__(app, http=BoundedProtocol, ws="none", log_level="warning", access_log=False, **options)
         self.limits = limits
 
 
 class _Phase(enum.Enum):
-    """What a connection is about."""
+    """Where a connection is in a request."""
 
     HEAD = "waits for a request's head"
     BODY = "waits for its body"
@@ -62,7 +62,7 @@ class _Phase(enum.Enum):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """HTTP from callers that may be slow, many or hostile; `look` is to be called every now and then."""
+    """HTTP from callers that may be slow, many or hostile; `watch` calls `look` regularly."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._limits = config.limits
         self._phase = _Phase.HEAD
-        # since when there is no news, and for how many seconds the gateway has waited in this phase
+        # when bytes last came, and for how many seconds the gateway has waited in this phase
         self._news = self.loop.time()
         self._waited = 0.0
         # bytes of the request: the last piece, all, and those of its body
@@ -83,13 +83,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._got = 0
         # those of its body at the last look
         self._counted = 0
-        # the answer's side: bytes that the caller didn't take yet, and for how many seconds the gateway has waited
+        # of the answer: bytes that the caller has not taken yet, and for how many seconds the gateway has waited
         self._unsent = 0
         self._stalled = 0.0
 
     @property
     def idle_since(self) -> float | None:
-        """Since when the gateway has been waiting for the caller; None while it is at work itself."""
+        """Since when the gateway has waited for the caller; None while it works on a request."""
         return None if self._phase is _Phase.WORK and self._is_busy() else self._news
 
     @property
@@ -98,13 +98,13 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.client[0] if self.client else ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, and let go of others when there are too many."""
+        """Take a connection, and drop others when there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self._limits.connections:
             _make_room([it for it in self.connections if isinstance(it, BoundedProtocol)], self._limits.connections)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, within limits."""
+        """Parse bytes, within limits."""
         self._unset_keepalive_if_required()
         self._news = self.loop.time()
         self._piece = len(data)
@@ -112,7 +112,7 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # answered as if it had not been asked for
+            # the request is answered as if it had not asked for an upgrade
             self.cycle.keep_alive = False
             return
         except httptools.HttpParserError as error:
@@ -145,7 +145,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._enter(_Phase.BODY)
 
     def on_body(self, body: bytes) -> None:
-        """Take a piece of the body, or throw it away when the request has been answered."""
+        """Take a chunk of the body, or drop it when the request has been answered."""
         self._got += len(body)
         if self.cycle.response_complete and self._got > _DROP_BYTES:
             self.transport.abort()
@@ -153,12 +153,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is there."""
+        """The request is complete."""
         super().on_message_complete()
         self._enter(_Phase.WORK)
 
     def on_response_complete(self) -> None:
-        """The answer is on its way; the next request may begin."""
+        """The answer is sent; the next request may begin."""
         self._news = self.loop.time()
         super().on_response_complete()
 
@@ -184,11 +184,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self.drop()
 
     def _late(self, late: float, seconds: float, nbytes: int) -> float:
-        """For how long a caller has kept the gateway waiting, `seconds` and so many bytes later."""
+        """How long a caller has kept the gateway waiting, `seconds` and `nbytes` later."""
         return max(-_CREDIT * self._limits.wait_s, late + seconds - nbytes / self._limits.min_rate)
 
     def shutdown(self) -> None:
-        """Finish what is being worked on; a request that isn't there yet is dropped."""
+        """Finish a complete request; drop one whose body is still coming."""
         if self._phase is _Phase.BODY and not self.flow.read_paused:
             self.drop()
         else:
@@ -208,14 +208,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def drop(self) -> None:
-        """Close at once; what was still to be sent is lost."""
+        """Close at once, without sending the rest."""
         self._forget()
         self.connections.discard(self)
         self.transport.abort()
 
     def _forget(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            # the app hears that the caller is gone
+            # tells the app that the caller is gone
             self.cycle.disconnected = True
             self.cycle.message_event.set()
 
@@ -224,15 +224,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _enter(self, phase: _Phase) -> None:
         if phase is _Phase.HEAD:
-            # it begins somewhere in the piece that is being parsed
+            # it begins within the bytes that are being parsed
             self._fed, self._got, self._counted = self._piece, 0, 0
         self._phase, self._waited = phase, 0.0
 
 
 def _make_room(there: list[BoundedProtocol], most: int) -> None:
-    """Drop those that have kept the gateway waiting for longest, first of the machine with the most connections.
+    """Drop the connections that have kept the gateway waiting for longest, first of the machine with the most.
 
-    A sixteenth at once, so that not every new connection has to look at all others.
+    It drops a sixteenth at once, so that not every new connection has to scan all others.
     """
     crowds = Counter(it.address for it in there)
     waiting = [(-crowds[it.address], since, it) for it in there if (since := it.idle_since) is not None]
@@ -249,13 +249,13 @@ def _large_head() -> TooLarge:
 
 
 async def watch(connections: Iterable[Any], every_s: float = 0.5) -> None:
-    """Look at all connections again and again, until cancelled."""
+    """Check all connections every `every_s` seconds, until cancelled."""
     loop = asyncio.get_running_loop()
     before = loop.time()
     while True:
         await asyncio.sleep(every_s)
         now = loop.time()
-        # where the loop itself stood still, callers are not to blame
+        # a pause of the loop itself is not counted against callers
         elapsed, before = min(now - before, 2 * every_s), now
         for connection in list(connections):
             if isinstance(connection, BoundedProtocol):

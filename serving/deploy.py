@@ -29,7 +29,7 @@ def deployment(settings: Settings, cold: str | None = None, replicas: int = 1) -
         replicas: gateways to run; each holds its own model once recall in text has been asked for.
     """
 
-    # called in each replica: an open store can't travel
+    # called in each replica, because an open store can't be pickled
     def build() -> FastAPI:
         async def opener() -> AsyncStore:
             return await AsyncStore.connect("ray", cold=cold, settings=settings)
@@ -38,7 +38,7 @@ def deployment(settings: Settings, cold: str | None = None, replicas: int = 1) -
 
     gateway = serve.ingress(build)()
     options: dict[str, Any] = {"name": "raymem", "num_replicas": replicas, "max_ongoing_requests": 256}
-    # a gateway waits for shards and reads no rows itself: it should not keep a whole core from them
+    # a gateway mostly waits for shards, so it reserves little of a core
     options["ray_actor_options"] = {"num_cpus": 0.1}
     made: Application = serve.deployment(**options)(gateway).bind()
     return made

@@ -1,4 +1,4 @@
-"""Errors on their way out: one shape for all, and the same classes in OpenAPI."""
+"""Error responses: one shape for all, and the same classes in OpenAPI."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from raymem.logs import get_logger
 from raymem.serving.schemas import ErrorBody
 
 log = get_logger("raymem.gateway")
-# any route can answer with these
+# errors that any route can answer with
 _ALWAYS: tuple[type[RaymemError], ...] = (
     *(Unauthorized, InvalidInput, TooLarge, Overloaded, RaymemError, Unavailable, StorageError),
 )
-# and with these of the server itself, before a route is asked
+# statuses of the server itself, before a route is chosen
 NOT_HTTP, TOO_SLOW, HEAD_TOO_LARGE = 400, 408, 431
 _SERVER = {
     NOT_HTTP: "`invalid_input`: What came is no HTTP, or its body ended early.",
     TOO_SLOW: "`invalid_input`: The request did not arrive in time.",
     HEAD_TOO_LARGE: "`too_large`: The address and headers are over the limit.",
 }
-# a name in an address may hold an encoded slash, and then leads elsewhere
+# a name with an encoded slash makes another address
 _ELSEWHERE = {405: "`invalid_input`: The method is not one of this address."}
 _LONGEST = 200
 
 
 class Carried(HTTPException):
-    """A RaymemError on its way through code that only lets HTTP errors pass."""
+    """Carries a RaymemError through FastAPI code that lets only HTTP errors pass."""
 
     def __init__(self, error: RaymemError, status: int | None = None) -> None:
         super().__init__(status or error.http_status, error.message)
@@ -64,13 +64,13 @@ def respond(error: RaymemError, status: int | None = None) -> Response:
 
 
 def encode(answer: dict[str, Any]) -> bytes:
-    """JSON that every parser takes: null for what is no number, text for what JSON doesn't know."""
+    """JSON that every parser reads: null for NaN and infinities, text for types that JSON lacks."""
     return pydantic_core.to_json(_clean(answer), inf_nan_mode="null", fallback=str)
 
 
 def _clean(data: Any) -> Any:
     if isinstance(data, str):
-        # half of a surrogate pair is no text in any encoding
+        # an unpaired surrogate can't be encoded
         return data.encode("utf-8", "replace").decode()
     if isinstance(data, bytes):
         return repr(data)
@@ -95,7 +95,7 @@ def documented(*errors: type[RaymemError], elsewhere: bool = False) -> dict[int 
 
 
 def install(app: FastAPI) -> None:
-    """Give every error that can leave the app the one shape."""
+    """Answer every error of the app in the one shape."""
     app.add_exception_handler(RaymemError, _on_raymem)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
@@ -113,7 +113,7 @@ async def _on_raymem(_request: Request, error: Exception) -> Response:
 async def _on_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
-    # a body that is not said to be JSON is not parsed, and then is no object
+    # FastAPI doesn't parse a body without a JSON content type, and then finds no object
     if problems[0]["loc"] == ("body",) and problems[0]["type"] in ("model_attributes_type", "dict_type"):
         given = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if given != routes.JSON:
@@ -127,27 +127,25 @@ def unreadable(given: str, *known: str) -> InvalidInput:
 
 
 def explain(error: ValidationError) -> InvalidInput:
-    """A body that pydantic refused, as `invalid` tells it."""
+    """The error for a body that pydantic refused."""
     return invalid(error.errors(include_url=False, include_context=False, include_input=False))
 
 
 def invalid(problems: Sequence[Any]) -> InvalidInput:
-    """What pydantic found, as one sentence about the innermost problem; the others are in the details."""
-    told = [{"where": _where(it["loc"]), "problem": _problem(str(it["msg"]))} for it in problems[:20]]
-    # a value that may have several shapes is refused as each of them; the one that it is like gets furthest
+    """The error for pydantic's problems: the message is the innermost one, the details list the others."""
+    told = [
+        {
+            "where": ".".join(str(part)[:_LONGEST] for part in it["loc"]) or "body",
+            # pydantic's prefix for errors of our own validators
+            "problem": str(it["msg"]).removeprefix("Value error, ")[:_LONGEST],
+        }
+        for it in problems[:20]
+    ]
+    # a value of several allowed shapes fails as each of them; the deepest problem is of the shape that was meant
     depths = [len(it["loc"]) for it in problems[:20]]
     main = told[depths.index(max(depths))]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return InvalidInput(f"{main['where']}: {main['problem']}{more}", problems=told)
-
-
-def _where(loc: Sequence[Any]) -> str:
-    return ".".join(str(part)[:_LONGEST] for part in loc) or "body"
-
-
-def _problem(said: str) -> str:
-    # of our own domains pydantic says first that a value is wrong
-    return said.removeprefix("Value error, ")[:_LONGEST]
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
@@ -163,7 +161,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    # the caller is gone: nothing went wrong here, and the answer has no reader
+    # the caller has disconnected, so the answer is only counted
     return respond(InvalidInput("the body ended before its end"), NOT_HTTP)
 
 

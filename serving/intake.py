@@ -1,4 +1,4 @@
-"""How bodies come in: counted while they arrive, and looked over before anything is made of them."""
+"""How bodies are read: counted while they arrive, and checked for size and complexity before they are parsed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from raymem.host.host import caller
 from raymem.serving.errors import NOT_HTTP, Carried
 
 T = TypeVar("T")
-# of one caller: they take threads that all others need too, a recall in text the one model
+# slow requests of one caller at a time: they take threads that all callers share, a recall takes the one model
 SLOW_AT_ONCE = 2
-# a question in text is the longest: 100,000 characters, each escaped
+# the longest command is a question of 100,000 characters, each escaped
 _COMMAND_BYTES = 2**20
-# smaller bodies are read where they are: going to a thread and back takes longer
+# smaller bodies are read on the event loop: a thread and back takes longer
 _SMALL_BYTES = 2**16
 
 
@@ -38,13 +38,13 @@ class Complexity(NamedTuple):
     keys: int
 
 
-# an object costs a hundred times what a number does: one body holds the interpreter for 0.1 s at most
+# an object costs a hundred times as much as a number; one body blocks the interpreter for 0.1 s at most
 COMMAND = Complexity(structure=2**13, values=2**14, keys=2**10)
 ROWS = Complexity(structure=2**15, values=2**19, keys=2**6)
 
 
 class Budget:
-    """The bytes of all bodies that are held in memory at one time, and those of each caller among them."""
+    """A limit on the bytes of bodies in memory at one time, of all callers and of each."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._all = max(settings.max_held_bytes, settings.max_body_bytes)
@@ -53,37 +53,31 @@ class Budget:
 
     @contextmanager
     def share(self, who: str) -> Iterator[Callable[[int], None]]:
-        """A function that takes bytes for a caller; all are given back when the block ends."""
+        """Yield a function that takes bytes for a caller; the end of the block returns them all."""
         taken = 0
 
         def take(nbytes: int) -> None:
             nonlocal taken
-            self._take(who, nbytes)
+            mine, held = self._held.get(who, 0), sum(self._held.values())
+            if mine + nbytes > self._each or held + nbytes > self._all:
+                raise Overloaded(
+                    f"the gateway holds {held} bytes of bodies, {mine} of them yours; the limits are {self._all} and "
+                    f"{self._each}: wait for some to finish",
+                    retry_after_s=1.0,
+                )
+            self._held[who] = mine + nbytes
             taken += nbytes
 
         try:
             yield take
         finally:
-            self._give_back(who, taken)
-
-    def _take(self, who: str, nbytes: int) -> None:
-        mine, held = self._held.get(who, 0), sum(self._held.values())
-        if mine + nbytes > self._each or held + nbytes > self._all:
-            raise Overloaded(
-                f"the gateway holds {held} bytes of bodies, {mine} of them yours; the limits are {self._all} and "
-                f"{self._each}: wait for some to finish",
-                retry_after_s=1.0,
-            )
-        self._held[who] = mine + nbytes
-
-    def _give_back(self, who: str, nbytes: int) -> None:
-        left = self._held.pop(who, 0) - nbytes
-        if left > 0:
-            self._held[who] = left
+            left = self._held.pop(who, 0) - taken
+            if left > 0:
+                self._held[who] = left
 
 
 class Transfers:
-    """The uploads and downloads that go through a file of the gateway's, in all and for each caller."""
+    """A limit on concurrent uploads and downloads through a temporary file, of all callers and of each."""
 
     def __init__(self, in_all: int = 32, each: int = 8) -> None:
         self._in_all = in_all
@@ -108,12 +102,12 @@ class Transfers:
             yield
         finally:
             self._running[who] -= 1
-            # callers that are gone are forgotten
+            # drops callers without a transfer
             self._running += Counter()
 
 
 class BoundedRequest(Request):
-    """A request whose body is counted while it arrives, and whose JSON is looked over before it is read."""
+    """A request whose body is counted while it arrives, and whose JSON is checked before it is parsed."""
 
     def __init__(self, request: Request, take: Callable[[int], None]) -> None:
         super().__init__(request.scope, request.receive)
@@ -144,7 +138,9 @@ class BoundedRequest(Request):
             raise Carried(error) from error
 
     async def _read(self) -> bytes:
-        limit = _json_limit(self)
+        kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
+        settings: GatewaySettings = self.app.state.settings
+        limit = settings.max_json_bytes if "json" in kind else None
         chunks, size = [], 0
         try:
             async for chunk in self.stream():
@@ -167,7 +163,7 @@ class Intake(APIRoute):
     """A route whose handler gets a `BoundedRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's way to exchange the request's class."""
+        """Wrap the handler so that it gets a `BoundedRequest`."""
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
@@ -176,14 +172,6 @@ class Intake(APIRoute):
                 return await handle(BoundedRequest(request, take))
 
         return handler
-
-
-def _json_limit(request: Request) -> int | None:
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if "json" not in kind:
-        return None
-    settings: GatewaySettings = request.app.state.settings
-    return settings.max_json_bytes
 
 
 def parse(data: bytes, most: Complexity) -> Any:
@@ -201,13 +189,13 @@ def parse(data: bytes, most: Complexity) -> Any:
 
 
 def check_json(data: bytes, most: Complexity) -> None:
-    """Count what JSON holds without making any of it.
+    """Count what JSON holds without parsing it.
 
     Raises:
         TooLarge: more objects, lists, values or keys than `most` says.
     """
     bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    # each string is a key or a value: more quotes mean more of those
+    # each string is a key or a value, so quotes bound their number
     quotes = bare.count(b'"')
     if quotes <= 2 * (most.structure + most.values + 1):
         bare = b"".join(bare.split(b'"')[::2])
@@ -221,12 +209,12 @@ def check_json(data: bytes, most: Complexity) -> None:
     )
 
 
-# the interpreter reads one body at a time whatever the threads: more of them would only take turns from the others
+# the interpreter parses one body at a time, so more threads would not be faster
 _readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="raymem-body")
 
 
 async def read_aside(nbytes: int, read: Callable[..., T], *args: Any) -> T:
-    """Run what reads a body of so many bytes, or writes one, beside the event loop if it is large."""
+    """Run a function that parses or encodes a body of so many bytes, in a thread if the body is large."""
     if nbytes <= _SMALL_BYTES:
         return read(*args)
     return await asyncio.get_running_loop().run_in_executor(_readers, functools.partial(read, *args))

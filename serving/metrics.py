@@ -1,4 +1,4 @@
-"""Counters in Prometheus' format: requests as they pass, the store's own figures when asked."""
+"""Metrics in Prometheus' format: counters of requests, and the store's figures at each scrape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-# a caller must not make labels
+# callers must not be able to make labels
 _METHODS = frozenset(HTTPMethod)
 
 
@@ -37,7 +37,9 @@ class Metrics:
 
     def render(self, stats: dict[str, Any]) -> bytes:
         """The text page, with the numbers in a store's `stats` as gauges."""
-        return generate_latest(self._registry) + generate_latest(_once(_Stats(stats)))
+        figures = CollectorRegistry()
+        figures.register(_Stats(stats))
+        return generate_latest(self._registry) + generate_latest(figures)
 
 
 class Counted:
@@ -89,9 +91,3 @@ def _gauges(
             family.add_metric(list(labels.values()), float(value))
         elif isinstance(value, dict) and name != "banks":
             _gauges(families, f"{prefix}_{name}", labels, value)
-
-
-def _once(collector: Collector) -> CollectorRegistry:
-    registry = CollectorRegistry()
-    registry.register(collector)
-    return registry

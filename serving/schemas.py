@@ -1,4 +1,4 @@
-"""What the gateway's JSON looks like, for people and for OpenAPI.
+"""The gateway's JSON bodies, for people and for OpenAPI.
 
 Shape legend: `T` rows, `L` layers, `D` hidden width, `V` value width, `Q` queries, `k` neighbours.
 """
@@ -72,7 +72,7 @@ class PackedTensor(_Request):
         return from_bytes(data, self.dtype, self.shape, InvalidTrace)
 
 
-# one wrong number is told; a body full of them is not read on
+# stops at the first wrong number of a body
 _Row = Annotated[list[Number], Field(fail_fast=True)]
 _Rows = Annotated[list[_Row], Field(fail_fast=True)]
 Floats3 = PackedTensor | Annotated[list[_Rows], Field(fail_fast=True)]
@@ -283,7 +283,7 @@ class Nodes(BaseModel):
 
 
 class Health(BaseModel):
-    """Who answers, and that it does."""
+    """That the gateway answers, and its version."""
 
     status: Literal["ok", "ready"]
     service: Literal["raymem"] = "raymem"

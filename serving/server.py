@@ -21,7 +21,7 @@ from raymem.serving.auth import check_bind
 from raymem.serving.connections import BoundedConfig, Limits, watch
 
 Listening = Callable[[str, str], None]
-# requests that are being worked on may end; a caller that doesn't take its answer is not waited for
+# at shutdown: seconds for requests to finish, and for a caller to take its answer
 _GRACE_S = 10
 _LAST_WAIT_S = 2.0
 # callers can make these speak: the server, its sockets, the gateway's own errors
@@ -31,12 +31,12 @@ _QUEUE = 2048
 
 
 def run(uri: str, cold: str | None, settings: Settings, on_listen: Listening | None = None) -> None:
-    """Serve a store until interrupted, then settle its banks.
+    """Serve a store until interrupted, then flush its banks.
 
     Args:
         uri: the store, see `raymem.connect`.
         cold: with Ray.
-        settings: `gateway` says where to listen and who may come.
+        settings: `gateway` has the address and the keys.
         on_listen: called with the gateway's address and the store, once requests are answered.
 
     Raises:
@@ -50,7 +50,7 @@ def run(uri: str, cold: str | None, settings: Settings, on_listen: Listening | N
 async def _serve(
     uri: str, cold: str | None, settings: Settings, listener: socket.socket, on_listen: Listening | None
 ) -> None:
-    # opened here, so that what fails is told as it is; closed by the app, before signals end the process
+    # opened here, so that its errors are raised as they are; the app closes it, before signals end the process
     store = await AsyncStore.connect(uri, cold=cold, settings=settings)
 
     async def opener() -> AsyncStore:
@@ -73,7 +73,7 @@ def make_server(app: FastAPI, settings: Settings, on_start: Callable[[], None] =
             logger.addFilter(RateLimit())
     descriptors = _raise_descriptors()
     limits = Limits.of(settings.gateway, descriptors)
-    # so many connections are taken before the first of them is looked at
+    # connections that asyncio accepts before it serves the first of them
     backlog = max(16, min(128, descriptors // 16))
     config = BoundedConfig(app, limits, timeout_graceful_shutdown=_GRACE_S, backlog=backlog)
     return _Server(config, limits, on_start)
@@ -89,7 +89,7 @@ class _Server(uvicorn.Server):
         self._watch = asyncio.create_task(watch(self.server_state.connections))
         await super().startup(sockets)
         for listener in sockets or []:
-            # asyncio takes `backlog` at once; more may queue, or a caller who finds the queue full waits for a second
+            # asyncio accepts `backlog` at once; a longer queue keeps callers from waiting a second for a retry
             listener.listen(_QUEUE)
         self._on_start()
 
@@ -104,7 +104,7 @@ class _Server(uvicorn.Server):
 
 
 def _raise_descriptors() -> int:
-    """Allow this process as many open files as it may have, within reason; return how many that is."""
+    """Raise this process's limit of open files as far as allowed, up to 65,536; returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
     if soft == resource.RLIM_INFINITY or soft >= wanted:

@@ -1,1 +1,1 @@
-"""What raymem costs and promises, in figures: contests with peers in the same run. The command is `raymem bench`."""
+"""What raymem costs and promises, in figures, beside peers that are measured in the same run: `raymem bench`."""

@@ -1,4 +1,4 @@
-"""Ways of doing one piece of work, timed in turn, ours first; nothing is timed before the results agree."""
+"""Ways to do the same work, timed in turn, ours first; nothing is timed before the results agree."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A named contest and the sizes at which it is held: `sizes` for figures, `small` for a quick look."""
+class Benchmark:
+    """A named comparison and the sizes it runs at: `sizes` for figures, `small` for a quick check."""
 
     name: str
     make: Callable[..., Comparison]
@@ -36,7 +36,7 @@ class Bench:
 
 
 def measure(comparison: Comparison, repeats: int) -> dict[str, float]:
-    """Median seconds a call of each run, taken in turn so that all see the same machine.
+    """Median seconds a call of each run, timed in turn so that all see the same load of the machine.
 
     Raises:
         AssertionError: the runs' results don't agree.

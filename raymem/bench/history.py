@@ -49,7 +49,7 @@ def _fill(fixture: Fixture, cold: ColdStore, rows: int) -> None:
     made = JournalRows.of(fixture.trace(min(rows, _BATCH_ROWS)), 0, 0)
     for pos in range(0, rows, _BATCH_ROWS):
         part = made.part(0, min(_BATCH_ROWS, rows - pos))
-        # nobody reads these rows: identities and checksums may repeat
+        # these rows are never read, so identities and checksums may repeat
         journal.append(dataclasses.replace(part, pos_T=torch.arange(pos, pos + len(part), dtype=torch.int64)))
 
 

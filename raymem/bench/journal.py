@@ -98,8 +98,8 @@ def journal(fixture: Fixture) -> Measured:
 def many_banks(fixture: Fixture) -> Measured:
     """How much faster one row goes to each of 1,000 attached banks than to LanceDB's table for each.
 
-    The banks and the tables are there before; what making and attaching the banks took is told beside it, and what the
-    first read of all of them takes afterwards, for that applies the rows.
+    The banks and the tables exist before. Beside it: the time to make and attach the banks, and the time of the first
+    read of all of them afterwards, which applies the rows.
     """
     banks = fixture.size(1000, 10)
     row = JournalRows.of(fixture.trace(1), 0, 0).to_arrow()
@@ -114,9 +114,9 @@ def many_banks(fixture: Fixture) -> Measured:
 def attach(fixture: Fixture) -> Measured:
     """Bytes a second of a bank of 500 MB that a host at work attaches, over those of LanceDB reading the same rows.
 
-    LanceDB's batches are dropped as they come; beside it, LanceDB keeping them all, as a bank does, and a bank that has
-    no snapshot and encodes its whole journal. A virtual machine that gives unused memory back to its host may take
-    longer to get as much again than anybody does to read: it has it before, and how long that took is told as well.
+    LanceDB's batches are dropped as they come. Beside it: LanceDB keeping all, as a bank does, and a bank without a
+    snapshot, which encodes its whole journal. A virtual machine that returned unused memory to its host may take longer
+    to get it back than the read takes, so memory is touched before; that time is reported too.
     """
     rows = fixture.size(434_000, 2_000)
     cold = fixture.cold()
@@ -182,7 +182,7 @@ async def _one_row_each(fixture: Fixture, banks: int) -> tuple[list[float], dict
 
 async def _attach_s(cold: ColdStore, name: str) -> float:
     host = Host(cold, _ROOM, "bench")
-    # its lease and its log are there
+    # so that its lease and its log are there
     await host.attach(_OTHER)
     taken = await _timed(lambda: host.attach(name))
     await host.detach(name)

@@ -1,8 +1,9 @@
-"""What rows that stay give away of erased ones: two attacks on what an erasure leaves of a real model's states.
+"""What remaining rows reveal of erased ones: two attacks on the states that an erasure leaves of a real model.
 
 Passages of Python's language reference get a sentence with a name, a number and rare words planted, each sentence in
-each passage. They are written to a bank and exactly the sentences are erased. Then the states that are left say which
-sentence it was: to someone who has the candidates and the model, and to a probe that was trained on other passages.
+each passage. They are written to a bank and exactly the sentences are erased. Then two attacks guess from
+the states that are left which sentence it was: a search with the candidates and the model, and a probe that was trained
+on other passages.
 
 Shape legend: `P` passages, `S` secrets, `N` documents (each secret in each passage), `T` rows, `D` hidden width.
 """
@@ -36,7 +37,7 @@ _PEOPLE = ("Ottoline Varga", "Bram Okonkwo", "Zdenka Quist", "Ignatius Pell")
 _MORE = ("Thessaly Moreau", "Kwame Lindqvist", "Perpetua Shaw", "Yusuf Abernathy")
 _ILLNESSES = ("brucellosis", "porphyria", "anthrax", "narcolepsy", "scleroderma", "leprosy", "tularemia", "glaucoma")
 _STREETS = ("Quarry", "Tannery", "Obelisk", "Lavender", "Foundry", "Heron", "Gallows", "Viaduct")
-# rows before a secret: enough for the model to have settled
+# rows before a secret, so that the model has some context
 _BEFORE = 40
 _FOLDS = 4
 _ERASED, _KEPT = 1.0, 9.0
@@ -44,7 +45,7 @@ _CHANCE_QUANTILE = 1e-3
 
 
 @dataclass(frozen=True)
-class Sizes:
+class LeakSizes:
     """How many passages and secrets, and how many rows after a secret's last one an attack looks."""
 
     passages: int = 32
@@ -54,7 +55,7 @@ class Sizes:
     seed: int = 0
 
 
-SMALL = Sizes(passages=12, secrets=4, distances=(1, 8))
+SMALL = LeakSizes(passages=12, secrets=4, distances=(1, 8))
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class _Document:
 
 
 def run(
-    model: LanguageModel, folder: Path, sizes: Sizes | None = None, report: Report = lambda done, total: None
+    model: LanguageModel, folder: Path, sizes: LeakSizes | None = None, report: Report = lambda done, total: None
 ) -> Leaks:
     """Write, erase and attack, with scope "rows" and with scope "run".
 
@@ -107,7 +108,7 @@ def run(
         sizes: 32 passages with 8 secrets each by default.
         report: called with passes done and their number.
     """
-    sizes = sizes or Sizes()
+    sizes = sizes or LeakSizes()
     secrets = [model.encode(text) for text in _secrets(sizes)]
     documents = list(_documents(model, secrets, sizes))
     settings = Settings(cold=ColdSettings(sync="none"))
@@ -172,7 +173,7 @@ def auc(scores_N: Floats, is_N: NDArray[np.bool_]) -> float:
     return float(((yes_M > no_K) + 0.5 * (yes_M == no_K)).mean())
 
 
-def _secrets(sizes: Sizes) -> list[str]:
+def _secrets(sizes: LeakSizes) -> list[str]:
     """Sentences of which no two share a name, a number or a rare word."""
     choose = random.Random(sizes.seed)
     people, illnesses, streets = (
@@ -185,14 +186,14 @@ def _secrets(sizes: Sizes) -> list[str]:
     ]
 
 
-def _documents(model: LanguageModel, secrets: Sequence[Tensor], sizes: Sizes) -> Iterator[_Document]:
+def _documents(model: LanguageModel, secrets: Sequence[Tensor], sizes: LeakSizes) -> Iterator[_Document]:
     for passage, tokens_T in enumerate(_passages(model, sizes)):
         for number, secret_T in enumerate(secrets):
             whole_T = torch.cat([tokens_T[:_BEFORE], secret_T, tokens_T[_BEFORE:]])
             yield _Document(passage, number, whole_T, _BEFORE, _BEFORE + len(secret_T))
 
 
-def _passages(model: LanguageModel, sizes: Sizes) -> Iterator[Tensor]:
+def _passages(model: LanguageModel, sizes: LeakSizes) -> Iterator[Tensor]:
     """Pieces of the language reference, none of them twice, from topics in a seeded order."""
     from pydoc_data.topics import topics
 
@@ -207,7 +208,7 @@ def _passages(model: LanguageModel, sizes: Sizes) -> Iterator[Tensor]:
             found += 1
 
 
-def _bank(store: Store, model: LanguageModel, sizes: Sizes) -> Bank:
+def _bank(store: Store, model: LanguageModel, sizes: LeakSizes) -> Bank:
     ranges = {KeySpec(layers=(sizes.layer,)): Range(0.2, 0.95)}
     plain = Calibration(
         model=model.content_hash, layers=(sizes.layer,), mean_LD=torch.zeros(1, model.width), ranges=ranges

@@ -78,7 +78,7 @@ def _moves(fixture: Fixture, store: raymem.Store, name: str, nbytes: int) -> tup
 
 @contextmanager
 def _writer(fixture: Fixture, bank: raymem.Bank) -> Iterator[list[float]]:
-    """Somebody who writes all the time; the list has how long each write waited, in seconds."""
+    """A thread that writes all the time; the list has how long each write waited, in seconds."""
     stop, waits = threading.Event(), [0.0]
     waits.clear()
 
@@ -109,14 +109,14 @@ class _Holder:
         return self.data
 
     def take(self, data: Any) -> int:
-        # out of the object store, as whoever works with it has to
+        # out of the object store, as any work with it has to
         self.data = data.copy()
         return len(self.data)
 
 
 def _copy_s(nbytes: int) -> float:
     source, target = (_actor(node.id, size) for node, size in zip(living_nodes(), (nbytes, 1), strict=True))
-    # both are there, with what they need loaded
+    # both have started, with their imports loaded
     ray.get([actor.take.remote(np.ones(size, np.uint8)) for actor, size in ((source, nbytes), (target, 1))])
     began = time.perf_counter()
     assert ray.get(target.take.remote(source.give.remote())) == nbytes

@@ -59,7 +59,7 @@ def _recovery(fixture: Fixture, store: raymem.Store, banks: int, rows: int) -> f
 def _empty_restart() -> float:
     class Empty:
         def pid(self) -> int:
-            # what any shard needs before it can look at a bank
+            # what any shard imports before it can read a bank
             importlib.import_module("raymem.actors.shard")
             return os.getpid()
 

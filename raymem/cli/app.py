@@ -17,9 +17,7 @@ from raymem.cli import (
     doctor,
     erase,
     evaluate,
-    history,
     output,
-    partitions,
     recall,
     serve,
     shard,
@@ -28,7 +26,7 @@ from raymem.cli import (
 )
 from raymem.errors import MissingExtra, RaymemError
 
-# commands import what they need when they run; this is who brings it
+# commands import packages when they run; the extra that installs each
 _EXTRAS = {
     "accelerate": "lm",
     "fastapi": "serve",
@@ -68,8 +66,6 @@ app.command("serve")(serve.serve)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 app.command("calibrate")(calibrate.calibrate)
-history.add_to(bank.app)
-partitions.add_to(bank.app)
 app.add_typer(bank.app, name="bank")
 app.add_typer(shard.app, name="shard")
 app.command("recall")(recall.recall)

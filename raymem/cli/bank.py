@@ -1,4 +1,4 @@
-"""`raymem bank`: the life of a bank."""
+"""`raymem bank`: create, list, move, tag and remove banks; their history and their partitions."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from raymem.cli.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from raymem.types import BankInfo
+    from raymem.types import BankInfo, MergeReport, RebalanceReport, RestoreReport
 
-app = typer.Typer(no_args_is_help=True, help="Create, list, move, tag, carry away and remove banks.")
+app = typer.Typer(no_args_is_help=True, help="Create, list, move, tag, export, fork, merge and remove banks.")
 Name = Annotated[str, typer.Argument(help="namespace/name, for example research/alice")]
+Label = Annotated[str, typer.Argument(help="A tag, for example before-merge.")]
+Position = Annotated[int | None, typer.Option("--pos", min=0, help="A position, where there is no tag.")]
 
 
 @app.command("ls")
@@ -97,7 +99,7 @@ def create(
         "options": dict(parse_option(text) for text in option or []),
         "budget_bytes": int(budget_mb * 2**20),
         "params": params,
-        # last: of a new model it reads every byte
+        # last, because it reads every byte of a new model
         "fingerprint": fingerprint_of(model, parse_layers(layers)),
     }
     with opened(store, cold, make=True) as memory:
@@ -141,13 +143,13 @@ def attach(
 
 @app.command("detach")
 def detach(name: Name, store: StoreOption = DEFAULT_STORE, cold: ColdOption = None, json_: JsonOption = False) -> None:
-    """Settle a bank, write its state down and free its memory; nothing is lost.
+    """Flush a bank, write its state to the cold store and free its memory; nothing is lost.
 
     For example:
 
         raymem bank detach research/alice
     """
-    with opened(store, cold) as memory, output.waiting(f"settling {name} …"):
+    with opened(store, cold) as memory, output.waiting(f"flushing {name} …"):
         info = memory.bank(name).detach()
     output.show(info, lambda made: f"{made.name} is detached, {made.rows:,} rows in the cold store")
 
@@ -181,7 +183,7 @@ def migrate(
 
 @app.command("pin")
 def pin(name: Name, store: StoreOption = DEFAULT_STORE, cold: ColdOption = None, json_: JsonOption = False) -> None:
-    """Keep a bank in memory when room is needed for others.
+    """Keep a bank in memory when others need room.
 
     For example:
 
@@ -194,7 +196,7 @@ def pin(name: Name, store: StoreOption = DEFAULT_STORE, cold: ColdOption = None,
 
 @app.command("unpin")
 def unpin(name: Name, store: StoreOption = DEFAULT_STORE, cold: ColdOption = None, json_: JsonOption = False) -> None:
-    """Let a bank leave memory when room is needed; it comes back at its next use.
+    """Let a bank leave memory when others need room; its next use loads it again.
 
     For example:
 
@@ -221,9 +223,7 @@ def tag(
     """
     with opened(store, cold) as memory:
         tags = memory.bank(name).tag(label)
-    output.show(
-        {"bank": name, "tags": tags}, lambda did: output.table(name, ["tag", "rows"], list(did["tags"].items()))
-    )
+    output.show({"bank": name, "tags": tags}, _tags)
 
 
 @app.command("export")
@@ -293,6 +293,158 @@ def rm(
     output.show({"removed": name}, lambda did: f"removed {did['removed']}")
 
 
+@app.command("tags")
+def tags(name: Name, store: StoreOption = DEFAULT_STORE, cold: ColdOption = None, json_: JsonOption = False) -> None:
+    """List a bank's tags and the positions that they name.
+
+    For example:
+
+        raymem bank tags research/alice
+    """
+    with opened(store, cold) as memory:
+        found = memory.bank(name).tags()
+    output.show({"bank": name, "tags": found}, _tags)
+
+
+@app.command("untag")
+def untag(
+    name: Name, label: Label, store: StoreOption = DEFAULT_STORE, cold: ColdOption = None, json_: JsonOption = False
+) -> None:
+    """Forget a tag; the rows stay.
+
+    For example:
+
+        raymem bank untag research/alice before-merge
+    """
+    with opened(store, cold) as memory:
+        left = memory.bank(name).untag(label)
+    output.show({"bank": name, "tags": left}, _tags)
+
+
+@app.command("restore")
+def restore(
+    name: Name,
+    label: Annotated[str | None, typer.Argument(help="The tag to go back to.")] = None,
+    pos: Position = None,
+    store: StoreOption = DEFAULT_STORE,
+    cold: ColdOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Go back to a tag; what came after it stays in a bank of its own.
+
+    For example:
+
+        raymem bank restore research/alice before-merge
+    """
+    at = _one_of(label, pos)
+    if at is None:
+        raise typer.BadParameter("say where to: a tag (`raymem bank tags` lists them) or --pos N")
+    with opened(store, cold) as memory, output.waiting(f"going back in {name} …"):
+        report = memory.bank(name).restore(at)
+    output.show(report, _restored)
+
+
+@app.command("fork")
+def fork(
+    name: Name,
+    target: Annotated[str, typer.Argument(help="The new bank, for example research/bob.")],
+    at: Annotated[str | None, typer.Option("--at", help="A tag; the present position by default.")] = None,
+    pos: Position = None,
+    store: StoreOption = DEFAULT_STORE,
+    cold: ColdOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Create a bank that begins with another's rows; none is copied.
+
+    For example:
+
+        raymem bank fork research/alice research/bob
+
+        raymem bank fork research/alice research/bob --at before-merge
+    """
+    with opened(store, cold) as memory:
+        info = memory.fork(name, target, _one_of(at, pos)).info()
+    output.show(info, lambda made: f"{made.name} begins with {made.rows:,} rows of {name}")
+
+
+@app.command("materialise")
+def materialise(
+    name: Name, store: StoreOption = DEFAULT_STORE, cold: ColdOption = None, json_: JsonOption = False
+) -> None:
+    """Copy to a fork the rows that it reads from its parent, so that the parent can go.
+
+    For example:
+
+        raymem bank materialise research/bob
+    """
+    with opened(store, cold) as memory, output.waiting(f"copying rows to {name} …"):
+        info = memory.bank(name).materialise()
+    output.show(info, lambda made: f"{made.name} has all its {made.rows:,} rows itself")
+
+
+@app.command("merge")
+def merge(
+    target: Annotated[str, typer.Argument(help="The new bank, for example team/all.")],
+    sources: Annotated[list[str], typer.Argument(help="The banks it is made of.")],
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the state of the rows; some kinds need it.")] = False,
+    keep_names: Annotated[
+        bool, typer.Option("--keep-names", help="Don't put each bank's name before its streams.")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    cold: ColdOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Create a bank from the rows of several, in the order of their times.
+
+    For example:
+
+        raymem bank merge team/all research/alice research/bob
+    """
+    with opened(store, cold) as memory, output.waiting(f"merging into {target} …"):
+        report = memory.merge(target, sources, rebuild=rebuild, rename=not keep_names)
+    output.show(report, _merged)
+
+
+@app.command("grow")
+def grow(
+    name: Name,
+    partitions: Annotated[int, typer.Option("--partitions", help="How many there are to be.")],
+    store: StoreOption = DEFAULT_STORE,
+    cold: ColdOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Add empty partitions to a partitioned bank; no stream moves, new ones go where there are fewest.
+
+    For example:
+
+        raymem bank grow team/all --partitions 8 --store ray
+    """
+    with opened(store, cold) as memory:
+        info = memory.bank(name).grow(partitions)
+    output.show(
+        info, lambda made: f"{made.name} has {len(made.partitions)} partitions; `raymem bank rebalance` evens them"
+    )
+
+
+@app.command("rebalance")
+def rebalance(
+    name: Name, store: StoreOption = DEFAULT_STORE, cold: ColdOption = None, json_: JsonOption = False
+) -> None:
+    """Move streams between partitions until none has much more than its share of the rows.
+
+    Streams are read and written meanwhile. The next call finishes one that was cut short.
+
+    For example:
+
+        raymem bank rebalance team/all --store ray
+    """
+    with opened(store, cold) as memory, output.waiting(f"moving streams of {name} …"):
+        report = memory.bank(name).rebalance()
+    output.show(report, _rebalanced)
+    if report.failed:
+        raise typer.Exit(1)
+
+
 def parse_key(text: str, layers: str | None) -> dict[str, Any]:
     """A key function from `single`, `window:8` or `span:16`."""
     function, _, window = text.partition(":")
@@ -351,3 +503,35 @@ def _card(info: BankInfo) -> Table:
 
 def _where(info: BankInfo) -> str:
     return f"{info.rows:,} rows, {info.state}{f' on {info.node}' if info.node else ''}, {output.size(info.bytes)}"
+
+
+def _one_of(label: str | None, pos: int | None) -> str | int | None:
+    if label is not None and pos is not None:
+        raise typer.BadParameter(f"{label!r} and --pos {pos} are two places: name one")
+    return pos if label is None else label
+
+
+def _tags(found: dict[str, Any]) -> Table:
+    return output.table(found["bank"], ["tag", "rows"], list(found["tags"].items()))
+
+
+def _restored(report: RestoreReport) -> str:
+    if report.kept_as is None:
+        return f"{report.bank} is at position {report.pos:,} already"
+    return (
+        f"{report.bank} is back at position {report.pos:,}; the {report.undone:,} rows after it are in {report.kept_as}"
+    )
+
+
+def _merged(report: MergeReport) -> str:
+    how = "rebuilt from its rows" if report.rebuilt else f"merged from states ({report.rule})"
+    lines = [f"{report.bank}: {report.rows:,} rows of {len(report.sources)} banks, {how}"]
+    lines += [f"{report.duplicates:,} rows were in two of them, kept once"] * (report.duplicates > 0)
+    lines += [f"{report.conflicts:,} rows left out, their names had other content:"] * (report.conflicts > 0)
+    return "\n".join([*lines, *report.conflict_rows])
+
+
+def _rebalanced(report: RebalanceReport) -> str:
+    moved = f"{report.bank}: {report.streams:,} streams moved, {report.rows:,} rows, in {report.total_ms / 1e3:.1f} s"
+    lines = [f"{moved}; writes of one paused {report.pause_ms:.0f} ms at most"]
+    return "\n".join([*lines, *(f"not moved: {stream}: {why}" for stream, why in sorted(report.failed.items()))])

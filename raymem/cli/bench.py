@@ -84,7 +84,7 @@ def erasure(
     from raymem.bench import leaks
     from raymem.lm.models import LanguageModel
 
-    sizes = dataclasses.replace(leaks.SMALL if small else leaks.Sizes(), layer=layer, seed=seed)
+    sizes = dataclasses.replace(leaks.SMALL if small else leaks.LeakSizes(), layer=layer, seed=seed)
     with output.progress("reading passages") as report, tempfile.TemporaryDirectory() as folder:
         found = leaks.run(LanguageModel.load(model), Path(folder), sizes, report)
     output.give(dataclasses.asdict(found), _leaks(found), json_)

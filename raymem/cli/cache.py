@@ -1,4 +1,4 @@
-"""`raymem cache show|clear`: what this machine keeps beside the stores, and how it goes."""
+"""`raymem cache show|clear`: the files that this machine keeps beside the stores."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="What this machine keeps beside the stores: passes of text, models.")
 _PARTS = {
-    # what each is, and the names that raymem gives: nothing else is deleted
-    "passes": ("hidden states of texts that were read; who has them and the model can tell the text", "*.safetensors"),
+    # what each is, and the files that raymem makes: nothing else is deleted
+    "passes": ("hidden states of texts that were read; with the model they reveal the text", "*.safetensors"),
     "digests": ("hashes of weight files", "[0-9a-f]*"),
     "models": ("the bundled model, unpacked", "*"),
-    "train": ("states of `raymem train` that a run which was cut short goes on from", "*"),
+    "train": ("checkpoints from which `raymem train` resumes an unfinished run", "*"),
 }
-# a file that is being written; a model's lock stays
+# files that are being written are deleted too; a model's lock stays
 _TEMPORARY, _LOCK = "tmp*", ".lock"
 
 
@@ -74,11 +74,11 @@ def clear(
     passes: Annotated[bool, typer.Option("--passes", help="Hidden states of texts that were read.")] = False,
     digests: Annotated[bool, typer.Option("--digests", help="Hashes of weight files.")] = False,
     models: Annotated[bool, typer.Option("--models", help="The bundled model; unpacked again in 25 s.")] = False,
-    train: Annotated[bool, typer.Option("--train", help="Trainings that were cut short: they begin anew.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Unfinished trainings: they start again.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Delete what is named; without a name all that can be made again: passes, digests and models.
+    """Delete what is named; without a name, all that can be made again: passes, digests and models.
 
     An erasure does not reach the passes: after erasing text of a bank, clear them on each machine that read the text
     (`raymem calibrate`, `eval`, `train`). Banks and stores are never touched.
@@ -92,7 +92,7 @@ def clear(
     asked = {"passes": passes, "digests": digests, "models": models, "train": train}
     names = tuple(name for name, wanted in asked.items() if wanted) or ("passes", "digests", "models")
     if train and not yes:
-        typer.confirm("Delete the states that trainings go on from?", abort=True, err=True)
+        typer.confirm("Delete the checkpoints of unfinished trainings?", abort=True, err=True)
     parts = _looked_at(names)
     for part in parts:
         _delete(part)
@@ -117,7 +117,7 @@ def _of(parts: tuple[Part, ...]) -> Cache:
 
 
 def _own(name: str, folder: Path) -> list[Path]:
-    """What raymem has put into a part, as it lies there."""
+    """The files of a part that raymem made."""
     _, pattern = _PARTS[name]
     there = {*folder.glob(pattern), *folder.glob(_TEMPORARY)}
     return sorted(path for path in there if path.suffix != _LOCK)
@@ -133,25 +133,25 @@ def _size(file: Path) -> int:
     try:
         return file.lstat().st_size
     except FileNotFoundError:
-        # another process has deleted it just now
+        # another process has deleted it meanwhile
         return 0
 
 
 def _delete(part: Part) -> None:
-    """Delete what a part holds; its folder stays, for others may be writing to it.
+    """Delete the files of a part; its folder stays, as other processes may be writing to it.
 
     Raises:
         StorageError: something can't be deleted.
     """
     for path in _own(part.name, Path(part.folder)):
         try:
-            # a link goes, not what it leads to
+            # a link is deleted, not its target
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
         except OSError as error:
-            raise StorageError(f"can't delete {path}: {error}; delete it by hand, or see whose it is") from error
+            raise StorageError(f"can't delete {path}: {error}; delete it by hand, or check its owner") from error
 
 
 def _card(made: Cache) -> Table:

@@ -6,7 +6,7 @@ from raymem.cli.options import FileOption
 
 
 def demo(json_: FileOption = None) -> None:
-    """Show the whole of it on this machine: two nodes, a gateway, a real model, a memory that moves between them.
+    """Run all of raymem on this machine: two nodes, a gateway, a real model, a memory that moves between the nodes.
 
     For example:
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _MARKS = {"ok": "[green]ok[/]", "optional": "[yellow]–[/]", "missing": "[red]missing[/]"}
 
-# an object store's client goes on trying for longer than anyone looks
-_RETRY_S = 20.0
+# an object store's client retries for longer than a user waits
+_ANSWER_S = 20.0
 _FIX = (
     "start it, or name another: --store or RAYMEM_STORE; a gateway may want a key, RAYMEM_API_KEY, and an object store "
     "its credentials"
@@ -50,7 +50,7 @@ except RaymemError as error:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: `missing` keeps raymem from working, `optional` keeps one of its rooms shut."""
+    """One thing that was checked: raymem needs a `missing` one, some feature an `optional` one."""
 
     name: str
     status: Literal["ok", "optional", "missing"]
@@ -61,7 +61,7 @@ class Finding:
 def doctor(store: StoreOption = DEFAULT_STORE, json_: JsonOption = False) -> None:
     """Look at this installation: what is there and at which version, what is missing, what to do about it.
 
-    Ends with code 1 if something that raymem can't do without is missing.
+    Ends with code 1 if something that raymem needs is missing.
 
     For example:
 
@@ -107,8 +107,6 @@ def _vllm() -> Finding:
 
 
 def _links() -> Finding:
-    import raymem
-
     try:
         raymem.check_rooms()
     except ImportError as error:
@@ -140,7 +138,7 @@ def _cold(uri: str) -> Finding:
     if not is_folder(uri):
         return _answers(uri)
     path = Path(uri)
-    # the nearest that is there: a store that isn't yet would be made in it
+    # the nearest folder that exists: a new store would be made in it
     base = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not base.is_dir():
         return Finding("store", "missing", f"{uri} can't be made: {base} is no folder", "name another: --store")
@@ -155,12 +153,12 @@ def _cold(uri: str) -> Finding:
 
 
 def _answers(uri: str) -> Finding:
-    """Whether a gateway, a cluster or an object store is there: a process of its own asks, which can be ended."""
+    """Whether a gateway, a cluster or an object store answers; a process of its own asks, so that it can be ended."""
     asked = [sys.executable, "-c", _ASK, uri]
     try:
-        ran = subprocess.run(asked, capture_output=True, text=True, timeout=_RETRY_S, check=False)
+        ran = subprocess.run(asked, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
     except subprocess.TimeoutExpired:
-        return Finding("store", "missing", f"{uri} gave no answer within {_RETRY_S:g} s", _FIX)
+        return Finding("store", "missing", f"{uri} gave no answer within {_ANSWER_S:g} s", _FIX)
     if ran.returncode == 0:
         return Finding("store", "ok", f"{uri} answers; `raymem status --store {uri}` looks inside")
     said = ran.stdout.strip() or next(reversed(ran.stderr.strip().splitlines()), "no answer")

@@ -1,4 +1,4 @@
-"""`raymem bank erase|ttl|receipts` and `raymem store sweep`: rows that go for good."""
+"""`raymem bank erase|ttl|receipts` and `raymem store sweep`: rows that are erased for good."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Look after the cold store as a who
 
 
 class Scope(Enum):
-    """What goes with the rows that are named."""
+    """What is erased with the rows that are named."""
 
     ROWS = "rows"
     RUN = "run"
@@ -36,7 +36,8 @@ def erase(
     seq_to: Annotated[int | None, typer.Option("--seq-to", help="And before this one.")] = None,
     before: Annotated[datetime | None, typer.Option("--before", help="Only rows older than this.")] = None,
     scope: Annotated[
-        Scope, typer.Option("--scope", help="run: what followed in the same runs goes too; it has traces of the rows.")
+        Scope,
+        typer.Option("--scope", help="run: also erase what followed in the same runs, which has traces of the rows."),
     ] = Scope.ROWS,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Replay kinds that can't take rows out.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
@@ -46,8 +47,8 @@ def erase(
 ) -> None:
     """Erase rows for good: a stream, one of its runs, some rows of it, or what is old.
 
-    Everything that is given has to hold for a row to go. The receipt says whether any file still holds it, and how
-    many later rows stay whose hidden states were computed with it in their context: --scope run takes those along.
+    A row is erased if all that is given holds for it. The receipt says whether any file still holds it, and how
+    many later rows stay whose hidden states were computed with it in their context: --scope run erases those too.
 
     For example:
 

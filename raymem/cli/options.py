@@ -61,7 +61,7 @@ def opened(uri: str, cold: str | None = None, *, make: bool = False) -> Iterator
 
 
 def require_store(uri: str) -> None:
-    """Refuse a folder that is not there, which is more likely a slip than a wish for an empty store.
+    """Refuse a folder that is not there: a typo is likelier than a wish for an empty store.
 
     Raises:
         NotFound: naming the commands that make one.
@@ -74,7 +74,7 @@ def require_store(uri: str) -> None:
 
 
 def api_key(uri: str) -> str | None:
-    """The key for a gateway, from the variable RAYMEM_API_KEY: on a command line others could see it."""
+    """The key for a gateway, from the variable RAYMEM_API_KEY: other users could see it on a command line."""
     return os.environ.get("RAYMEM_API_KEY") if is_http(uri) else None
 
 

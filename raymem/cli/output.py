@@ -1,4 +1,4 @@
-"""What a command says: results on stdout, as tables or as one JSON document; everything else on stderr."""
+"""What a command prints: results on stdout, as tables or one JSON document; everything else on stderr."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _wants_json = False
 
 
 def reset() -> None:
-    """Start afresh: tables, and logs of warnings on stderr."""
+    """Set the defaults: tables, and warnings on stderr."""
     global _wants_json
     _wants_json = False
     set_log_level(logging.WARNING)
@@ -40,7 +40,7 @@ def set_json(wanted: bool) -> bool:
 
 
 def show(data: Any, render: Callable[[Any], Any] | None = None) -> None:
-    """Print a result: `data` as JSON where that was asked for, else what `render` makes of it."""
+    """Print a result: `data` as JSON where that was asked for, else what `render` returns."""
     if _wants_json:
         print(to_json(data))
     else:
@@ -92,7 +92,7 @@ def fail(error: RaymemError) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """A table; numbers stand right."""
+    """A table; numbers are aligned right."""
     made = Table(title=title, title_justify="left", header_style="bold")
     for number, name in enumerate(columns):
         numeric = bool(rows) and isinstance(rows[0][number], int | float)
@@ -114,7 +114,7 @@ def progress(what: str) -> Iterator[Report]:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """A spinner on stderr while something takes its time."""
+    """A spinner on stderr while the block runs."""
     with Console(stderr=True).status(what):
         yield
 

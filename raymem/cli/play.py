@@ -1,4 +1,4 @@
-"""The demo's plot, from two empty nodes to a table of figures."""
+"""The demo's steps, from two empty nodes to a table of figures."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def serve(
     cold: ColdOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Put a store on the network: HTTP for people, tensors for agents. Stops on Ctrl-C, settling its banks.
+    """Put a store on the network: HTTP for people, tensors for agents. Ctrl-C stops it and flushes its banks.
 
     Other machines need keys: RAYMEM_GATEWAY__API_KEYS, or gateway.api_keys in raymem.toml. With --json, one document
     with the address is printed as soon as it listens.

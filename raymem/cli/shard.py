@@ -1,4 +1,4 @@
-"""`raymem shard`: the processes that banks are hot in, and emptying a node."""
+"""`raymem shard`: the processes that host hot banks, and draining a node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from raymem.client.store import Store
     from raymem.types import DrainReport, ShardInfo
 
-app = typer.Typer(no_args_is_help=True, help="See the shards that banks are hot in, and empty a node of them.")
+app = typer.Typer(no_args_is_help=True, help="List the shards that host hot banks, and drain a node.")
 _LOOK_S = 0.2
 
 

@@ -43,10 +43,10 @@ def train(
 ) -> None:
     """Fit what a kind of memory can learn to a bank's own rows, and keep the weights in the store by their hash.
 
-    compressive learns a convolution in place of pooling, dct which blocks to keep, lemn which row to let go, spalm how
-    far to believe it beside its model. Four fifths of the rows are learned from; the figures are of the rest, beside
+    compressive learns a convolution in place of pooling, dct which blocks to keep, lemn which row to evict, spalm how
+    far to trust it beside its model. Four fifths of the rows are learned from; the figures are of the rest, beside
     what needs no training. The bank is only read: a bank uses the weights if it is created with them. A run that was
-    cut short goes on where it was.
+    cut short resumes where it was.
 
     For example:
 

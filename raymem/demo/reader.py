@@ -17,7 +17,7 @@ WINDOW = 256
 
 
 @dataclass(frozen=True)
-class Window:
+class TextWindow:
     """One stretch of text the model sees alone: states [T, L, D] and logits [T, V] before each of `targets_T`."""
 
     hidden_TLD: Tensor
@@ -26,7 +26,7 @@ class Window:
 
 
 class AgentB:
-    """Predicts a text in windows that see nothing earlier; the model's own passes are made once."""
+    """Predicts a text in windows that see nothing earlier; it runs the model once over each."""
 
     def __init__(self, model: LanguageModel, tokens_T: Tensor, layers: tuple[int, ...]) -> None:
         self._mixer = Mixer()
@@ -38,7 +38,7 @@ class AgentB:
         losses = [self._loss(window, bank) for window in self._windows]
         return math.exp(float(torch.cat(losses).mean()))
 
-    def _loss(self, window: Window, bank: Bank | None) -> Tensor:
+    def _loss(self, window: TextWindow, bank: Bank | None) -> Tensor:
         logits_TV = window.logits_TV
         if bank is not None:
             try:
@@ -50,6 +50,6 @@ class AgentB:
         return torch.nn.functional.cross_entropy(logits_TV, window.targets_T, reduction="none")
 
     @staticmethod
-    def _pass(model: LanguageModel, tokens_T: Tensor, layers: tuple[int, ...]) -> Window:
+    def _pass(model: LanguageModel, tokens_T: Tensor, layers: tuple[int, ...]) -> TextWindow:
         hidden_TLD, logits_TV = model.forward(tokens_T, layers)
-        return Window(hidden_TLD[:-1], logits_TV[:-1].float(), tokens_T[1:])
+        return TextWindow(hidden_TLD[:-1], logits_TV[:-1].float(), tokens_T[1:])

@@ -18,7 +18,7 @@ LAYERS = (26,)
 MAX_TOKENS = 4096
 
 
-# other people's start-up chatter would bury the demo's own lines; what an engine dies of is raised all the same
+# the engine's start-up output would bury the demo's own lines; its errors are raised anyway
 _QUIET = {
     "PYTHONWARNINGS": "ignore",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -33,7 +33,7 @@ def gateway(cold: Path, log: Path) -> Iterator[str]:
     """`raymem serve` over the running Ray cluster, its log in a file; yields its address.
 
     Raises:
-        BackendUnavailable: it ended before it listened, with what it said.
+        BackendUnavailable: it ended before it listened; the error quotes its log.
     """
     command = [str(Path(sys.executable).with_name("raymem")), "serve", "--store", "ray", "--cold", str(cold)]
     with log.open("w") as errors:

@@ -1,4 +1,4 @@
-"""The store around the banks: calibrations, nodes, counters; and how the gateway itself is."""
+"""The store around the banks: calibrations, nodes, counters; and the gateway's own health."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""vLLM's sampler on CPUs: tried when an engine starts, and replaced where it is wrong.
+"""vLLM's sampler on CPUs: tested when an engine starts, and replaced where it is wrong.
 
 Extraction makes every decoding step a speculative one, so each token is sampled by vLLM's rejection sampler. Its
 kernels are written in Triton; on CPUs vLLM puts others in their place, and two of those of vLLM 0.32 are wrong: one
-never writes temperatures, top-p and top-k, the other accepts drafts that are padding. What is right is left alone.
+never writes temperatures, top-p and top-k, the other accepts drafts that are padding. Correct kernels are left alone.
 
 Shape legend: N requests, T drafted tokens of all requests, V vocabulary.
 """
@@ -27,14 +27,14 @@ _SAMPLER = "vllm.v1.sample.rejection_sampler"
 
 @dataclass(frozen=True)
 class _Probe:
-    """One launch of a kernel whose answer is known: inputs by name, the one that is written, what to find there."""
+    """One launch of a kernel with a known answer: inputs by name, the output's name, and its expected values."""
 
     inputs: dict[str, Any]
     output: str
     expected: list[Any]
 
     def right(self, kernel: Any) -> bool:
-        """Launch it on copies; one that can't be launched so is not right either."""
+        """Whether the kernel gives the expected values; one that fails to launch does not."""
         inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
         try:
             kernel[(len(_ENDS_N),)](**inputs)
@@ -46,7 +46,7 @@ class _Probe:
 
 
 def mend_sampler() -> list[str]:
-    """Try what stands in for the kernels of vLLM's rejection sampler; return the names of those that were replaced.
+    """Test the CPU kernels of vLLM's rejection sampler; return the names of those that were replaced.
 
     Safe to call again, in every worker process.
 

@@ -1,4 +1,4 @@
-"""A bank inside the vLLM worker: read from the cold store, then kept up to date from its journal."""
+"""A read-only copy of a bank inside the vLLM worker: loaded from the cold store, kept up to date from the journal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raymem.bank.replica import Replica
 from raymem.errors import BankNotFound, RaymemError
 from raymem.host.backend import detached
 from raymem.logs import get_logger
-from raymem.storage.store import ColdStore, Entry
+from raymem.storage.store import ColdStore
 from raymem.types import Fingerprint, Readout
 
 log = get_logger("raymem.vllm")
@@ -22,17 +22,17 @@ log = get_logger("raymem.vllm")
 class Follower:
     """One bank, read-only, a fraction of a second behind its owner.
 
-    A bank that is detached from its store, or removed, answers nothing here either, until it is attached again.
+    While the bank is detached from its store, or removed, `live` is False and it is not read.
 
     Args:
         uri: the cold store that the bank lives in.
         name: the bank.
         device: where its state is kept.
-        expect: called with the bank's fingerprint before anything is loaded; raises to refuse it.
-        poll_s: how often the journal is looked at.
+        expect: gets the bank's fingerprint before anything is loaded; raises to refuse it.
+        poll_s: seconds between two reads of the journal.
 
     Raises:
-        BankNotFound, BankDetached: there is nothing to follow.
+        BankNotFound, BankDetached: the bank is not there, or detached.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Follower:
         """Apply what the journal holds by now; return the rows that this brought.
 
         Raises:
-            RaymemError: the store can't be read, or what it holds does not check out.
+            RaymemError: the store can't be read, or is corrupt.
         """
         with self._busy:
             try:
@@ -80,15 +80,12 @@ class Follower:
                 return 0
             self.live = entry.state != "cold"
             if self.live and entry.generation != self._replica.entry.generation:
-                # rows were erased: the state that has them mixed in is let go
-                return self._start_over(entry)
+                # rows were erased, and the state still has them mixed in
+                replica = Replica(self._cold, entry, self._device)
+                replica.recover()
+                self._replica = replica
+                return replica.pos
             return self._replica.catch_up() if self.live else 0
-
-    def _start_over(self, entry: Entry) -> int:
-        replica = Replica(self._cold, entry, self._device)
-        replica.recover()
-        self._replica = replica
-        return replica.pos
 
     def stats(self) -> dict[str, Any]:
         """Where it stands."""
@@ -111,7 +108,7 @@ class Follower:
                 self.catch_up()
                 self.error = ""
             except RaymemError as error:
-                # a store that is away for a while: go on with what is here, and say so
+                # the store may be unreachable for a while: go on with the rows that are here
                 if str(error) != self.error:
                     log.warning("can't follow bank", bank=self.name, code=error.code, reason=str(error))
                 self.error = str(error)

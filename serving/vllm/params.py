@@ -1,4 +1,4 @@
-"""What a user hands to vLLM: the engine's arguments, and each request's."""
+"""What a user gives to vLLM: the engine's arguments, and each request's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ConnectorConfig(BaseModel):
     """The connector's settings, as they stand in vLLM's `kv_connector_extra_config`.
 
     `store` is what `raymem.connect` takes, `cold` its keyword for a Ray cluster. `queue_bytes` bounds the rows that
-    wait to be written, `batch_bytes` one batch of a bank; a batch waits `linger_s` for company. `retry_s` is how long
+    wait to be written, `batch_bytes` one batch of a bank; a batch waits `linger_s` for more rows. `retry_s` is how long
     one write is tried again, `flush_s` how long a shutdown waits. `write_banks` and `read_banks` are the banks that
     requests may touch, as globs like `research/*`: none unless they are named, because requests may come from anyone
     who reaches the server.

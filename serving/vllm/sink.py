@@ -1,4 +1,4 @@
-"""The sink in use: banks of a raymem store, each checked once against what the engine computes."""
+"""The sink that writes to the banks of a raymem store, checking each bank once against the engine's fingerprint."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from raymem.client.store import AsyncBank, AsyncStore
 from raymem.serving.vllm.params import ConnectorConfig
 from raymem.types import Fingerprint, Trace
 
-# a handle that was let go is made again with the next write
+# the least recently used handle is dropped; the next write makes it again
 _MOST_BANKS = 1024
 
 
 class StoreSink:
-    """Writes traces to the banks of one store; a bank that is slow to open holds up its own rows alone.
+    """Writes traces to the banks of one store; a bank that is slow to open delays only its own rows.
 
     Args:
         config: names the store.
         require: gets a bank's fingerprint before the first write to it; raises to refuse it.
-        made_by: says what makes the engine's rows, once `require` has been called; each write carries it.
+        made_by: returns the engine's fingerprint, which each write carries; called after `require`.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class StoreSink:
             await self._store.close()
 
     async def _bank(self, name: str) -> AsyncBank:
-        # the latest used comes last, so that the first is the one to let go
+        # the most recently used comes last
         opening = self._banks.pop(name, None) or asyncio.create_task(self._open(name))
         self._banks[name] = opening
         if len(self._banks) > _MOST_BANKS:
             del self._banks[next(iter(self._banks))]
-        # writes that wait for one opening each get its error, and the next one tries again
+        # all writes that wait for a failed opening get its error; the next write opens again
         try:
             return await asyncio.shield(opening)
         finally:

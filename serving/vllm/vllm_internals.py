@@ -1,4 +1,4 @@
-"""Everything that reaches into vLLM beyond its connector contract, looked up by feature and refused by name."""
+"""All access to vLLM beyond its connector interface: found by feature, with an error that names what is missing."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _is_hidden_layer(name: str) -> bool:
 
 
 def mend_vllm() -> None:
-    """Try, in a worker on a CPU, what vLLM does there differently from GPUs, and mend what is wrong.
+    """Test, in a worker on a CPU, the parts of vLLM that differ from GPUs, and replace those that are wrong.
 
     Raises:
         Unsupported: sampled text would be garbage.
@@ -126,9 +126,9 @@ def _folder(name: str, revision: str | None) -> Path:
 
 
 def engine_fingerprint(vllm_config: Any, layers: tuple[int, ...]) -> Fingerprint:
-    """Say what made an engine's rows; calibration and values are left to each bank.
+    """Return what made an engine's rows; each bank adds calibration and values.
 
-    What the engine's arguments change in a model makes it another one: config fields, quantization, the cache's dtype.
+    Engine arguments that change the states are part of it: config fields, quantization, the cache's dtype.
 
     Raises:
         ModelNotFound: the model's files are not on this machine. UnsupportedModel: a family that raymem can't read.
@@ -163,7 +163,7 @@ def _changes(vllm_config: Any, dtype: str) -> Changes:
         )
     own = getattr(model.hf_config, "quantization_config", None)
     done = {
-        # a checkpoint that is quantized says so in its config
+        # a quantized checkpoint names that in its config
         "quantization": None if own else model.quantization,
         "cache_dtype": None if cache.cache_dtype in ("auto", dtype) else cache.cache_dtype,
         "load_format": "dummy" if vllm_config.load_config.load_format == "dummy" else None,
@@ -183,7 +183,7 @@ def _long_rope(model: Any) -> bool | None:
 
 
 class EngineStep:
-    """What one forward pass of vLLM's V1 model runner computed, and for whom.
+    """What one forward pass of vLLM's V1 model runner computed, and for which requests.
 
     `states` are the extracted layers `[T, D]` each, `final_TD` the head's input, `positions_T` each row's place in
     its context, `tokens_T` the input tokens (None for a model that is fed embeddings). Request i's rows are `starts[i]`
@@ -260,12 +260,12 @@ class LogitsTap:
     def _before_forward(self, *args: Any, **kwargs: Any) -> Any:
         prepared = self._prepare_inputs(*args, **kwargs)
         self._sampled_N = prepared[0]
-        # a forward pass that the hook does not see, as inside a full CUDA graph, must not be taken for the last one
+        # a pass that the hook does not see, as inside a full CUDA graph, must not reuse the step before it
         self._step = None
         return prepared
 
     def _after_forward(self, _model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        # a runner that extracts no layers returns a bare tensor: there is nothing to make keys of
+        # a runner that extracts no layers returns a bare tensor
         if isinstance(output, tuple) and len(output) == 2 and kwargs.get("positions") is not None:
             final_TD, states = output
             self._step = EngineStep(self._runner, kwargs.get("input_ids"), kwargs["positions"], final_TD, list(states))

@@ -5,7 +5,7 @@ import pytest
 
 from raymem.actors import directory as module
 from raymem.actors.directory import Directory
-from raymem.actors.placement import Node, ShardInfo, node_prefix, shard_name
+from raymem.actors.placement import Node, RunningShard, node_prefix, shard_name
 from raymem.actors.shard import ClusterSpec
 from raymem.errors import BankNotFound, Conflict, NotShared, Unavailable
 
@@ -26,14 +26,14 @@ class OneProcess:
     def nodes(self) -> list[Node]:
         return list(self.alive)
 
-    async def start_shard(self, spec: ClusterSpec, node: Node, index: int) -> ShardInfo:
+    async def start_shard(self, spec: ClusterSpec, node: Node, index: int) -> RunningShard:
         name = shard_name(node.id, index)
         if node.name in self.full:
             raise Unavailable(f"no room on {node.name}")
         self.shards.spec = dataclasses.replace(spec, nonce="another") if node.name in self.apart else spec
         self.started.append(name)
         await self.shards.start(name).start()
-        return ShardInfo(name, node)
+        return RunningShard(name, node)
 
     async def stop_shard(self, name: str) -> None:
         self.stopped.append(name)

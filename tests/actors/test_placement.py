@@ -1,10 +1,14 @@
 import pytest
 
-from raymem.actors.placement import Node, ShardInfo, Topology, choose, name_nodes, node_prefix, shard_name
+from raymem.actors.placement import Node, RunningShard, Topology, choose, name_nodes, node_prefix, shard_name
 from raymem.errors import BackendUnavailable, InvalidInput, NotShared
 
 ONE, TWO = Node("a" * 56, "one"), Node("b" * 56, "two", gpus=1)
-CPU, OTHER, GPU = ShardInfo("shard-a-0", ONE), ShardInfo("shard-a-1", ONE), ShardInfo("shard-b-0", TWO, gpu=True)
+CPU, OTHER, GPU = (
+    RunningShard("shard-a-0", ONE),
+    RunningShard("shard-a-1", ONE),
+    RunningShard("shard-b-0", TWO, gpu=True),
+)
 DOWN = BackendUnavailable("no answer")
 
 

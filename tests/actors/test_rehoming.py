@@ -2,8 +2,8 @@ import asyncio
 
 import pytest
 
-from raymem.actors.placement import Node, ShardInfo
-from raymem.actors.rehoming import Rehoming
+from raymem.actors.directory import Rehoming
+from raymem.actors.placement import Node, RunningShard
 from raymem.errors import Moved, NotOwner
 
 LEASE_S = 0.6
@@ -26,8 +26,8 @@ def rehoming(shards, cold, restarted):
         restarted.append(name)
 
     def make() -> Rehoming:
-        def living() -> list[ShardInfo]:
-            return [ShardInfo(name, Node(name, name)) for name in shards.peers]
+        def living() -> list[RunningShard]:
+            return [RunningShard(name, Node(name, name)) for name in shards.peers]
 
         return Rehoming(cold, LEASE_S, living, shards.peers.__getitem__, restart)
 

@@ -1,11 +1,11 @@
 import asyncio
 from typing import Any
 
-from raymem.actors.placement import Node, ShardInfo, Topology
+from raymem.actors.placement import Node, RunningShard, Topology
 from raymem.actors.routing import Router
 from raymem.config import ActorSettings
 
-KNOWN = Topology((ShardInfo("shard-a-0", Node("a", "a")),))
+KNOWN = Topology((RunningShard("shard-a-0", Node("a", "a")),))
 
 
 class Directory:
