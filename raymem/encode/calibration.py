@@ -56,7 +56,7 @@ class Calibration:
     shrink: float = 0.0
     ranges: Mapping[KeySpec, Range] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """The hidden width D."""
         return int(self.mean_LD.shape[1])

@@ -174,8 +174,8 @@ class Trial:
         self._losses: dict[str, list[Tensor]] = {}
         self._seconds: dict[str, float] = {}
         rows = fingerprint(model, layers, self._calibration.hash)
-        self._contenders = {who.name: who for who in self._sized(rows)}
-        self._banks = {who.name: self._write(store, who) for who in self._contenders.values()}
+        self._contenders = {contender.name: contender for contender in self._sized(rows)}
+        self._banks = {contender.name: self._write(store, contender) for contender in self._contenders.values()}
 
     def predict(self, index: int) -> None:
         """Predict one document's windows in every way."""
@@ -212,23 +212,23 @@ class Trial:
         return contenders(settings.kinds, BankSpec(kind="spalm", fingerprint=rows), self._calibration, size)
 
     def _figures(self, kind: str) -> KindFigures:
-        banks, base, ppl, who = self._banks[kind], self._ppl("base"), self._ppl(kind), self._contenders[kind]
+        banks, base, ppl, contender = self._banks[kind], self._ppl("base"), self._ppl(kind), self._contenders[kind]
         rows, queries = sum(reading.split.written for reading in self._readings), len(torch.cat(self._losses[kind]))
         return KindFigures(
             ppl=ppl,
             gap_closed=gap_closed(base, ppl, self._ppl("full")),
             wrong_memory_ratio=self._ppl(f"{kind} wrong") / base if len(banks) > 1 else None,
             bytes=round(sum(bank.info().bytes for document in banks for bank in document) / len(banks)),
-            budget_bytes=who.budget_bytes,
-            options={spec.kind: dict(spec.options) for spec in who.specs},
+            budget_bytes=contender.budget_bytes,
+            options={spec.kind: dict(spec.options) for spec in contender.specs},
             write_rows_per_s=rows / self._seconds[f"{kind} write"],
             read_us_per_query=1e6 * self._seconds[kind] / queries,
         )
 
-    def _write(self, store: Store, who: Contender) -> list[tuple[Bank, ...]]:
+    def _write(self, store: Store, contender: Contender) -> list[tuple[Bank, ...]]:
         started = time.perf_counter()
-        written = [who.write(store, place, reading) for place, reading in enumerate(self._readings)]
-        self._count(f"{who.name} write", started)
+        written = [contender.write(store, place, reading) for place, reading in enumerate(self._readings)]
+        self._count(f"{contender.name} write", started)
         return written
 
     def _with_memory(self, banks: tuple[Bank, ...], window: Window, logits_WV: Tensor, name: str) -> Tensor:

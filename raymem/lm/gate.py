@@ -124,7 +124,7 @@ def combined_kinds() -> tuple[str, ...]:
 
 
 def taus_of(kind: str) -> tuple[float, ...]:
-    """The temperatures at which answers of a kind of bank become experts."""
+    """The temperatures of the experts of one kind of bank."""
     return _COSINE_TAUS if kind in _COSINE_KINDS else _STATE_TAUS
 
 

@@ -26,7 +26,7 @@ NEIGHBOURS = 128
 
 
 class Mixer:
-    """Mixes what banks answered into a model's next-token logits; stateless, cheap, and exact where memory is silent.
+    """Mixes the answers of banks into a model's next-token logits; stateless, and exact where a bank has no candidates.
 
     Args:
         gates: by kind of bank, or by several kinds joined by `+`; those that come with raymem by default.
@@ -39,7 +39,7 @@ class Mixer:
         self._strict = strict
 
     def logits(self, logits_QV: Tensor, answers: Readout | Sequence[Readout]) -> Tensor:
-        """New logits (normalised log-probabilities, float32) for the queries that a bank has something to say about.
+        """New logits (normalised log-probabilities, float32) for the queries for which a bank has candidates.
 
         Rows without candidates keep their logits bit for bit, and the very same tensor comes back when that is so for
         all: an empty bank changes nothing.
@@ -92,7 +92,7 @@ class Mixer:
 
 
 class Evidence(NamedTuple):
-    """What memories say: candidates `tokens_Qk`, the experts' `shares_QEk` in them, `features_QF` for a gate."""
+    """The memories' answers: candidates `tokens_Qk`, the experts' `shares_QEk` in them, `features_QF` for a gate."""
 
     tokens_Qk: Tensor
     shares_QEk: Tensor

@@ -16,9 +16,9 @@ ROWS = 3072
 _LEAST_KEY_DIMS = 64
 # plain text of a few thousand tokens uses about a third as many different ones
 _ROWS_A_TOKEN = 3
-# what a kind wants instead: one that adds up rows loses less by narrow keys than by tokens without a place
+# other values for a kind that sums rows: it loses less by narrow keys than by tokens without a column
 _OTHER = {"larimar": (48, 2)}
-# more than any budget pays for, and a kind then takes as many as fit
+# more than any budget pays for: a kind takes as many as fit
 _AS_MANY_AS_FIT = 2**20
 _CAPACITIES = dict.fromkeys(("slots", "tokens", "fine", "coarse"), _AS_MANY_AS_FIT)
 # bytes that buy less than more rows or tokens do: keys beyond 8 bits, sums beyond 32, and a momentum for each weight,
@@ -65,7 +65,7 @@ def _has_room(kind: str, dims: Dims, options: dict[str, object], budget_bytes: i
     try:
         memory = build(kind, dims, options, budget_bytes)
     except InvalidSpec:
-        # so wide that hardly anything fits
+        # keys so wide that the budget does not pay for the least state
         return False
     if isinstance(memory, RowMemory):
         return memory.capacity >= needed.rows

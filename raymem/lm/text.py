@@ -1,4 +1,4 @@
-"""Texts as documents: what is read once and written to memory, and what is then predicted in windows.
+"""Texts as documents: the start is read and written to memory, the rest is then predicted in windows.
 
 Shape legend: T tokens.
 """
@@ -78,7 +78,7 @@ def split(name: str, tokens_T: Tensor, max_tokens: int, window: int) -> Split:
 
 
 def chunks(written: int, size: int) -> list[TokenRange]:
-    """Whole pieces of `size` tokens of what was written; the rest at the end is one more if it is all there is."""
+    """Whole chunks of `size` of the written tokens; one shorter chunk where they are fewer than `size`."""
     whole = [TokenRange(start, start + size) for start in range(0, written - size + 1, size)]
     return whole or [TokenRange(0, written)]
 

@@ -130,7 +130,10 @@ def fit(lessons: list[Lesson], kinds: tuple[str, ...]) -> Gate:
 
 def _remembered(store: Store, domains: Sequence[Sequence[Reading]], taught: Sequence[Contender]) -> Memories:
     return [
-        [[who.write(store, f"{here}-{place}", reading) for who in taught] for place, reading in enumerate(domain)]
+        [
+            [contender.write(store, f"{here}-{place}", reading) for contender in taught]
+            for place, reading in enumerate(domain)
+        ]
         for here, domain in enumerate(domains)
     ]
 

@@ -151,8 +151,8 @@ class Memory(nn.Module, ABC):
     The runtime calls only these methods, each on one bank's state. `absorb` may reuse the storage of the state it was
     given when gradients are off; the caller keeps only what it returns.
 
-    `merge_rule` says what `merge` makes of several banks' states: "exact", the state of one bank that has seen all
-    their rows; "approximate", one that such a bank could have; or it is "refused". Each class says which and why.
+    `merge_rule` is what `merge` gives of several banks' states: "exact", the state of one bank that has seen all their
+    rows; "approximate", one that such a bank could have; or "refused". Each class says why.
     """
 
     kind: ClassVar[str]

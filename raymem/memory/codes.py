@@ -113,7 +113,7 @@ class TokenCode(ValueCode):
 
     @abstractmethod
     def scores(self, state: State, output_BQV: Tensor) -> Tensor:
-        """What an output says for each slot's token [B, Q, S]; -inf for a free slot."""
+        """The score of each slot's token [B, Q, S] by an output; -inf for a free slot."""
 
     def decode(self, state: State, output_BQV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         scores = self.scores(state, output_BQV)

@@ -28,7 +28,7 @@ _LEAST_MASS = 1e-12
 
 
 class Interface(NamedTuple):
-    """What a controller says in one step; all activations are applied.
+    """A controller's interface vector of one step; all activations are applied.
 
     `read_keys` [B, R, W], `read_strengths` [B, R] at least 1, `write_key` [B, W], `write_strength` [B] at least 1,
     `erase` [B, W] and gates in [0, 1], `write_vector` [B, W], `free_gates` [B, R], `allocation_gate` and `write_gate`

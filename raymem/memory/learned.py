@@ -31,7 +31,7 @@ class Learned:
     """Weights of one kind; a value.
 
     `tensors` are a mechanism's own, named `memory.…`, and those of a gate in front of a model, `gate.…`. `options` are
-    what a bank's options must say for them to be of use. `about` says how they were made and what they are worth: plain
+    what a bank's options must say for them to be of use. `about` holds how they were made and their figures: plain
     JSON data.
     """
 

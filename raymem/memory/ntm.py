@@ -25,7 +25,7 @@ _LEAST_WEIGHT = 1e-30
 
 
 class Heads(NamedTuple):
-    """What a controller says to heads of one sort; all activations are applied.
+    """A controller's output to its read heads, or to its write heads; all activations are applied.
 
     `key` [B, H, W], `strength` [B, H] at least 0, `gate` [B, H] in [0, 1], `shift` [B, H, 2 S + 1] summing to 1 over
     moves by -S to +S slots, `sharpening` [B, H] at least 1.

@@ -96,7 +96,8 @@ class NtmCell(nn.Module):
     def says(self, hidden: Tensor) -> tuple[Heads, Heads, Tensor, Tensor]:
         """Reading heads, writing heads, what they erase and what they add, with their activations."""
         drawn = self.interface(hidden).clamp(-_CLIP, _CLIP)
-        heads, erase, add = drawn.split([(self.readers + self.writers) * sum(self._sizes()), *self._written()], -1)
+        written = self.writers * self.word
+        heads, erase, add = drawn.split([(self.readers + self.writers) * sum(self._sizes()), written, written], -1)
         by_head = heads.reshape(len(hidden), -1, sum(self._sizes()))
         key, strength, gate, shift, sharpening = by_head.split(self._sizes(), -1)
         both = Heads(
@@ -106,15 +107,10 @@ class NtmCell(nn.Module):
             shift=torch.softmax(shift, -1),
             sharpening=1 + softplus(sharpening[..., 0]),
         )
-        readers, writers = (Heads(*(part[:, where] for part in both)) for where in self._split())
+        readers = Heads(*(part[:, : self.readers] for part in both))
+        writers = Heads(*(part[:, self.readers :] for part in both))
         shape = (len(hidden), self.writers, self.word)
         return readers, writers, torch.sigmoid(erase).reshape(shape), torch.tanh(add).reshape(shape)
 
     def _sizes(self) -> list[int]:
         return [self.word, 1, 1, 2 * self.reach + 1, 1]
-
-    def _written(self) -> list[int]:
-        return [self.writers * self.word] * 2
-
-    def _split(self) -> tuple[slice, slice]:
-        return slice(0, self.readers), slice(self.readers, None)

@@ -137,16 +137,15 @@ class InputMatching(Policy):
         """See Policy."""
         z_BN = torch.softmax(self.strength * _cosines(entries), -1)
         v_BN = own["attended"]
-        logits_BN = z_BN - self._gamma(entries.newcomer_BK) * v_BN
+        if self.protect is None:
+            assert self.gamma is not None, "a fixed gamma has no weights"
+            logits_BN = z_BN - self.gamma * v_BN
+        else:
+            learned_B = torch.sigmoid(entries.newcomer_BK @ self.protect.to(entries.newcomer_BK.dtype))
+            logits_BN = z_BN - learned_B[:, None] * v_BN
         newcomer_B1 = torch.full_like(logits_BN[:, :1], float("-inf"))
         after_BN = _KEPT * v_BN + (1 - _KEPT) * z_BN
         return torch.cat([logits_BN, newcomer_B1], 1), {"attended": torch.cat([after_BN, 0 * after_BN[:, :1]], 1)}
-
-    def _gamma(self, newcomer_BK: Tensor) -> Tensor | float:
-        if self.protect is None:
-            assert self.gamma is not None, "a fixed gamma has no weights"
-            return self.gamma
-        return torch.sigmoid(newcomer_BK @ self.protect.to(newcomer_BK.dtype))[:, None]
 
 
 class Spatial(Policy):

@@ -40,8 +40,10 @@ class Reference(nn.Module):
         self.grid_bits = GRID_BITS
         with torch.device("cpu"):
             generator = torch.Generator().manual_seed(seed)
-            blocks = [_orthonormal(width, generator) for _ in range(0, rows, width)]
-            drawn = torch.cat(blocks)[:rows]
+            square = [
+                torch.randn(width, width, generator=generator, dtype=torch.float64) for _ in range(0, rows, width)
+            ]
+            drawn = torch.cat([torch.linalg.qr(each)[0] for each in square])[:rows]
             self.register_buffer("rows_SK", drawn, persistent=False)
             self.register_buffer("inverse_KS", torch.linalg.pinv(drawn), persistent=False)
 
@@ -51,12 +53,13 @@ class Reference(nn.Module):
         # blocks of one size: a matrix product's rounding depends on its shape, and must not on how rows arrived
         flat = wide.reshape(-1, wide.shape[-1])
         padded = nn.functional.pad(flat, (0, 0, 0, -len(flat) % _BLOCK_ROWS))
-        weigh = self._solve if self.addressing == "least_squares" else self._filter
-        weights = torch.cat([weigh(block) for block in torch.split(padded, _BLOCK_ROWS)])[: len(flat)]
+        blocks = torch.split(padded, _BLOCK_ROWS)
+        if self.addressing == "least_squares":
+            parts = [block @ self.inverse_KS for block in blocks]
+        else:
+            parts = [self._filter(block) for block in blocks]
+        weights = torch.cat(parts)[: len(flat)]
         return to_grid(weights, self.grid_bits).reshape(*keys.shape[:-1], weights.shape[-1])
-
-    def _solve(self, keys_NK: Tensor) -> Tensor:
-        return keys_NK @ self.inverse_KS
 
     def _filter(self, keys_NK: Tensor) -> Tensor:
         square_NS = (
@@ -65,8 +68,3 @@ class Reference(nn.Module):
         nearest_N1 = square_NS.amin(-1, keepdim=True)
         scaled_NS = (nearest_N1 - square_NS) / (2 * self.filter_width * nearest_N1.clamp_min(_SAME))
         return torch.softmax(scaled_NS, -1)
-
-
-def _orthonormal(width: int, generator: torch.Generator) -> Tensor:
-    orthonormal: Tensor = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
-    return orthonormal

@@ -86,7 +86,7 @@ class SlotMemory(StateMemory):
         return {name: spec._replace(shape=(self.slots, *spec.shape)) for name, spec in self.slot_spec().items()}
 
     def start(self, banks: int) -> State:
-        """Free slots: zeros, and -1 in those tensors where that says so."""
+        """Free slots: zeros, and -1 in the tensors that mark a free slot so."""
         own = {name: torch.zeros(banks, *spec.shape, dtype=spec.dtype) for name, spec in self.own_spec().items()}
         return own | {name: own[name] - 1 for name in _FREE if name in own}
 

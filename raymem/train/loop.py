@@ -120,7 +120,7 @@ class TrainingLoop:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """What a checkpoint says and holds, None if there is none.
+    """The head and the tensors of a checkpoint, None if there is none.
 
     Raises:
         Corrupt: it is damaged.

@@ -44,7 +44,7 @@ class TrainSettings(BaseModel):
 
 
 class TrainReport(BaseModel):
-    """What came of it: the name of the weights, the spec of a bank that uses them, and what they are worth.
+    """The result of a training: the name of the weights, the spec of a bank that uses them, and their figures.
 
     `figures` are of held-out rows, "trained" beside what needs no training; `metric` says what they mean.
     """
