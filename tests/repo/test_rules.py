@@ -122,3 +122,23 @@ def test_every_dotted_name_in_the_docs_exists(root, committed):
 @pytest.mark.parametrize("dotted", [".runtime", ".lm.mixing.Blender", ".bank.nothing.Owner"])
 def test_a_dotted_name_that_is_gone_is_found(root, dotted):
     assert _leads_nowhere(root, dotted)
+
+
+def _code(root: Path, committed: list[Path]) -> dict[Path, str]:
+    return {
+        path: text
+        for path, text in _texts(root, committed, ".py").items()
+        if path.parts[0] in {"raymem", "actors", "kernels", "serving"}
+    }
+
+
+def test_sentences_name_their_subject(root, committed):
+    assert _hits(_code(root, committed), r"(?i)\b(whoever|nobody|somebody)\b") == []
+
+
+def test_no_two_classes_have_one_name(root, committed):
+    places: dict[str, list[str]] = {}
+    for path, text in _code(root, committed).items():
+        for name in re.findall(r"^class (\w+)", text, re.MULTILINE):
+            places.setdefault(name, []).append(str(path))
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
