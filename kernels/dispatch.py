@@ -33,7 +33,7 @@ def use_triton(tensor: Tensor, backend: str | None = None) -> bool:
 
 
 def undispatched(tensor: Tensor) -> AbstractContextManager[None]:
-    """A block in which `with torch.device(...)` around it is neither obeyed nor paid for, if `tensor` is on a GPU.
+    """A context that switches off an enclosing `with torch.device(...)`, if `tensor` is on a GPU.
 
     Under such a context every operation and attribute of a tensor is a call of Python: launching a kernel took 59 us
     instead of 24. What runs inside has to name devices.

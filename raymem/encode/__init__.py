@@ -1,4 +1,4 @@
-"""Encoding: from the rows that a model leaves behind to what a memory mechanism stores and is asked with."""
+"""Encoding: from a model's rows to the keys, tokens and values that a mechanism stores, and to keys of queries."""
 
 from raymem.encode.calibration import Calibration, Range
 from raymem.encode.encoder import Encoder

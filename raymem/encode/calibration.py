@@ -147,7 +147,7 @@ class Calibration:
         return found
 
     def _parts(self) -> tuple[str, dict[str, Tensor]]:
-        """What the hash is taken of: all but the tensors as JSON, and the tensors."""
+        """The hashed parts: all but the tensors as JSON, and the tensors."""
         ranges = sorted([list(key.layers), key.function, key.window, *ends] for key, ends in self.ranges.items())
         head = {
             "model": self.model,

@@ -172,7 +172,7 @@ def write_atomically(file: Path, content: bytes) -> None:
     """Write a file whole, or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.parent.stat().st_mode & 0o077:
-        # passes are states of texts: for their owner alone, as the files are
+        # passes hold states of texts: only their owner may read them
         file.parent.chmod(0o700)
     with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as stream:
         stream.write(content)

@@ -36,7 +36,7 @@ from raymem.memory import kinds as known_kinds
 _STEPS = 400
 _RATE = 0.05
 _DECAY = 1e-4
-# of predictions with a wrong memory, together, beside those with the right one
+# the weight of predictions with wrong memories together; those with the right one have 1
 _WRONG_WEIGHT = 1.0
 
 # of each domain, document and size, the banks
@@ -45,7 +45,7 @@ Memories = Sequence[Sequence[Sequence[Sequence[Bank]]]]
 
 @dataclass(frozen=True)
 class Lesson:
-    """One document predicted with one memory; `weight` is what all of it counts for.
+    """One document predicted with one memory; `weight` is its weight in the loss.
 
     `features_NF`; `found_NE` each expert's probability of the token that came; `own_N` the model's log-probability.
     """

@@ -33,7 +33,7 @@ class TensorFacts(NamedTuple):
 
 
 class Names(NamedTuple):
-    """What a model calls its tensors: all of them, which are others' doubles, and what it passes over in a file."""
+    """A model's names of tensors: all of them, doubles by their source, and patterns that loading passes over."""
 
     known: frozenset[str]
     tied: Mapping[str, str]

@@ -60,7 +60,7 @@ class ValueCode(ABC):
 
 
 class VectorCode(ValueCode):
-    """Rows bring their own vectors."""
+    """A row's value is the vector that came with it."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -141,7 +141,7 @@ class OneHotCode(TokenCode):
         return output_BQV.masked_fill((state["slot_token"] < 0)[:, None], float("-inf"))
 
     def loss(self, state: State, output_BTV: Tensor, items_BT: Tensor) -> Tensor:
-        # a token without a slot would get one of zeros, and so misses its 1 by 1
+        # a token without a slot counts as having one of output 0, which misses its target by 1
         known = self.target(state, items_BT, output_BTV.dtype)
         return (output_BTV - known).square().sum(-1) + 1 - known.sum(-1)
 
@@ -160,7 +160,7 @@ class SoftmaxCode(OneHotCode):
         return logits.masked_fill(~used_B1S, float("-inf"))
 
     def loss(self, state: State, output_BTV: Tensor, items_BT: Tensor) -> Tensor:
-        # a token without a slot would get one whose logit is 0
+        # a token without a slot counts as having one of logit 0
         used_B1S = (state["slot_token"] >= 0)[:, None]
         match = items_BT[..., None] == state["slot_token"][:, None]
         known = match.any(-1)

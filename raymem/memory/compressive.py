@@ -33,7 +33,7 @@ _LEAST_ROWS = 16
 
 
 class CompressiveOptions(SlotOptions):
-    """How many rows are kept fine and coarse, and how the ones become the others.
+    """How many rows are kept fine and coarse, and how fine rows become coarse ones.
 
     At most `fine` rows as they came and `coarse` compressed ones, both fewer in proportion where the budget is small.
     `ratio` rows become one; `block` of them are compressed at a time (None: `ratio`), which matters to `most_used` and
@@ -111,7 +111,7 @@ class Compressive(StateMemory):
         return row_spec(self.dims, self.key_dims, self.how.key_dtype, tokens)
 
     def fixed_spec(self) -> StateSpec:
-        """What the slots don't hold: `kept`, blocks that went to the coarse memory since the start."""
+        """The counter `kept`: blocks that went to the coarse memory since the start."""
         return {"kept": TensorSpec((), torch.int64, low=0, high=ROWS_END)}
 
     def own_spec(self) -> StateSpec:
@@ -231,7 +231,7 @@ class Compressive(StateMemory):
             use = leaving.pop("use") / self._age() if self.compress.wants_use else None
             real = torch.ones_like(leaving["token"][..., 0], dtype=torch.bool)
             state |= self.admit(state, Blocks(leaving, real, use))
-        # slots tell from the count which rows they hold: where blocks have gone it may be short of a part of one
+        # the count says which rows the slots hold; after blocks have left it may be lower by part of a block
         held -= out
         count = held if held < self.fine else total - (total - held) % self.block
         where = (torch.zeros(held, dtype=torch.int64), torch.arange(count - held, count) % self.slots)

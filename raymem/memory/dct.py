@@ -137,7 +137,7 @@ class Dct(Compressive):
         super().__init__(dims, options, budget_bytes)
         self.made = self.block // options.ratio
         if self.rule is not None:
-            # a policy lets whole blocks go
+            # a policy evicts whole blocks
             self.coarse -= self.coarse % self.made
         if options.policy == "surprise" and options.threshold is None and dims.value:
             raise InvalidSpec(
@@ -188,7 +188,7 @@ class Dct(Compressive):
 
     def _weighed(self, state: State, blocks: Blocks, new: State) -> State:
         dtype = state["scope_scale"].dtype
-        # unit length, and zeros where a slot is free: made once, and kept up with what is kept
+        # unit length, and zeros where a slot is free: computed once, and updated with each block
         unit_BCK = normalize(state["cmem_key"].detach().to(dtype), dim=-1)
         for g in range(blocks.real_BG.shape[1]):
             block = {name: column[:, g : g + 1] for name, column in new.items()}

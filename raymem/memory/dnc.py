@@ -223,7 +223,7 @@ class Dnc(RingMemory):
     def own_spec(self) -> StateSpec:
         """All slots, and the one written last where that is not told by the count of rows."""
         own = super().own_spec()
-        # places are known once it is known how many there are
+        # the number of slots is known here: places lie below it
         own["before"] = own["before"]._replace(high=self.slots - 1)
         return own | ({} if self.rule is None else {"last": TensorSpec((), torch.int32, low=-1, high=self.slots - 1)})
 

@@ -59,7 +59,7 @@ def clipped(theta_BT: Tensor, found: Signals, limit: float) -> Tensor:
     """Step sizes that shorten each token's gradient to norm `limit` at most, and leave smaller ones as they are."""
     layers = zip(found.inputs, found.deltas, strict=True)
     square_BT = torch.stack([a.square().sum(-1) * d.square().sum(-1) for a, d in layers]).sum(0)
-    # the root of zero has no slope: stay away from it, where nothing is clipped anyway
+    # the root has an infinite gradient at zero: the clamp avoids it where no step is clipped
     return theta_BT * (limit / square_BT.clamp_min(limit * limit).sqrt())
 
 

@@ -265,7 +265,7 @@ class Titans(StateMemory):
         with torch.device("cpu"):
             generator = torch.Generator().manual_seed(self.titans.seed)
             hidden = self._hidden_widths()
-            # xavier, but for a last layer of zeros: an untaught memory has nothing to say
+            # xavier, but for a last layer of zeros: an untrained memory reads zeros
             made = [
                 (torch.rand(a, b, generator=generator) * 2 - 1) * math.sqrt(6 / (a + b))
                 for a, b in itertools.pairwise(hidden)

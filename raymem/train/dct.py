@@ -122,7 +122,7 @@ class DctTask(Task):
         options = self.memory.dct.model_dump(exclude_none=True) | {"log": len(rows) // self._block + 1}
         options |= {"fine": _LEAST_ROOM, "coarse": len(rows), "policy": "learned"}
         threshold = 0.0
-        # what is kept changes what is new: once more with the threshold found
+        # novelty depends on what is kept: repeat with the threshold found
         for _ in range(2):
             memory = self._like(options | {"threshold": threshold})
             scores = [line.score for line in memory.decisions(memory.absorb(memory.empty(), rows))]

@@ -133,6 +133,6 @@ class LemnTask(Task):
         return Rollout(*(torch.stack(part) for part in zip(*found, strict=True)))
 
     def _worth(self, episode: Episode, rows_B1: Tensor, t: int) -> Tensor:
-        """What rows would have answered of those that come within reach of row t, `[B]`."""
+        """How much of what the 64 rows after row t ask these rows would have answered, `[B]`."""
         asked_BR = episode.asked_BRR.gather(1, rows_B1[..., None].expand(-1, -1, episode.asked_BRR.shape[-1]))[:, 0]
         return asked_BR[:, t + _AHEAD - 1] - asked_BR[:, t]

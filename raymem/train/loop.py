@@ -42,7 +42,7 @@ class Task(ABC):
 
     @abstractmethod
     def figures(self) -> dict[str, float]:
-        """The held-out figure of what was trained, under "trained", and of what needs no training."""
+        """Figures on held-out rows: of the trained weights, under "trained", and of alternatives without training."""
 
     @abstractmethod
     def learned(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:

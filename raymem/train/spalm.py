@@ -28,7 +28,7 @@ from raymem.train.data import Lessons, part_of
 from raymem.train.loop import Task
 from raymem.types import Readout
 
-# of the rows that are learned from, those that are memory; the gate learns on the rest
+# the share of the training rows that fill the memory; the gate learns on the rest
 _MEMORY_SHARE = 0.75
 _WINDOW, _LEAST_WINDOW = 256, 16
 _BATCH = 512
@@ -55,7 +55,7 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class GateSetup:
-    """A model beside a memory: what a bank's tokens are read with."""
+    """A model and a memory that read a bank's tokens again."""
 
     memory: Memory
     encoder: Encoder
@@ -115,7 +115,7 @@ class SpalmTask(Task):
 
     @property
     def gate(self) -> Gate:
-        """The gate as it stands."""
+        """The gate with its present weights."""
         return replace(self._gate, weight_GF=self._weight_GF, bias_G=self._bias_G)
 
 
@@ -125,7 +125,7 @@ def _surprise(gate: Gate, seen: Predictions) -> Tensor:
 
 
 def _predicted(setup: GateSetup, state: Any, lessons: Lessons, start: int, stop: int) -> Predictions:
-    """What model and memory make of the tokens of rows [start, stop)."""
+    """Predictions of model and memory for the tokens of rows [start, stop)."""
     found = [_window(setup, state, tokens_T) for tokens_T in _windows(setup, lessons, start, stop)]
     if not found:
         raise InvalidInput(
@@ -142,7 +142,7 @@ def _windows(setup: GateSetup, lessons: Lessons, start: int, stop: int) -> Itera
         first, last = int(seq_N.min()), int(seq_N.max()) + 2
         stream, run = setup.sources[source]
         tokens_T = setup.journal.tokens(stream, run, first, last)
-        # a gap in a run: what stands before it did not lead to what comes after
+        # across a gap the tokens before did not lead to those after
         if len(tokens_T) == last - first:
             yield from (part for part in torch.split(tokens_T, _WINDOW) if len(part) >= _LEAST_WINDOW)
 
