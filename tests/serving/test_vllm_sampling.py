@@ -263,7 +263,7 @@ def test_chat_at_the_defaults_and_long_answers_are_drawn_right_and_in_the_bank_t
 
     subjects = ("a fox", "the sea", "rain")
     talks = [[{"role": "user", "content": f"Tell me a long story about {what}."}] for what in subjects]
-    params = SamplingParams(max_tokens=300, extra_args=raymem_params("lab/chat"), **LISTING)
+    params = SamplingParams(max_tokens=200, extra_args=raymem_params("lab/chat"), **LISTING)
     outputs = engine.llm.chat(talks, params, use_tqdm=False)
     assert_even(places(engine, outputs, {}, reads=False, rng=np.random.default_rng(0)))
     engine.stats()

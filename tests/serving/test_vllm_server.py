@@ -105,7 +105,7 @@ async def chat(client, user, bank, **more):
         "model": "m",
         "messages": [{"role": "user", "content": f"Hello, I am {user}. Tell me about the history of my town."}],
         "stream": True,
-        "max_tokens": 250,
+        "max_tokens": 150,
         "logprobs": True,
         "kv_transfer_params": {"raymem": {"bank": bank, "stream": user}},
         **more,
