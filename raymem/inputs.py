@@ -1,6 +1,6 @@
-"""What a caller may send: the domain of every argument, stated once.
+"""The domain of every argument that a caller may send, stated once.
 
-Each domain is a function that returns the value as raymem goes on with it or raises InvalidInput, and a type for
+Each domain is a function that returns the value as raymem uses it or raises InvalidInput, and a type for
 signatures and for the gateway's JSON which carries that function. The client applies those of a verb to its arguments.
 """
 
@@ -416,7 +416,7 @@ def check_hidden(hidden: Tensor, fingerprint: Fingerprint) -> None:
 
 
 def is_dense(given: object) -> bool:
-    """Whether this is a tensor whose values are there to be looked at."""
+    """Whether this is a tensor whose elements are all there is to it, and are in memory."""
     return (
         isinstance(given, Tensor)
         and given.layout == torch.strided

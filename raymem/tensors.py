@@ -23,7 +23,7 @@ from raymem.errors import Corrupt, RaymemError
 from raymem.inputs import shown
 
 # all that torch has, but the quantised ones: their scales live outside their bytes
-_DTYPES = {
+TENSOR_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
@@ -42,11 +42,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def has_bytes(tensor: Tensor) -> bool:
-    """Whether all there is to a tensor is its elements: it is dense, and not quantised."""
-    return dtype_name(tensor.dtype) in _DTYPES and tensor.layout == torch.strided
-
-
 def to_bytes(tensor: Tensor) -> NDArray[np.uint8]:
     """A tensor's elements, one after another [bytes]; those of a contiguous one on the CPU are not copied."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
@@ -62,7 +57,7 @@ def from_bytes(
     Raises:
         Corrupt: or `error`: no dtype or shape of a tensor, or another number of bytes than they say.
     """
-    kind = _DTYPES.get(dtype) if isinstance(dtype, str) else None
+    kind = TENSOR_DTYPES.get(dtype) if isinstance(dtype, str) else None
     if kind is None:
         raise error(f"a tensor's dtype is {shown(dtype)}; expected one of torch, such as bfloat16")
     if (

@@ -1,4 +1,4 @@
-"""The nouns of raymem: what crosses from one room to the next.
+"""The value types that rooms pass to one another.
 
 Shape legend: `T` rows of a trace, `Q` queries, `L` layers, `D` hidden width, `K` key width, `V` value width,
 `k` neighbours, `B` banks. A tensor's name ends in its shape: `keys_TK`.
@@ -479,7 +479,7 @@ class EraseReceipt:
 
 
 def name_digest(name: str, salt: bytes) -> str:
-    """What stands for a name that is to be forgotten: who asks for that name finds it again, at some cost a guess."""
+    """The salted digest that replaces a forgotten name; a guess at the name costs one slow hash."""
     digest = hashlib.scrypt(name.encode(), salt=salt, n=2**14, r=8, p=1, dklen=32)
     return f"scrypt:{salt.hex()}:{digest.hex()}"
 

@@ -76,7 +76,7 @@ _CLOSED = "this store is closed; connect again"
 
 
 class Handle:
-    """A backend, as far as it may be used here.
+    """A backend that one process and one event loop may use.
 
     Args:
         backend: opened by this process, on the event loop that runs now.
@@ -111,7 +111,7 @@ class Handle:
         return self._backend
 
     def keep(self) -> None:
-        """Rows were accepted that are not durable yet: they are written when the process ends, at the latest."""
+        """Note that it accepted rows which are not durable yet: the end of the process writes them at the latest."""
         _at_end.kept.add(self)
 
     async def close(self) -> None:
@@ -155,7 +155,7 @@ class LoopThread:
         _at_end.loops[self] = self._pid
 
     def close_with(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """What to run before the loop ends."""
+        """Set what runs before the loop ends."""
         self._last = last
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -319,7 +319,7 @@ class AsyncBank:
         self.name = name
 
     async def info(self) -> BankInfo:
-        """The bank's line in the catalog, with its size if it is hot."""
+        """The bank's entry in the catalog, with its size if it is hot."""
         return await self._handle.backend.info(self.name)
 
     async def write(self, trace: Trace, *, durable: Flag = True) -> Ack:
@@ -361,11 +361,11 @@ class AsyncBank:
         )
 
     async def attach(self, node: Label | None = None) -> BankInfo:
-        """Load the bank from the cold store, on `node` if named."""
+        """Load the bank from the cold store, on `node` if one is named."""
         return await self._handle.backend.attach(self.name, node)
 
     async def detach(self) -> BankInfo:
-        """Settle the bank, write its state down, free its memory."""
+        """Flush the bank, write its state to the cold store, free its memory."""
         return await self._handle.backend.detach(self.name)
 
     async def migrate(self, to: Label, *, partition: Count | None = None) -> MigrationReport:

@@ -128,7 +128,7 @@ class HttpBackend:
         try:
             found = wire.unpack(answer, self._max_bytes)
         except InvalidInput as error:
-            # who asked did nothing wrong
+            # the caller did nothing wrong
             raise BackendUnavailable(f"{self._client.base_url} answered a read with this: {error.message}") from error
         if not isinstance(found, Readout):
             raise BackendUnavailable(f"{self._client.base_url} answered a read with a {type(found).__name__}")
@@ -147,7 +147,7 @@ class HttpBackend:
         return _INFO.validate_json(await self._call(routes.ATTACH, name, json={"node": node}))
 
     async def detach(self, name: str) -> BankInfo:
-        """Settle, snapshot, free."""
+        """Flush, snapshot, free."""
         return _INFO.validate_json(await self._call(routes.DETACH, name))
 
     async def migrate(self, name: str, to: str, partition: int | None) -> MigrationReport:

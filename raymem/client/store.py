@@ -201,7 +201,7 @@ class AsyncStore:
         return await self.backend.nodes()
 
     async def shards(self) -> list[ShardInfo]:
-        """The processes that banks are hot in, and the room each has."""
+        """The processes that banks are hot in, and the memory each has."""
         return await self.backend.shards()
 
     async def drain(self, node: Label, *, undo: Flag = False) -> DrainReport:
@@ -217,10 +217,10 @@ class AsyncStore:
         return await self.backend.stats()
 
     async def close(self) -> None:
-        """Let go: a local store settles its banks, other backends just disconnect. Closing twice is fine.
+        """Close: a local store flushes its banks, other backends disconnect. Closing twice is fine.
 
         Raises:
-            StorageError: rows that were accepted with `durable=False` could not be written; all else was let go.
+            StorageError: rows that were accepted with `durable=False` could not be written; everything else was closed.
         """
         await self._handle.close()
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from raymem.client.wire_limits import MOST_DEEP, check_arrow, check_msgpack, check_traces
 from raymem.errors import Corrupt, InvalidInput, InvalidTrace, RaymemError, TooLarge
-from raymem.inputs import TIME_END, shown
+from raymem.inputs import TIME_END, is_dense, shown
 from raymem.rows import JournalRows, is_journal
-from raymem.tensors import dtype_name, from_bytes, has_bytes, to_bytes
+from raymem.tensors import TENSOR_DTYPES, dtype_name, from_bytes, to_bytes
 from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
 
 MAX_BYTES = 2**30
@@ -64,7 +64,7 @@ def pack(obj: Any, max_bytes: int = MAX_BYTES) -> bytes:
 def unpack(data: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES, max_items: int | None = None) -> Any:
     """Read what `pack` wrote; tensors are new, writable and on the CPU.
 
-    `max_items` is for messages of strangers: so many items are read at most, a map's keys counted.
+    `max_items` is for messages that are not trusted: the most items that are read, a map's keys counted.
 
     Raises:
         TooLarge: more bytes or items than allowed, naming the numbers.
@@ -80,7 +80,7 @@ def unpack(data: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES, max
             ext_hook=_from_extension,
             object_hook=_from_map,
             strict_map_key=True,
-            # a timestamp is a float to those who have no business sending one
+            # raymem sends no timestamps: one is read as a float
             timestamp=1,
         )
     except RaymemError:
@@ -189,7 +189,8 @@ def _key(key: Any) -> str:
 
 
 def _from_tensor(tensor: Tensor, room: int) -> msgpack.ExtType:
-    if not has_bytes(tensor):
+    name = dtype_name(tensor.dtype)
+    if not is_dense(tensor) or name not in TENSOR_DTYPES:
         raise InvalidInput(f"a {tensor.layout} tensor of {tensor.dtype} can't be sent: make it dense and dequantised")
     if tensor.nbytes > room:
         raise TooLarge(
@@ -197,7 +198,7 @@ def _from_tensor(tensor: Tensor, room: int) -> msgpack.ExtType:
             size=tensor.nbytes,
             limit=room,
         )
-    head = msgpack.packb([dtype_name(tensor.dtype), list(tensor.shape)])
+    head = msgpack.packb([name, list(tensor.shape)])
     return msgpack.ExtType(_TENSOR, b"".join([len(head).to_bytes(2, "little"), head, to_bytes(tensor).data]))
 
 

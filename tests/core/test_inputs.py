@@ -53,6 +53,17 @@ def test_every_argument_of_every_verb_has_a_domain(cls: type):
     assert bare <= {("write", "trace"), ("read", "queries"), ("erase", "scope")}
 
 
+@pytest.mark.parametrize(("cls", "blocking"), [(AsyncStore, Store), (AsyncBank, Bank)])
+def test_every_verb_blocks_and_teaches_as_the_async_one(cls: type, blocking: type):
+    verbs = {name for name, verb in vars(cls).items() if inspect.isfunction(verb) and not name.startswith("_")}
+    for name in verbs - {"close"}:
+        verb, made = getattr(cls, name), getattr(blocking, name)
+        assert not inspect.iscoroutinefunction(made)
+        assert list(inspect.signature(made).parameters) == list(inspect.signature(verb).parameters)
+        assert made.__qualname__ == f"{blocking.__name__}.{name}"
+        assert made.__doc__ == verb.__doc__ or name == "bank"
+
+
 @pytest.mark.parametrize("good", [0, 5, np.int64(5), np.uint8(5), np.array(5), torch.tensor(5), True + 4])
 def test_whole_numbers_of_every_kind_count(good: object):
     found = whole(good, 0, 9)

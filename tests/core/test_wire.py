@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from raymem.client.wire import pack, traces_from_arrow, traces_to_arrow, unpack
 from raymem.client.wire_limits import check_msgpack
 from raymem.errors import BankNotFound, Corrupt, InvalidInput, Overloaded, TooLarge
-from raymem.tensors import _DTYPES, to_bits
+from raymem.tensors import TENSOR_DTYPES, to_bits
 from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
 
 FINGERPRINT = Fingerprint(model="tiny", content="c" * 64, layers=(3, 7), width=5, tokenizer="t" * 64)
@@ -66,10 +66,10 @@ NOUNS = [
 ]
 
 
-@pytest.mark.parametrize("name", sorted(_DTYPES))
+@pytest.mark.parametrize("name", sorted(TENSOR_DTYPES))
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 5), (3, 7)], ids=str)
 def test_a_tensor_of_every_dtype_keeps_its_bits(name: str, shape: tuple[int, ...]) -> None:
-    dtype = _DTYPES[name]
+    dtype = TENSOR_DTYPES[name]
     size = math.prod(shape) * dtype.itemsize
     drawn = torch.randint(0, 2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8)
     tensor = drawn.view(dtype).reshape(shape)
@@ -79,7 +79,7 @@ def test_a_tensor_of_every_dtype_keeps_its_bits(name: str, shape: tuple[int, ...
 def test_every_dtype_that_torch_can_compute_with_is_carried() -> None:
     wanted = "bool bfloat16 complex32 complex64 complex128 float4_e2m1fn_x2 float16 float32 float64 float8_e4m3fn"
     wanted += " float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu int8 int16 int32 int64"
-    assert set(wanted.split()) | {"uint8", "uint16", "uint32", "uint64"} <= set(_DTYPES)
+    assert set(wanted.split()) | {"uint8", "uint16", "uint32", "uint64"} <= set(TENSOR_DTYPES)
 
 
 def test_a_tensor_that_is_a_view_arrives_as_its_values_alone() -> None:
