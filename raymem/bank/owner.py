@@ -20,6 +20,7 @@ from raymem.executor import Executor, resolve
 from raymem.logs import get_logger
 from raymem.storage.assignment import AssignmentCache
 from raymem.storage.catalog import part_of
+from raymem.storage.tables.single_writer_table import WriterState
 from raymem.storage.journal.log import Log, Part
 from raymem.types import Ack, Trace
 
@@ -105,7 +106,7 @@ class GroupCommit:
                     await self._executor.run(self._maintain)
                 if tidied:
                     resolve(tidied, None)
-                if self.log.lost:
+                if self.log.state is WriterState.LOST:
                     self._lost()
         finally:
             self._task = None
@@ -319,11 +320,12 @@ class BankOwner:
     def _due(self) -> _Due:
         primary, rows, cold = self.primary, self.group_commit.log, self._settings.cold
         bank, unsaved = primary.entry.id, primary.unsaved_bytes
+        held, held_s = rows.held(bank)
         unsaved_s = 0.0 if primary.unsaved_since is None else time.monotonic() - primary.unsaved_since
         return _Due(
             apply=primary.apply_queue.due,
             compact=primary.journal.due,
-            flush=rows.nbytes(bank) >= cold.settle_bytes or rows.age_s(bank) >= self._flush_s,
+            flush=held >= cold.settle_bytes or held_s >= self._flush_s,
             # each time the tail has grown as large as the state: in all, at most twice the bytes are written
             snapshot=unsaved_s >= cold.snapshot_s or (unsaved >= cold.snapshot_bytes and unsaved >= primary.nbytes),
         )

@@ -445,7 +445,7 @@ class Host:
             if held.left:
                 # an earlier try failed
                 self.ownership.group_commit.tidy()
-            oldest = set(held.oldest(held.nbytes() - held.limit // 2))
+            oldest = set(held.oldest(held.nbytes - held.limit // 2))
             for owner in self._owners.values():
                 if owner.primary.entry.id in oldest:
                     owner.nudge(flush=True)

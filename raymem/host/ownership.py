@@ -14,6 +14,7 @@ from raymem.host.lease import Lease, clock
 from raymem.logs import get_logger
 from raymem.storage.journal.log import Log
 from raymem.storage.store import ColdStore, Entry
+from raymem.storage.tables.single_writer_table import WriterState
 
 _log = get_logger("raymem.host.ownership")
 
@@ -46,7 +47,7 @@ class Ownership:
         async with self._opening:
             made, lease = self.group_commit, self.lease
             # a read, an erasure or maintenance may have found it out, or nothing while no bank was hot
-            fenced = made is not None and made.log.lost and made.log.id == lease.id
+            fenced = made is not None and made.log.state is WriterState.LOST and made.log.id == lease.id
             if fenced or (lease.held and clock() >= lease.deadline):
                 self.end("its log was fenced off" if fenced else "its lease ran out")
                 lease = self.lease
@@ -85,7 +86,7 @@ class Ownership:
         """End it for everyone, once no bank is claimed under it any more."""
         last = self.group_commit.log if self.group_commit else None
         try:
-            if last is not None and not last.lost and not self._cold.catalog.logged(last.id):
+            if last is not None and last.state is not WriterState.LOST and not self._cold.catalog.logged(last.id):
                 last.drop()
             self.lease.release()
         except RaymemError as error:

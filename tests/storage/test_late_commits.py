@@ -10,7 +10,7 @@ from raymem.errors import NotOwner, StorageError
 from raymem.storage.journal.journal import Journal
 from raymem.storage.journal.log import Log, to_log
 from raymem.storage.store import ColdStore
-from raymem.storage.tables.single_writer_table import SingleWriterTable
+from raymem.storage.tables.single_writer_table import SingleWriterTable, WriterState
 from raymem.storage.tables.tables import log_table
 
 AT = 2
@@ -96,5 +96,5 @@ def test_it_ends_the_log_whatever_became_of_the_next(
             write("next", 4)
     with pytest.raises(NotOwner):
         journal.counted()
-    assert log.lost
+    assert log.state is WriterState.LOST
     assert next_owner() == expected(3)

@@ -119,7 +119,7 @@ def test_flushing_twice_is_harmless(store: ColdStore, log: Log, owned: Owned, ro
     journal.flush()
     journal.flush()
     assert flushed_rows(store, journal) == 4
-    assert log.nbytes() == 0
+    assert log.nbytes == 0
     # the log's table still has the rows: they count once
     assert int(store.tables.open(log_table(log.id)).count_rows()) == 4
     assert positions(fresh(store)) == positions(journal) == [0, 1, 2, 3]
@@ -138,13 +138,13 @@ def test_large_groups_go_to_the_table_with_what_the_log_holds_before_them(
     assert flushed_rows(store, journal) == 40_003
     logged(log, journal, rows(1, 40_003))
     assert fresh(store).end() == 40_004
-    assert log.nbytes() == rows(1, 0).nbytes
+    assert log.nbytes == rows(1, 0).nbytes
 
 
 def test_a_full_log_is_passed_by(store: ColdStore, log: Log, owned: Owned, rows):
     journal, other = owned(log), owned(log, "lab/b")
     logged(log, journal, rows(9, 0))
-    log.limit = log.nbytes()
+    log.limit = log.nbytes
     assert not other.accept(rows(1, 0))
     other.append(rows(1, 0))
     journal.flush()
@@ -168,7 +168,7 @@ def test_a_take_over_flushes_and_stops_the_earlier_owner_for_good(store: ColdSto
         log.purge()
     with pytest.raises(NotOwner):
         old.append(rows(1, 3))
-    assert log.lost
+    assert log.state is WriterState.LOST
     # the bank that was not taken lost nothing, and comes back under another log
     assert fresh(store, "lab/b").end() == 2
     again = owned(second, "lab/b")
@@ -214,7 +214,7 @@ def test_a_hand_over_leaves_the_log_of_the_source_alone(store: ColdStore, log: L
     logged(second, owned(second, flushed=log), rows(1, 3))
     assert store.catalog.get("lab/a").log == "second"
     logged(log, other, rows(2, 0))
-    assert not log.lost
+    assert log.state is not WriterState.LOST
     with pytest.raises(NotOwner):
         journal.append(rows(1, 3))
 

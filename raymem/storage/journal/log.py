@@ -83,6 +83,8 @@ class Log:
     def __init__(self, tables: Tables, id: str, limit: int = 256 * 2**20) -> None:
         self.id = id
         self.state = WriterState.IN_DOUBT
+        # whether there were so many commits that `maintain` is due
+        self.due = False
         self.limit = limit
         self.flushes = 0
         self._tables = tables
@@ -154,24 +156,21 @@ class Log:
             held = self._held.get(bank)
             return int(held.parts[-1][1].pos_T[-1]) + 1 if held else None
 
-    def nbytes(self, bank: str | None = None) -> int:
-        """Bytes that are held, of one bank or in all."""
+    def held(self, bank: str) -> tuple[int, float]:
+        """Bytes of a bank's rows that were not flushed, and seconds since the oldest of them came, or 0."""
         with self._lock:
-            if bank is None:
-                return self._nbytes
             held = self._held.get(bank)
-            return held.nbytes if held else 0
+            return (held.nbytes, time.monotonic() - held.since) if held else (0, 0.0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows that were not flushed."""
+        return self._nbytes
 
     @property
     def full(self) -> bool:
         """Whether rows had better go to their banks' own tables."""
         return self._nbytes >= self.limit or self._table.fragments >= _FRAGMENTS
-
-    def age_s(self, bank: str) -> float:
-        """Seconds since the oldest row held of a bank came, or 0."""
-        with self._lock:
-            held = self._held.get(bank)
-            return time.monotonic() - held.since if held else 0.0
 
     def oldest(self, nbytes: int) -> list[str]:
         """The banks with the oldest rows that together hold `nbytes`, or all."""
@@ -214,17 +213,7 @@ class Log:
     @property
     def left(self) -> bool:
         """Whether there may be rows of banks that have left."""
-        return bool(self._left) and not self.lost
-
-    @property
-    def lost(self) -> bool:
-        """Whether it was fenced off or dropped."""
-        return self.state is WriterState.LOST
-
-    @property
-    def due(self) -> bool:
-        """Whether there have been so many commits that `maintain` is due."""
-        return self._table.loose >= _COMPACT_EVERY
+        return bool(self._left) and self.state is not WriterState.LOST
 
     def maintain(self) -> bool:
         """After 128 commits, or when banks have left, drop rows that were flushed and merge what is left.
@@ -311,6 +300,7 @@ class Log:
                     self._nbytes += rows.nbytes
                     self._rows += len(rows)
                 self._last[bank] = self._lsn
+        self.due = self._table.loose >= _COMPACT_EVERY
         self._pending, self.state = {}, WriterState.READY
 
     def _look(self) -> None:
@@ -370,7 +360,8 @@ class OldLogs:
         if cached is None or cached[0] != incarnation:
             return read_log(self._tables, incarnation, entry)
         mine = (pc.field("bank") == entry.id) & (pc.field("generation") == entry.generation)
-        return from_log(cached[1].filter(mine), entry)
+        found = cached[1].filter(mine)
+        return from_log(found, entry) if len(found) else []
 
     def _load(self, incarnation: str) -> tuple[str, pa.Table] | None:
         table = self._tables.open(log_table(incarnation))
@@ -424,7 +415,7 @@ def read_log(tables: Tables, incarnation: str, entry: Entry) -> list[JournalRows
     where = f"bank = {quote(entry.id)} AND generation = {entry.generation}"
     with reading(f"read the rows of {entry.name} in the log {incarnation}"):
         found = table.search().where(where).to_arrow()
-    return from_log(found, entry)
+    return from_log(found, entry) if len(found) else []
 
 
 def from_log(found: pa.Table, entry: Entry) -> list[JournalRows]:
@@ -434,8 +425,6 @@ def from_log(found: pa.Table, entry: Entry) -> list[JournalRows]:
     of the other nothing: it was never acknowledged, and half of it would be a gap in its run. One that landed twice
     counts once.
     """
-    if not len(found):
-        return []
     found = found.take(pa.array(_in_order(found["lsn"].to_numpy(), found["pos"].to_numpy()))).combine_chunks()
     schema = bank_schema(entry.spec)
     columns = {name: found[name] for name in schema.names}

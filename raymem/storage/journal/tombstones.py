@@ -160,6 +160,9 @@ class Tombstones:
         return found
 
 
+NO_TOMBSTONES = Tombstones()
+
+
 def bank_schema(spec: BankSpec, tombstones: Tombstones | None = None) -> pa.Schema:
     """The Arrow schema of a bank's journal; where rows were erased, its metadata says which positions have none."""
     fingerprint = spec.fingerprint

@@ -76,7 +76,8 @@ class Tables:
                 with reading(f"open {name} in {self.uri}"):
                     return self._connection.open_table(name)
             except Corrupt:
-                if was_torn or self.sync != "disk" or not set_aside_torn(self._folder(name)):
+                folder = self.folder(name)
+                if was_torn or folder is None or self.sync != "disk" or not set_aside_torn(folder):
                     raise
                 was_torn = True
 
@@ -86,8 +87,9 @@ class Tables:
         `file_format` is the version of Lance's data files, by default LanceDB's own choice.
         """
         options = {"new_table_data_storage_version": file_format} if file_format else None
-        if self.sync == "disk":
-            set_aside_torn(self._folder(name))
+        folder = self.folder(name)
+        if folder is not None and self.sync == "disk":
+            set_aside_torn(folder)
         self._require()
         with writing(f"create {name} in {self.uri}"):
             return self._connection.create_table(name, rows, exist_ok=True, storage_options=options)
@@ -143,22 +145,25 @@ class Tables:
 
     def folder_sync(self, name: str) -> FolderSync | None:
         """What makes this table's commits durable, or None where the store does that itself or `sync` is "none"."""
-        return FolderSync(self._folder(name)) if self.sync == "disk" else None
+        folder = self.folder(name)
+        return None if folder is None or self.sync == "none" else FolderSync(folder)
 
     def folder(self, name: str) -> Path | None:
         """Where a table's files are, or None in an object store."""
-        return self._folder(name) if self.place else None
+        return Path(self.base) / f"{name}.lance" if self.place else None
 
     def lock(self, name: str) -> FolderLock | None:
         """Lock a table for as long as this process lives, where others can see that it does: in a folder.
 
         A copy of the folder isn't locked. Releasing it needs no room on the disk.
         """
-        return FolderLock(self._folder(name)) if self.place else None
+        folder = self.folder(name)
+        return None if folder is None else FolderLock(folder)
 
     def is_locked(self, name: str) -> bool | None:
         """Whether a process has locked a table; None in an object store, where none can."""
-        return is_locked(self._folder(name)) if self.place else None
+        folder = self.folder(name)
+        return None if folder is None else is_locked(folder)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -175,9 +180,6 @@ class Tables:
     def _require(self) -> None:
         if self.place:
             self.place.require()
-
-    def _folder(self, name: str) -> Path:
-        return Path(self.base) / f"{name}.lance"
 
 
 def _session() -> lancedb.Session:
