@@ -20,8 +20,8 @@ from raymem.executor import Executor, resolve
 from raymem.logs import get_logger
 from raymem.storage.assignment import AssignmentCache
 from raymem.storage.catalog import part_of
-from raymem.storage.tables.single_writer_table import WriterState
 from raymem.storage.journal.log import Log, Part
+from raymem.storage.tables.single_writer_table import WriterState
 from raymem.types import Ack, Trace
 
 T = TypeVar("T")
