@@ -108,7 +108,8 @@ class RayBackend(PartitionedBackend):
 
     async def write_part(self, name: str, trace: Trace, durable: bool) -> Ack:
         """Journal and apply a trace."""
-        asks = self._caller()
+        # the holder of a key is the same through every gateway
+        asks = caller.get() or self._self
         with self._limiter.admit(asks, trace.nbytes):
             packed = pack_fields(trace)
             ack: Ack = await self._router.call_in_time(name, "write", packed, durable, asks)
@@ -118,7 +119,7 @@ class RayBackend(PartitionedBackend):
         """Read a part, or what it was."""
         # what a bank was may have to be made first, which takes as long as loading it
         call = self._router.call_in_time if as_of is None else self._router.call
-        asks = self._caller()
+        asks = caller.get() or self._self
         with self._limiter.admit(asks, hidden_QLD.nbytes):
             found = await call(name, "read", pack(hidden_QLD), k, start, asks, as_of)
         return unpack_fields(Readout, found)
@@ -229,10 +230,6 @@ class RayBackend(PartitionedBackend):
     async def _ask_shards(self, method: str) -> tuple[Topology, dict[str, Any]]:
         topology = await self._router.refresh()
         return topology, await ask_all([self._router.remote(info.name) for info in topology.shards], method)
-
-    def _caller(self) -> str:
-        # the holder of a key is the same through every gateway
-        return caller.get() or self._self
 
 
 def _plain(shard: str, answer: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from raymem.errors import Corrupt, InvalidInput, TooLarge
-from raymem.storage.export.manifest import JOURNAL, MANIFEST, MANIFEST_BYTES, MEMBERS, ExportManifest, Member, parse
+from raymem.storage.export.manifest import JOURNAL, MANIFEST, MANIFEST_BYTES, MEMBERS, ExportManifest, parse
 
 _CHUNK_BYTES = 2**20
 # five members take a few hundred bytes
@@ -64,7 +64,15 @@ class Archive:
             Corrupt: one has other bytes than the manifest says.
         """
         for name, expected in self.manifest.members.items():
-            self._verify(name, expected)
+            hashed, size = hashlib.sha256(), 0
+            with self.open(name) as file, self.damaged(name):
+                while chunk := file.read(_CHUNK_BYTES):
+                    hashed.update(chunk)
+                    size += len(chunk)
+                    if size > expected.bytes:
+                        break
+            if (size, hashed.hexdigest()) != (expected.bytes, expected.sha256):
+                raise self.corrupt(name, "does not match its hash in the manifest")
 
     def read(self, name: str, most: int) -> bytes:
         """A whole member.
@@ -123,17 +131,6 @@ class Archive:
             return parse(data, str(self.path))
         except Corrupt as error:
             raise error if error.details.get("other_format") else self.corrupt(MANIFEST, error.message) from error
-
-    def _verify(self, name: str, expected: Member) -> None:
-        hashed, size = hashlib.sha256(), 0
-        with self.open(name) as file, self.damaged(name):
-            while chunk := file.read(_CHUNK_BYTES):
-                hashed.update(chunk)
-                size += len(chunk)
-                if size > expected.bytes:
-                    break
-        if (size, hashed.hexdigest()) != (expected.bytes, expected.sha256):
-            raise self.corrupt(name, "does not match its hash in the manifest")
 
 
 @contextmanager

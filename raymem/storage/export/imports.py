@@ -25,13 +25,13 @@ from raymem.rows import JournalRows
 from raymem.storage.catalog import Entry
 from raymem.storage.export import arrow
 from raymem.storage.export.archive import Archive, opened
+from raymem.storage.export.export import Progress
 from raymem.storage.export.manifest import CALIBRATION, COUNT_END, JOURNAL, PARAMS
 from raymem.storage.journal.tombstones import TOMBSTONES, Tombstones, bank_schema
 from raymem.storage.store import ColdStore
 from raymem.types import BankSpec, Trace, check_bank_name, check_label
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
 _PARAMS_BYTES = 2**31
 _HEAD_BYTES = 2**21
 # an Arrow file is this, then a stream, then an index of it, which reading it through does without
