@@ -120,12 +120,13 @@ class Spalm(RowMemory):
 
     def lookup(self, state: RowState, queries_QK: Tensor, k: int, mask: Tensor | None = None) -> Found:
         """The k nearest rows, and their vectors blended by softmax(cosine / tau); see RowMemory.lookup."""
-        held, width = state.held(), self.dims.value
+        columns, width = state.columns, self.dims.value
         queries = (queries_QK if self.project.identity else self.project(queries_QK)).float()
-        scores, index = topk_cosine(queries, held["key"], held["key_scale"], held["pos"], k, mask=mask)
-        tokens, pos, seq, source = (_pick(held[name], index) for name in ("token", "pos", "seq", "source"))
+        keys, scale, order = (columns[name][: state.count] for name in ("key", "key_scale", "pos"))
+        scores, index = topk_cosine(queries, keys, scale, order, k, mask=mask)
+        tokens, pos, seq, source = (_pick(columns[name], index) for name in ("token", "pos", "seq", "source"))
         if width and state.count:
-            vectors = held["value"][index.clamp_min(0)]
+            vectors = columns["value"][index.clamp_min(0)]
         else:
             vectors = torch.zeros(*index.shape, width, dtype=torch.bfloat16)
         best = scores[:, 0] if k else scores.new_full((len(scores),), -1.0)
