@@ -71,7 +71,7 @@ def from_bytes(
         raise error(f"a tensor's shape is {str(shape)[:80]}: too large to be true")
     expected = math.prod(shape) * kind.itemsize
     if expected != len(data):
-        raise error(f"a tensor of {dtype} {list(shape)} has {expected} bytes, in C order; it came with {len(data)}")
+        raise error(f"{len(data)} bytes can't be {dtype} {list(shape)}, which has {expected}; send row-major bytes")
     if not expected:
         return torch.zeros(0, dtype=torch.uint8).view(kind).reshape(shape)
     flat = data if isinstance(data, Tensor) else torch.frombuffer(data, dtype=torch.uint8)
