@@ -273,7 +273,8 @@ class Journal:
         """
         if not (self._owned and self._writer.state is WriterState.READY):
             self.fence()
-        pos, end = int(rows.pos_T[0]), self.counted()
+        logged = None if self._log is None else self._log.end(self.entry.id)
+        pos, end = int(rows.pos_T[0]), self._flushed_end if logged is None else logged
         if pos != end:
             raise StorageError(
                 f"the journal of {self.entry.name} ends at position {end}, not {pos}: an earlier append was cut "

@@ -13,7 +13,7 @@ import fcntl
 import os
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -144,7 +144,8 @@ class FolderSync:
         if self._seen or not self._folder.is_dir():
             return
         found = _contents(self._folder)
-        newest = _newest(found.get(self._folder / _VERSIONS, ()))
+        versions = [name for name in found.get(self._folder / _VERSIONS, ()) if name.endswith(_MANIFEST)]
+        newest = min(versions, default=None)
         if f"{newest}{_MARK}" in found[self._folder]:
             self._seen, self._trusted = found, newest
 
@@ -155,11 +156,12 @@ class FolderSync:
             OSError: a file could not be made durable.
         """
         found = _contents(self._folder)
-        versions = found.get(self._folder / _VERSIONS, {})
+        # names count down, so that the newest comes first in a listing
+        versions = [name for name in found.get(self._folder / _VERSIONS, ()) if name.endswith(_MANIFEST)]
         if (trusted := self._trusted) is not None:
             self._trusted = None
-            # names count down: these are newer
-            if sum(name.endswith(_MANIFEST) and name < trusted for name in versions) > 1:
+            # newer ones
+            if sum(name < trusted for name in versions) > 1:
                 self._seen = {}
         first = self._folder not in self._seen
         for folder, present in reversed(found.items()):
@@ -177,7 +179,7 @@ class FolderSync:
         self._seen = found
         if first:
             fsync(self._folder.parent)
-        newest = _newest(versions)
+        newest = min(versions, default=None)
         if newest is None or newest == self._marked:
             return
         (self._folder / f"{newest}{_MARK}").touch()
@@ -202,7 +204,7 @@ def set_aside_torn(folder: Path) -> bool:
     handle = os.open(versions, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        newest = _newest(os.listdir(versions))
+        newest = min((name for name in os.listdir(versions) if name.endswith(_MANIFEST)), default=None)
         if newest is None or any(name.endswith(_MARK) and name <= f"{newest}{_MARK}" for name in os.listdir(folder)):
             return False
         if (versions / newest).read_bytes().endswith(_END):
@@ -236,13 +238,10 @@ def _contents(folder: Path) -> dict[Path, dict[str, bool]]:
         with os.scandir(each) as entries:
             found[each] = {entry.name: entry.is_file() for entry in entries}
         if each == folder:
-            folders += [folder / name for name, is_file in found[folder].items() if not is_file]
+            inside = [name for name, is_file in found[folder].items() if not is_file]
+            # versions first: what a version needs, also another process's, was there before it and is listed after it
+            folders += [folder / name for name in sorted(inside, key=_VERSIONS.__ne__)]
     return found
-
-
-def _newest(names: Iterable[str]) -> str | None:
-    # names count down, so that the newest comes first in a listing
-    return min((name for name in names if name.endswith(_MANIFEST)), default=None)
 
 
 @contextmanager
