@@ -31,7 +31,7 @@ from raymem.errors import BackendUnavailable, ConfigError, Unavailable
 DIRECTORY = "directory"
 # calls that one actor runs at a time; beyond each caller's own limit Ray would queue them silently
 _CONCURRENT = 4096
-_KNOCK_S = 5.0
+_CONNECT_S = 5.0
 _lifetime: dict[str, Any] = {
     "namespace": NAMESPACE,
     "lifetime": "detached",
@@ -103,25 +103,18 @@ def leave() -> None:
 def _connect(address: str) -> None:
     quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     named = os.environ.get("RAY_ADDRESS", "") if address == "ray" else address
+    host, _, port = named.removeprefix("ray://").rpartition(":")
     try:
-        _knock(named)
+        # Ray itself retries a closed port for minutes
+        if host and port.isdigit():
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
         ray.init(address="auto" if address == "ray" else address, **quiet)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         fix = "start one with `ray start --head`, or `raymem demo` for one of its own; RAY_ADDRESS names another"
         if address != "ray":
             fix = "check host and port (Ray Client listens on 10001) and that the cluster runs"
-        raise BackendUnavailable(f"no Ray cluster at {named or address!r} ({_first_line(error)}); {fix}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _knock(address: str) -> None:
-    # Ray itself retries a closed port for minutes
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BackendUnavailable(f"no Ray cluster at {named or address!r} ({why}); {fix}") from error
 
 
 class ShardActor(Shard):

@@ -114,7 +114,8 @@ class Rehoming:
         except RaymemError as error:
             log.warning("banks not re-homed", owners=sorted(gone), error=str(error))
         for info in shards:
-            if info.name in gone and _silent(loads[info.name]):
+            load = loads[info.name]
+            if info.name in gone and isinstance(load, BackendUnavailable) and load.details.get("silent"):
                 log.warning("silent shard restarted", shard=info.name)
                 await self._restart(info.name)
 
@@ -158,10 +159,6 @@ class Rehoming:
         log.info("bank re-homed", bank=entry.name, source=entry.owner, target=target)
 
 
-def _silent(answer: Any) -> bool:
-    return isinstance(answer, BackendUnavailable) and bool(answer.details.get("silent"))
-
-
 class Directory:
     """Keeps one set of shards on all living nodes; answers which shard owns a bank.
 
@@ -191,8 +188,12 @@ class Directory:
         self._watch()
         async with self._ensuring:
             nodes = await asyncio.to_thread(self._cluster.nodes)
-            self._forget_dead({node.id for node in nodes}, {node.name for node in nodes})
-            wanted = [node for node in nodes if retry_failed or not self._failed_for_good(node)]
+            ids, names = {node.id for node in nodes}, {node.name for node in nodes}
+            self._shards = {name: info for name, info in self._shards.items() if info.node.id in ids}
+            self._failures = {name: error for name, error in self._failures.items() if name in names}
+            # Ray may still start a shard on a node that was only unavailable
+            failed = {name for name, error in self._failures.items() if not isinstance(error, Unavailable)}
+            wanted = [node for node in nodes if retry_failed or node.name not in failed]
             await asyncio.gather(*(self._ensure_node(node) for node in wanted))
             self._draining = await asyncio.to_thread(self._read_draining)
             shards = tuple(self._shards[name] for name in sorted(self._shards))
@@ -237,13 +238,6 @@ class Directory:
                 log.error("no shard on node", node=node.name, error=str(error))
                 self._failures[node.name] = error
                 await self._cluster.stop_shard(name)
-
-    def _failed_for_good(self, node: Node) -> bool:
-        return not isinstance(self._failures.get(node.name), Unavailable | None)
-
-    def _forget_dead(self, ids: set[str], names: set[str]) -> None:
-        self._shards = {name: info for name, info in self._shards.items() if info.node.id in ids}
-        self._failures = {name: error for name, error in self._failures.items() if name in names}
 
     def _watch(self) -> None:
         # not in the constructor, which may run without an event loop

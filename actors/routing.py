@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from raymem.actors import cluster
@@ -89,7 +90,9 @@ class Router:
 
         async def once() -> Topology:
             try:
-                found = await self._ensure(retry_failed)
+                # a directory that is cut off from the cluster's head waits for Ray until it is back
+                limit_s = self._settings.retry_s if self.topology.shards else float("inf")
+                found: Topology = await ask(self._directory, "ensure", retry_failed, timeout_s=limit_s)
             except BackendUnavailable as error:
                 if self.topology.shards:
                     # which nodes are drained is in the cold store
@@ -100,12 +103,6 @@ class Router:
 
         self.topology = await _repeat(once, self._settings.retry_s)
         return self.topology
-
-    async def _ensure(self, retry_failed: bool) -> Topology:
-        # a directory that is cut off from the cluster's head waits for Ray until it is back
-        limit_s = self._settings.retry_s if self.topology.shards else float("inf")
-        found: Topology = await ask(self._directory, "ensure", retry_failed, timeout_s=limit_s)
-        return found
 
     async def call(self, bank: str, method: str, *args: Any, done_if: type[RaymemError] | None = None) -> Any:
         """Run a shard's method on a bank, wherever it is.
@@ -232,21 +229,15 @@ class Router:
             call.cancel()
 
     async def _find(self, bank: str) -> str:
-        owner = await self._last_seen(bank)
-        if owner is not None:
-            return owner
+        with suppress(BackendUnavailable, TimeoutError):
+            async with asyncio.timeout(_DIRECTORY_S):
+                owner: str | None = await self._directory.call("owner", bank, bank in self._stale)
+            if owner is not None:
+                return owner
         entry = (await asyncio.to_thread(self._cold.catalog.get, bank)).whole()
         if entry.state == "cold":
             raise detached(bank)
         return entry.owner or await self._place(entry, (await self.refresh()).taking(), "")
-
-    async def _last_seen(self, bank: str) -> str | None:
-        try:
-            async with asyncio.timeout(_DIRECTORY_S):
-                found: str | None = await self._directory.call("owner", bank, bank in self._stale)
-                return found
-        except (BackendUnavailable, TimeoutError):
-            return None
 
     async def _may_be_taken(self, bank: str, owner: str) -> bool:
         if not await self._has_left(owner):

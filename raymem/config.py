@@ -224,18 +224,16 @@ class _Environment(EnvSettingsSource):
         }
         for name in ours:
             if not name.partition("__")[2]:
-                raise ConfigError(_correct(f"{PREFIX}{name.upper()}"))
+                right = {f"{section}_{key}": f"{section}__{key}" for section, keys in cls() for key, _ in keys}
+                raise ConfigError(
+                    f"{PREFIX}{name.upper()} is no setting; write {PREFIX}SECTION__KEY, for example "
+                    f"{PREFIX}{right.get(name, 'gateway__port').upper()}"
+                )
         self.env_vars = {f"{PREFIX}{name}": value for name, value in ours.items()}
         self._unknown = {name.partition("__")[0] for name in ours} - cls.model_fields.keys()
 
     def __call__(self) -> dict[str, Any]:
         return super().__call__() | {section: {} for section in self._unknown}
-
-
-def _correct(variable: str) -> str:
-    known = [f"{PREFIX}{section}__{key}".upper() for section, keys in Settings().model_dump().items() for key in keys]
-    meant = next((right for right in known if right.replace("__", "_") == variable), f"{PREFIX}GATEWAY__PORT")
-    return f"{variable} is no setting; write {PREFIX}SECTION__KEY, for example {meant}"
 
 
 def _is_service(name: str, value: str) -> bool:

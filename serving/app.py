@@ -106,7 +106,10 @@ def _page(openapi: dict[str, Any]) -> str:
     told = [
         _operation(method, path, it) for path, methods in openapi["paths"].items() for method, it in methods.items()
     ]
-    shapes = [_details(name, _code(shape), name) for name, shape in sorted(openapi["components"]["schemas"].items())]
+    shapes = [
+        _details(name, f"<pre>{escape(json.dumps(shape, indent=1))}</pre>", name)
+        for name, shape in sorted(openapi["components"]["schemas"].items())
+    ]
     head = f"<h1>{escape(openapi['info']['title'])} {escape(openapi['info']['version'])}</h1>"
     about = (
         f"<p>{escape(openapi['info'].get('description', ''))} For programs: <a href='/openapi.json'>OpenAPI</a>.</p>"
@@ -140,10 +143,6 @@ def _shape(schema: dict[str, Any]) -> str:
 def _table(rows: Any) -> str:
     cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-
-
-def _code(shape: dict[str, Any]) -> str:
-    return f"<pre>{escape(json.dumps(shape, indent=1))}</pre>"
 
 
 def _plain(text: str) -> str:

@@ -56,14 +56,11 @@ async def _serve(
     async def opener() -> AsyncStore:
         return store
 
-    await make_server(create_app(opener, settings), settings, lambda: _listens(listener, uri, on_listen)).serve(
-        [listener]
-    )
+    def started() -> None:
+        if on_listen:
+            on_listen(address(listener), uri)
 
-
-def _listens(listener: socket.socket, uri: str, on_listen: Listening | None) -> None:
-    if on_listen:
-        on_listen(address(listener), uri)
+    await make_server(create_app(opener, settings), settings, started).serve([listener])
 
 
 def make_server(app: FastAPI, settings: Settings, on_start: Callable[[], None] = lambda: None) -> uvicorn.Server:

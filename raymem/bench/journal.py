@@ -15,6 +15,7 @@ import lancedb
 import numpy as np
 import pyarrow as pa
 
+from raymem.bench.comparison import seconds
 from raymem.bench.durability import Measured
 from raymem.bench.fixture import ROW_BYTES, Fixture
 from raymem.config import HostSettings, Settings
@@ -71,7 +72,7 @@ class Plain:
 
     def keep_s(self) -> float:
         """Seconds to read the first table whole into memory."""
-        return _seconds(self._tables[0].to_arrow)
+        return seconds(self._tables[0].to_arrow)
 
 
 def journal(fixture: Fixture) -> Measured:
@@ -86,7 +87,7 @@ def journal(fixture: Fixture) -> Measured:
     cold, ours, alone, fragments = fixture.cold(), [], [], 0
     for turn in range(fixture.repeats):
         plain = Plain(fixture, f"plain-{turn}", 1, tables[0])
-        alone.append(_seconds(lambda plain=plain: plain.add_all(tables)))  # type: ignore[misc]
+        alone.append(seconds(lambda plain=plain: plain.add_all(tables)))  # type: ignore[misc]
         taken, left = asyncio.run(_write_all(fixture, cold, f"bench/bank-{turn}", traces))
         ours.append(taken)
         fragments = max(fragments, left)
@@ -105,7 +106,7 @@ def many_banks(fixture: Fixture) -> Measured:
     row = JournalRows.of(fixture.trace(1), 0, 0).to_arrow()
     plain = Plain(fixture, "plain", banks, row)
     ours, beside = asyncio.run(_one_row_each(fixture, banks))
-    alone = [_seconds(lambda: plain.add_everywhere(row)) for _ in range(fixture.repeats)]
+    alone = [seconds(lambda: plain.add_everywhere(row)) for _ in range(fixture.repeats)]
     ours_s, alone_s = statistics.median(ours), statistics.median(alone)
     details = {"seconds": ours_s, "lancedb_seconds": alone_s, "banks": banks}
     return Measured({"many_banks_ratio": alone_s / ours_s}, details | beside)
@@ -129,13 +130,13 @@ def attach(fixture: Fixture) -> Measured:
     entry = cold.catalog.get("bench/bank")
     size, times = rows * ROW_BYTES, []
     for _ in range(fixture.repeats):
-        memory_s = _seconds(lambda: np.ones(size, np.uint8))
+        memory_s = seconds(lambda: np.ones(size, np.uint8))
         times.append((memory_s, asyncio.run(_attach_s(cold, entry.name)), plain.scan_s(), plain.keep_s()))
     cold.tables.drop(snapshot_table(entry.id, entry.generation))
     replay_s = asyncio.run(_attach_s(cold, entry.name))
     memory_s, ours_s, alone_s, kept_s = (statistics.median(column) for column in zip(*times, strict=True))
-    seconds = {"": ours_s, "lancedb_": alone_s, "lancedb_kept_": kept_s, "replay_": replay_s, "memory_": memory_s}
-    details = {f"{name}mb_per_s": size / 2**20 / taken for name, taken in seconds.items()}
+    times_s = {"": ours_s, "lancedb_": alone_s, "lancedb_kept_": kept_s, "replay_": replay_s, "memory_": memory_s}
+    details = {f"{name}mb_per_s": size / 2**20 / taken for name, taken in times_s.items()}
     return Measured({"attach_ratio": alone_s / ours_s}, details | {"rows": rows})
 
 
@@ -164,7 +165,7 @@ async def _one_row_each(fixture: Fixture, banks: int) -> tuple[list[float], dict
     host = Host(cold, _ROOM, "bench")
     names = [f"bench/bank-{number}" for number in range(banks)]
     entries = [Entry(id=uuid.uuid4().hex, name=name, spec=fixture.spec(), created=time.time()) for name in names]
-    made_s = _seconds(lambda: cold.catalog.add_together(entries))
+    made_s = seconds(lambda: cold.catalog.add_together(entries))
     attached_s = await _timed(lambda: asyncio.gather(*map(host.attach, names)))
     taken = []
     for seq in range(fixture.repeats):
@@ -193,10 +194,4 @@ async def _attach_s(cold: ColdStore, name: str) -> float:
 async def _timed(work: Callable[[], Awaitable[Any]]) -> float:
     began = perf_counter()
     await work()
-    return perf_counter() - began
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    began = perf_counter()
-    work()
     return perf_counter() - began

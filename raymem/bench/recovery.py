@@ -47,7 +47,7 @@ def _recovery(fixture: Fixture, store: raymem.Store, banks: int, rows: int) -> f
     digests = [bank.digest() for bank in made[:3]]
     query = fixture.trace(1).hidden
     began = time.perf_counter()
-    _kill(int(store.stats()["shards"][0]["pid"]))
+    os.kill(int(store.stats()["shards"][0]["pid"]), signal.SIGKILL)
     for bank in made:
         _until_answered(lambda bank=bank: bank.read(query, 1))  # type: ignore[misc]
     taken = time.perf_counter() - began
@@ -66,7 +66,7 @@ def _empty_restart() -> float:
     actor = ray.remote(Empty).options(max_restarts=-1, max_task_retries=-1, num_cpus=0.1).remote()
     pid = ray.get(actor.pid.remote())
     began = time.perf_counter()
-    _kill(pid)
+    os.kill(pid, signal.SIGKILL)
     ray.get(actor.pid.remote())
     taken = time.perf_counter() - began
     ray.kill(actor)
@@ -83,10 +83,6 @@ def _lancedb(fixture: Fixture, banks: int, rows: int) -> float:
     taken = time.perf_counter() - began
     assert sum(map(len, read)) == banks * rows
     return taken
-
-
-def _kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
 
 
 def _until_answered(ask: _Wait) -> None:

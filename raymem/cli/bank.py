@@ -497,12 +497,10 @@ def _card(info: BankInfo) -> Table:
         ["calibration", mark.calibration[:12]],
         ["tags", tags],
     ]
-    parts = [[f"partition {index}", _where(part)] for index, part in enumerate(info.partitions)]
-    return output.table(info.name, ["", ""], rows + parts)
-
-
-def _where(info: BankInfo) -> str:
-    return f"{info.rows:,} rows, {info.state}{f' on {info.node}' if info.node else ''}, {output.size(info.bytes)}"
+    for index, part in enumerate(info.partitions):
+        where = f"{part.state}{f' on {part.node}' if part.node else ''}"
+        rows.append([f"partition {index}", f"{part.rows:,} rows, {where}, {output.size(part.bytes)}"])
+    return output.table(info.name, ["", ""], rows)
 
 
 def _one_of(label: str | None, pos: int | None) -> str | int | None:

@@ -36,34 +36,10 @@ def serve(router: APIRouter, route: Route, *errors: type[RaymemError], **options
     return router.api_route(route.path, methods=[route.method], responses=told, **options)
 
 
-def get_store(request: Request) -> AsyncStore:
-    """The store behind this gateway."""
-    store: AsyncStore = request.app.state.store
-    return store
-
-
-def get_settings(request: Request) -> GatewaySettings:
-    """The gateway's settings."""
-    settings: GatewaySettings = request.app.state.settings
-    return settings
-
-
-def get_transfers(request: Request) -> Transfers:
-    """The places for uploads and downloads."""
-    transfers: Transfers = request.app.state.transfers
-    return transfers
-
-
 async def get_turn(request: Request) -> asyncio.Semaphore:
     """The semaphore of a caller's slow requests; other callers have their own."""
     turn: asyncio.Semaphore = request.app.state.turns[caller.get()]
     return turn
-
-
-def get_recall_model(request: Request) -> RecallModel:
-    """The gateway's one model."""
-    model: RecallModel = request.app.state.recall_model
-    return model
 
 
 def bank_name(
@@ -73,11 +49,20 @@ def bank_name(
     return f"{namespace}/{bank}"
 
 
-StoreDep = Annotated[AsyncStore, Depends(get_store)]
-SettingsDep = Annotated[GatewaySettings, Depends(get_settings)]
-TransfersDep = Annotated[Transfers, Depends(get_transfers)]
+def _state(name: str) -> Any:
+    """A dependency on what `create_app` keeps in the app's state."""
+
+    def get(request: Request) -> Any:
+        return getattr(request.app.state, name)
+
+    return Depends(get)
+
+
+StoreDep = Annotated[AsyncStore, _state("store")]
+SettingsDep = Annotated[GatewaySettings, _state("settings")]
+TransfersDep = Annotated[Transfers, _state("transfers")]
+RecallModelDep = Annotated[RecallModel, _state("recall_model")]
 TurnDep = Annotated[asyncio.Semaphore, Depends(get_turn)]
-RecallModelDep = Annotated[RecallModel, Depends(get_recall_model)]
 NameDep = Annotated[str, Depends(bank_name)]
 
 

@@ -117,26 +117,23 @@ class _WorkerMemory:
             return
         from raymem.lm.mixing import NEIGHBOURS, Mixer
 
-        mixer = Mixer()
-        tap = vllm_internals.LogitsTap(self._worker.model_runner, self._change)
+        def change(step: vllm_internals.EngineStep, rows_R: Tensor, logits_RV: Tensor) -> Tensor:
+            return memory.change(step, rows_R, logits_RV)
 
         def earlier(request: int, start: int, stop: int) -> Tensor:
             cache, group = connector.paged_states()
             return tap.earlier_states(request, start, stop, group, cache)
 
-        self._mixer = MemoryMixer(
+        tap = vllm_internals.LogitsTap(self._worker.model_runner, change)
+        self._mixer = memory = MemoryMixer(
             self._banks,
-            mixer.logits,
+            Mixer().logits,
             tap.request_args,
             earlier,
             allow=connector.config.check_reads,
             neighbours=NEIGHBOURS,
         )
         self._tap = tap
-
-    def _change(self, step: Any, rows_R: Tensor, logits_RV: Tensor) -> Tensor:
-        assert self._mixer is not None
-        return self._mixer.change(step, rows_R, logits_RV)
 
 
 def _connector() -> RaymemConnector:

@@ -281,27 +281,21 @@ class Sender:
         return None
 
     async def _write(self, bank: str, trace: Trace) -> None:
+        async def once() -> None:
+            if self._sink is None:
+                self._sink = self._open_sink()
+            await self._sink.write(bank, trace)
+
+        def count_retry() -> None:
+            with self._lock:
+                self._count.retries += 1
+
         started = time.perf_counter()
-        await retrying(
-            lambda: self._write_once(bank, trace),
-            Unavailable,
-            self._config.retry_s,
-            longest_s=_LONGEST_PAUSE_S,
-            before_pause=self._count_retry,
-        )
+        await retrying(once, Unavailable, self._config.retry_s, longest_s=_LONGEST_PAUSE_S, before_pause=count_retry)
         with self._lock:
             self._count.writes += 1
             self._count.bytes_written += trace.nbytes
             self._count.write_seconds += time.perf_counter() - started
-
-    async def _write_once(self, bank: str, trace: Trace) -> None:
-        if self._sink is None:
-            self._sink = self._open_sink()
-        await self._sink.write(bank, trace)
-
-    def _count_retry(self) -> None:
-        with self._lock:
-            self._count.retries += 1
 
 
 def _trace(parts: list[Chunk]) -> Trace:
