@@ -115,8 +115,10 @@ class Host:
         )
 
     def has(self, name: str) -> bool:
-        """Whether the bank is hot here."""
-        owner = self._find(name)
+        """Whether the bank is hot here; an incarnation whose lease ran out ends."""
+        if self._owners and clock() >= self.ownership.lease.deadline:
+            self.ownership.end("its lease ran out")
+        owner = self._owners.get(name)
         return owner is not None and not (owner.stopped or owner.leaving)
 
     def names(self) -> list[str]:
@@ -455,17 +457,12 @@ class Host:
         owner.group_commit.log.leave(owner.primary.entry.id)
         await asyncio.shield(owner.group_commit.tidy())
 
-    def _find(self, name: str) -> BankOwner | None:
-        """What serves a bank here; an incarnation whose lease ran out ends."""
-        if self._owners and clock() >= self.ownership.lease.deadline:
-            self.ownership.end("its lease ran out")
-        return self._owners.get(name)
-
     def _owner(self, name: str) -> BankOwner:
-        """The bank's owner, which is used now."""
-        owner = self._find(name)
-        if owner is None or owner.stopped:
+        """The bank's owner, which is used now; one that is leaving refuses by itself."""
+        if not self.has(name):
             self._retire(name)
+        owner = self._owners.get(name)
+        if owner is None:
             raise Moved(f"bank {name!r} is not hot on {self.owner}", to="")
         owner.primary.used = time.monotonic()
         return owner
