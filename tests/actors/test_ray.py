@@ -1,4 +1,4 @@
-"""Real raylets, real processes, real kills. One cluster for the whole file; the last test takes a node away."""
+"""Real raylets, real processes, real kills. The last tests take a node away."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from raymem import AsyncStore, Settings, Store
 from raymem.actors import backend as backend_module
 from raymem.actors import cluster
 from raymem.actors.calls import NAMESPACE, Remote, ask_all
-from raymem.actors.cluster import LocalNodes, local_nodes
+from raymem.actors.cluster import LocalNodes
 from raymem.bank.primary import Primary
 from raymem.config import ColdSettings, HostSettings
 from raymem.errors import (
@@ -40,7 +40,6 @@ from raymem.errors import (
 )
 from raymem.executor import Executor, run_now
 from raymem.host.host import caller
-from raymem.memory import kinds
 from raymem.storage.partitions import Place
 from raymem.storage.store import ColdStore
 
@@ -48,12 +47,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 # a commit that waits for the disk is the cold room's to test
 SETTINGS = Settings(cold=ColdSettings(sync="none"), host=HostSettings(lease_s=2.0))
 names = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[LocalNodes]:
-    with local_nodes(2, cpus=1) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +137,8 @@ def undisturbed_digest(journal: list[tuple[str, int]], folder: Path, tiny, kind:
     return primary.digest()
 
 
-@pytest.mark.parametrize("kind", kinds())
+# the other kinds move between shards in test_shard.py, and sleep and wake on Ray in test_congruence.py
+@pytest.mark.parametrize("kind", ["spalm", "titans"])
 def test_a_bank_lives_moves_sleeps_and_wakes(store, tiny, kind):
     bank = store.create(f"ray/life-{kind}", tiny.spec(kind))
     ack = bank.write(tiny.trace(100))
@@ -519,7 +513,7 @@ def test_banks_of_a_node_that_has_left_come_back_elsewhere_without_being_asked_f
     print(f"acknowledging again {time.monotonic() - left:.1f} s after its node left")
     assert bank.info().node == "node-1"
     while asleep.info().node != "node-1":
-        assert time.monotonic() - left < 60
+        assert time.monotonic() - left < 120
         time.sleep(0.1)
 
     nodes.add("node-3")

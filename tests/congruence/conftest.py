@@ -7,7 +7,7 @@ import pytest
 
 import raymem
 from raymem import Settings, Store
-from raymem.actors.cluster import local_nodes
+from raymem.actors.cluster import LocalNodes
 from raymem.config import ColdSettings
 
 # a commit that waits for the disk is the cold room's to test
@@ -16,7 +16,7 @@ SETTINGS = Settings(cold=ColdSettings(sync="none"))
 
 @pytest.fixture(scope="module")
 def store_on(
-    run_gateway: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+    nodes: LocalNodes, run_gateway: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Store]]:
     """The same class three times: in this process, on a cluster of two Ray nodes, through a gateway."""
     folder = tmp_path_factory.mktemp("congruence")
@@ -26,7 +26,6 @@ def store_on(
         def open_on(backend: str) -> Store:
             address, cold = str(folder / "local"), None
             if backend == "ray":
-                stack.enter_context(local_nodes(2, cpus=1))
                 address, cold = "ray", str(folder / "ray")
             elif backend == "http":
                 address = stack.enter_context(run_gateway(folder / "http", SETTINGS))

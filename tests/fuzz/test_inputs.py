@@ -157,9 +157,7 @@ def beside(
     # a relative path is one of an export's
     with ExitStack() as stack, chdir(folder):
         if request.param == "ray":
-            from raymem.actors.cluster import local_nodes
-
-            stack.enter_context(local_nodes(1, cpus=1))
+            request.getfixturevalue("nodes")
             address, cold = "ray", str(folder / "store")
         elif request.param == "http":
             address = stack.enter_context(run_gateway(folder / "store", SETTINGS))
