@@ -41,4 +41,4 @@ wheel: setup
 	cp constraints.txt dist/
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis figures.json
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis durations.json figures.json
