@@ -85,28 +85,15 @@ class Calibration:
             return 1 if of.function == "single" else of.window
 
         layers = key.layers or self.layers
-        self.places(layers)
         measured = [known for known in self.ranges if sorted(known.layers) == sorted(layers)]
         if measured:
             return self.ranges[min(measured, key=lambda known: abs(math.log(window(known) / window(key))))]
         if len(layers) == 1:
-            raise InvalidSpec(f"the calibration measured no key function of layer {layers[0]}; make it again")
+            raise InvalidSpec(
+                f"the calibration measured no keys of layers {list(layers)}; run `raymem calibrate` for them"
+            )
         parts = [self.range_of(key.model_copy(update={"layers": (layer,)})) for layer in layers]
         return Range(*(sum(ends) / len(parts) for ends in zip(*parts, strict=True)))
-
-    def places(self, layers: tuple[int, ...]) -> list[int]:
-        """Where these layers lie among the calibration's.
-
-        Raises:
-            InvalidSpec: naming the layers that it was not made for.
-        """
-        missing = [layer for layer in layers if layer not in self.layers]
-        if missing:
-            raise InvalidSpec(
-                f"layers {missing} are not in the calibration, which was made for {list(self.layers)}; "
-                "run `raymem calibrate` for them or choose among those"
-            )
-        return [self.layers.index(layer) for layer in layers]
 
     def check(self) -> Calibration:
         """Return this calibration if keys and relevance can be made with it.

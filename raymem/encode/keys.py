@@ -45,8 +45,7 @@ class KeyMaker:
 
     def __init__(self, calibration: Calibration, key: KeySpec, layers: Sequence[int] | None = None) -> None:
         carried = tuple(layers or calibration.layers)
-        missing = [layer for layer in key.layers if layer not in carried]
-        if missing:
+        if missing := [layer for layer in key.layers if layer not in carried]:
             raise InvalidSpec(f"the key wants layers {missing}; the rows carry {list(carried)}: choose among those")
         if len(set(key.layers)) < len(key.layers):
             raise InvalidSpec(f"the key names layers {list(key.layers[:20])}, some twice: name each once")
@@ -54,7 +53,13 @@ class KeyMaker:
         self.window = 1 if key.function == "single" else key.window
         self.width = len(self.key.layers) * calibration.width
         self._picked = [carried.index(layer) for layer in self.key.layers]
-        places = calibration.places(self.key.layers)
+        known = calibration.layers
+        if missing := [layer for layer in self.key.layers if layer not in known]:
+            raise InvalidSpec(
+                f"layers {missing} are not in the calibration, which was made for {list(known)}; "
+                "run `raymem calibrate` for them or choose among those"
+            )
+        places = [known.index(layer) for layer in self.key.layers]
         self._mean_LD = calibration.mean_LD[places].numpy()
         whiten_LDD = calibration.whiten_LDD
         self._grid_LDD = None if whiten_LDD is None else whitening_grid(whiten_LDD[places])

@@ -56,7 +56,7 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 
 def expected(calibration: Calibration, key: KeySpec, rows: JournalRows) -> list[tuple[int, int, torch.Tensor]]:
     """Position, next token and key of every completed row, one at a time, in float64."""
-    places = calibration.places(key.layers or calibration.layers)
+    places = [calibration.layers.index(layer) for layer in key.layers or calibration.layers]
     window = 1 if key.function == "single" else key.window
     kept: dict[str, list[int]] = {}
     found = []
