@@ -21,8 +21,9 @@ from raymem.errors import BankDetached, BankNotFound, ConfigError, Conflict, Not
 from raymem.host.backend import OwnerVerb, shard_info
 from raymem.host.host import Limiter, caller
 from raymem.partition.backend import PartitionedBackend
+from raymem.rows import Trace
 from raymem.storage.store import ColdStore, Entry
-from raymem.types import Ack, DrainReport, MigrationReport, Readout, ShardInfo, Trace
+from raymem.types import Ack, DrainReport, MigrationReport, Readout, ShardInfo
 
 
 class RayBackend(PartitionedBackend):

@@ -19,8 +19,9 @@ from raymem.config import Settings
 from raymem.errors import NotShared, RaymemError, Unavailable
 from raymem.host.handover import MovingHost, Yielded
 from raymem.logs import get_logger
+from raymem.rows import Trace
 from raymem.storage.store import ColdStore
-from raymem.types import Ack, EraseReceipt, MigrationReport, Selection, Trace
+from raymem.types import Ack, EraseReceipt, MigrationReport, Selection
 
 log = get_logger("raymem.shard")
 # applying so few rows takes no longer than the handover itself

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from torch import Tensor
 
+from raymem.rows import Trace
 from raymem.tensors import dtype_name, from_bytes, to_bytes
-from raymem.types import Readout, Trace
+from raymem.types import Readout
 
 T = TypeVar("T", Trace, Readout)
 

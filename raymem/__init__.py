@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from raymem.config import Settings
     from raymem.encode.calibration import Calibration
     from raymem.errors import RaymemError
+    from raymem.rows import Trace
     from raymem.types import (
         Ack,
         BankInfo,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
         Readout,
         RowRef,
         SweepReport,
-        Trace,
     )
 
 # importing torch takes longer than everything else together: names resolve on first use
@@ -68,7 +68,7 @@ _HOME = {
     "Settings": "config",
     "Store": "client.store",
     "SweepReport": "types",
-    "Trace": "types",
+    "Trace": "rows",
     "connect": "client.store",
 }
 

@@ -1,4 +1,4 @@
-"""The journal's rows: as tensors, as Arrow, and the checksum that ties the two together.
+"""Rows: as a caller gives them, as the journal keeps them, as Arrow, and the checksum that ties these together.
 
 Shape legend: `T` rows, `L` layers, `D` hidden width, `V` value width.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from raymem.errors import Corrupt
-from raymem.inputs import TIME_END
+from raymem.errors import Corrupt, InvalidTrace, NonFinite
+from raymem.inputs import COUNT_END, TIME_END, check_hidden, label, moment, named, numbers, shown, whole
 from raymem.tensors import to_bits
-from raymem.types import Trace
+from raymem.types import Fingerprint
 
 _LAYERS = b"raymem.layers"
 _HIDDEN_TYPES: dict[torch.dtype, pa.DataType] = {
@@ -31,6 +32,103 @@ _HIDDEN_TYPES: dict[torch.dtype, pa.DataType] = {
     torch.float32: pa.float32(),
 }
 _HIDDEN_DTYPES = {arrow: dtype for dtype, arrow in _HIDDEN_TYPES.items()}
+
+
+_TOKEN_IDS = 2**31
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass leaves behind.
+
+    `hidden` is [T, L, D] in the fingerprint's dtype, `tokens` the input ids [T] int64, `seq` the run's index of the
+    first row, `values` optional float vectors [T, V] in the output-embedding space, `time` seconds since the epoch.
+    `fingerprint` says what made the rows: a bank of another model or other layers then refuses them. Without one, shape
+    and dtype are all that can be checked.
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    stream: str
+    run: str
+    seq: int = 0
+    values: Tensor | None = None
+    time: float = field(default_factory=time.time)
+    fingerprint: Fingerprint | None = None
+
+    def __len__(self) -> int:
+        return int(self.hidden.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors carried."""
+        extra = 0 if self.values is None else self.values.nbytes
+        return int(self.hidden.nbytes + self.tokens.nbytes + extra)
+
+    def copy(self) -> Trace:
+        """The same with tensors of its own."""
+        values = None if self.values is None else self.values.detach().clone()
+        return replace(self, hidden=self.hidden.detach().clone(), tokens=self.tokens.detach().clone(), values=values)
+
+    def checked(self, dtype: torch.dtype) -> Trace:
+        """The same as banks take it: names in NFC, times as seconds, tensors dense, detached and on the CPU.
+
+        Arrays and lists become tensors, floats of them in `dtype`, tokens int64; vectors become float32. Whether they
+        fit a bank is for `validate`.
+
+        Raises:
+            InvalidTrace, InvalidName, TooLarge: with the field and the offending value.
+        """
+        hidden = numbers("hidden states", self.hidden, dtype)
+        if hidden.dim() != 3:
+            raise InvalidTrace(f"hidden states are {list(hidden.shape)}; give [rows, layers, width]")
+        if not isinstance(self.fingerprint, Fingerprint | None):
+            raise InvalidTrace(f"fingerprint is {shown(self.fingerprint)}; give a raymem.Fingerprint, or leave it out")
+        values = None if self.values is None else numbers("values", self.values, torch.float32)
+        return replace(
+            self,
+            hidden=hidden,
+            tokens=numbers("tokens", self.tokens, torch.int64),
+            stream=named("stream", label, self.stream),
+            run=named("run", label, self.run),
+            seq=named("seq", whole, self.seq, 0, COUNT_END - len(hidden), InvalidTrace),
+            values=values.to(torch.float32) if values is not None and values.is_floating_point() else values,
+            time=named("time", moment, self.time, InvalidTrace),
+        )
+
+    def validate(self, fingerprint: Fingerprint) -> None:
+        """Check everything against a bank's fingerprint: what made the rows, shapes, dtype, names, numbers, finiteness.
+
+        Raises:
+            InvalidTrace, NonFinite, InvalidName: with the offending value; nothing has been changed.
+            FingerprintMismatch: another model made the rows, or they are of other layers.
+        """
+        for what, tensor in (("hidden", self.hidden), ("tokens", self.tokens), ("values", self.values)):
+            if not isinstance(tensor, Tensor) and not (what == "values" and tensor is None):
+                raise InvalidTrace(f"{what} is {shown(tensor)}; give a tensor")
+        rows = len(self.checked(self.hidden.dtype).hidden)
+        if self.fingerprint is not None:
+            fingerprint.accept(self.fingerprint)
+        check_hidden(self.hidden, fingerprint)
+        if self.tokens.shape != (rows,) or self.tokens.dtype != torch.int64:
+            found = f"{self.tokens.dtype} {list(self.tokens.shape)}"
+            raise InvalidTrace(f"tokens are {found}; expected torch.int64 [{rows}], one id a row")
+        if rows and not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < _TOKEN_IDS:
+            wrong = min(int(self.tokens.min()), 0) or int(self.tokens.max())
+            raise InvalidTrace(f"token id {wrong} is not in 0 … {_TOKEN_IDS - 1}")
+        if self.values is None:
+            if fingerprint.values:
+                raise InvalidTrace("this bank's rows carry vectors (its fingerprint names a value space): send values")
+            return
+        if not fingerprint.values:
+            raise InvalidTrace("this bank's fingerprint names no value space: leave values out, or create it with one")
+        expected = (rows, fingerprint.width)
+        if self.values.shape != expected or not self.values.is_floating_point():
+            raise InvalidTrace(
+                f"values are {self.values.dtype} {list(self.values.shape)}; expected floats {list(expected)}"
+            )
+        if rows and not torch.stack(torch.aminmax(self.values)).isfinite().all():
+            raise NonFinite("values hold NaN or Inf; the trace was refused whole")
 
 
 @dataclass(frozen=True)

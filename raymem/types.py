@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import time
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,19 +16,17 @@ import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from raymem.errors import FingerprintMismatch, InvalidInput, InvalidSpec, InvalidTrace, NonFinite
+from raymem.errors import FingerprintMismatch, InvalidInput, InvalidSpec
 from raymem.inputs import (
     COUNT_END,
     Check,
     Label,
     bank_name,
-    check_hidden,
     count,
     json_value,
     label,
     moment,
     named,
-    numbers,
     shown,
     text,
     whole,
@@ -49,7 +46,6 @@ _OPTIONS_BYTES = 2**16
 _Sized = Annotated[int, BeforeValidator(lambda value: whole(value, 0, COUNT_END, InvalidSpec))]
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # banks keep token ids in four bytes
-_TOKENS = 2**31
 
 
 def _short(value: str) -> str:
@@ -193,100 +189,6 @@ class RowRef(NamedTuple):
     seq: int
     pos: int
     partition: int | None = None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one forward pass leaves behind.
-
-    `hidden` is [T, L, D] in the fingerprint's dtype, `tokens` the input ids [T] int64, `seq` the run's index of the
-    first row, `values` optional float vectors [T, V] in the output-embedding space, `time` seconds since the epoch.
-    `fingerprint` says what made the rows: a bank of another model or other layers then refuses them. Without one, shape
-    and dtype are all that can be checked.
-    """
-
-    hidden: Tensor
-    tokens: Tensor
-    stream: str
-    run: str
-    seq: int = 0
-    values: Tensor | None = None
-    time: float = field(default_factory=time.time)
-    fingerprint: Fingerprint | None = None
-
-    def __len__(self) -> int:
-        return int(self.hidden.shape[0])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors carried."""
-        extra = 0 if self.values is None else self.values.nbytes
-        return int(self.hidden.nbytes + self.tokens.nbytes + extra)
-
-    def copy(self) -> Trace:
-        """The same with tensors of its own."""
-        values = None if self.values is None else self.values.detach().clone()
-        return replace(self, hidden=self.hidden.detach().clone(), tokens=self.tokens.detach().clone(), values=values)
-
-    def checked(self, dtype: torch.dtype) -> Trace:
-        """The same as banks take it: names in NFC, times as seconds, tensors dense, detached and on the CPU.
-
-        Arrays and lists become tensors, floats of them in `dtype`, tokens int64; vectors become float32. Whether they
-        fit a bank is for `validate`.
-
-        Raises:
-            InvalidTrace, InvalidName, TooLarge: with the field and the offending value.
-        """
-        hidden = numbers("hidden states", self.hidden, dtype)
-        if hidden.dim() != 3:
-            raise InvalidTrace(f"hidden states are {list(hidden.shape)}; give [rows, layers, width]")
-        if not isinstance(self.fingerprint, Fingerprint | None):
-            raise InvalidTrace(f"fingerprint is {shown(self.fingerprint)}; give a raymem.Fingerprint, or leave it out")
-        values = None if self.values is None else numbers("values", self.values, torch.float32)
-        return replace(
-            self,
-            hidden=hidden,
-            tokens=numbers("tokens", self.tokens, torch.int64),
-            stream=named("stream", label, self.stream),
-            run=named("run", label, self.run),
-            seq=named("seq", whole, self.seq, 0, COUNT_END - len(hidden), InvalidTrace),
-            values=values.to(torch.float32) if values is not None and values.is_floating_point() else values,
-            time=named("time", moment, self.time, InvalidTrace),
-        )
-
-    def validate(self, fingerprint: Fingerprint) -> None:
-        """Check everything against a bank's fingerprint: what made the rows, shapes, dtype, names, numbers, finiteness.
-
-        Raises:
-            InvalidTrace, NonFinite, InvalidName: with the offending value; nothing has been changed.
-            FingerprintMismatch: another model made the rows, or they are of other layers.
-        """
-        for what, tensor in (("hidden", self.hidden), ("tokens", self.tokens), ("values", self.values)):
-            if not isinstance(tensor, Tensor) and not (what == "values" and tensor is None):
-                raise InvalidTrace(f"{what} is {shown(tensor)}; give a tensor")
-        rows = len(self.checked(self.hidden.dtype).hidden)
-        if self.fingerprint is not None:
-            fingerprint.accept(self.fingerprint)
-        check_hidden(self.hidden, fingerprint)
-        if self.tokens.shape != (rows,) or self.tokens.dtype != torch.int64:
-            found = f"{self.tokens.dtype} {list(self.tokens.shape)}"
-            raise InvalidTrace(f"tokens are {found}; expected torch.int64 [{rows}], one id a row")
-        if rows and not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < _TOKENS:
-            wrong = min(int(self.tokens.min()), 0) or int(self.tokens.max())
-            raise InvalidTrace(f"token id {wrong} is not in 0 … {_TOKENS - 1}")
-        if self.values is None:
-            if fingerprint.values:
-                raise InvalidTrace("this bank's rows carry vectors (its fingerprint names a value space): send values")
-            return
-        if not fingerprint.values:
-            raise InvalidTrace("this bank's fingerprint names no value space: leave values out, or create it with one")
-        expected = (rows, fingerprint.width)
-        if self.values.shape != expected or not self.values.is_floating_point():
-            raise InvalidTrace(
-                f"values are {self.values.dtype} {list(self.values.shape)}; expected floats {list(expected)}"
-            )
-        if rows and not torch.stack(torch.aminmax(self.values)).isfinite().all():
-            raise NonFinite("values hold NaN or Inf; the trace was refused whole")
 
 
 @dataclass(frozen=True)

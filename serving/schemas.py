@@ -27,8 +27,9 @@ from raymem.inputs import (
     Partitions,
     Place,
 )
+from raymem.rows import Trace
 from raymem.tensors import from_bytes
-from raymem.types import DTYPES, BankSpec, Fingerprint, Readout, Trace
+from raymem.types import DTYPES, BankSpec, Fingerprint, Readout
 
 Token = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 Number = Annotated[float, Strict()]

@@ -13,19 +13,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from raymem.bank.primary import Primary, Standing
+from raymem.bank.primary import Executor, Primary, Standing
 from raymem.config import Settings
 from raymem.errors import Moved, NotOwner, RaymemError
-from raymem.executor import Executor, resolve
 from raymem.logs import get_logger
+from raymem.rows import Trace
 from raymem.storage.assignment import AssignmentCache
 from raymem.storage.catalog import part_of
 from raymem.storage.journal.log import Log, Part
 from raymem.storage.tables.single_writer_table import WriterState
-from raymem.types import Ack, Trace
+from raymem.types import Ack
 
 T = TypeVar("T")
 log = get_logger("raymem.bank.owner")
+
+
+def resolve(done: asyncio.Future[Any], outcome: Any) -> None:
+    """Give a future its result or its error, unless its caller was cancelled."""
+    if done.done():
+        return
+    if isinstance(outcome, Exception):
+        done.set_exception(outcome)
+    else:
+        done.set_result(outcome)
 
 
 class GroupCommit:

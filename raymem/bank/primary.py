@@ -6,27 +6,27 @@ them to the state and returns the outcomes. `Primary.write` is the one place tha
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, TypeVarTuple
 
 from torch import Tensor
 
 from raymem.bank.replica import Replica, Wanted
-from raymem.errors import RaymemError, SequenceConflict
-from raymem.executor import Executor
+from raymem.errors import RaymemError, SequenceConflict, StoreClosed
 from raymem.logs import get_logger
-from raymem.rows import JournalRows, concat
+from raymem.rows import JournalRows, Trace, concat
 from raymem.storage.history import materialise
 from raymem.storage.journal.log import Log, Part
 from raymem.storage.store import ColdStore, Entry
-from raymem.types import Ack, Readout, Trace
+from raymem.types import Ack, Readout
 
 # a write of so few bytes takes less time than a hop to a thread, and is applied together with others
 SMALL_BYTES = 64 * 2**10
@@ -36,6 +36,8 @@ _MOST_ROWS = 64
 _MOST_S = 10.0
 Run = tuple[str, str]
 log = get_logger("raymem.bank.primary")
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 
 class Standing(Enum):
@@ -150,6 +152,42 @@ class ApplyQueue:
             self.waiting = left.waiting
 
 
+class Executor:
+    """A thread pool for what takes longer than the hop there and back, about 100 µs.
+
+    Args:
+        pool: the threads; without any, functions run where they are called.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor | None = None) -> None:
+        self._pool = pool
+
+    async def run(self, function: Callable[[*Args], T], *args: *Args) -> T:
+        """Run a function in a thread.
+
+        Raises:
+            StoreClosed: there are no threads any more.
+        """
+        if self._pool is None:
+            return function(*args)
+        try:
+            done = asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        except RuntimeError as error:
+            raise StoreClosed(f"this store is closed, or its process ends ({error}); connect again") from error
+        return await done
+
+
+def run_now(work: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns that never waits: for callers without an event loop."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    work.close()
+    raise AssertionError("it waits for something")
+
+
 class Primary(Replica):
     """A replica that also writes the journal; see `Standing`.
 
@@ -240,7 +278,7 @@ class Primary(Replica):
                 self.own(self.entry)
             group = _Group(self.apply_queue.waiting.end or self.pos)
             outcomes = [self._dedup(trace, group) for trace in traces]
-            rows = concat(group.parts) if group.parts else None
+            rows = None if not group.parts else group.parts[0] if len(group.parts) == 1 else concat(group.parts)
             return PendingCommit(outcomes, rows, rows is not None and self.journal.accept(rows))
         except RaymemError as error:
             return self._refuse(traces, error)

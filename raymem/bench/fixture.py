@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 
 from raymem.encode.calibration import Calibration, Range
+from raymem.rows import Trace
 from raymem.storage.store import ColdStore
-from raymem.types import BankSpec, Fingerprint, KeySpec, Trace
+from raymem.types import BankSpec, Fingerprint, KeySpec
 
 # a row of [1, 576] in bfloat16, the hidden width of a small language model
 _LAYERS, WIDTH = (1,), 576

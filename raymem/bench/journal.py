@@ -21,11 +21,10 @@ from raymem.bench.fixture import ROW_BYTES, Fixture
 from raymem.config import HostSettings, Settings
 from raymem.errors import StorageError
 from raymem.host.host import Host
-from raymem.rows import JournalRows
+from raymem.rows import JournalRows, Trace
 from raymem.storage.store import ColdStore, Entry
 from raymem.storage.tables.disk import FolderSync
 from raymem.storage.tables.tables import snapshot_table
-from raymem.types import Trace
 
 _WRITERS, _BATCH_ROWS = 64, 1000
 _OTHER = "bench/other"

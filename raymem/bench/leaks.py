@@ -27,8 +27,9 @@ from raymem.config import ColdSettings, Settings
 from raymem.encode.calibration import Calibration, Range
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.models import LanguageModel
+from raymem.rows import Trace
 from raymem.storage.store import ColdStore
-from raymem.types import BankSpec, KeySpec, Trace
+from raymem.types import BankSpec, KeySpec
 
 Report = Callable[[int, int], None]
 Scope = Literal["rows", "run"]

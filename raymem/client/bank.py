@@ -43,6 +43,7 @@ from raymem.inputs import (
     shown,
 )
 from raymem.logs import get_logger
+from raymem.rows import Trace
 from raymem.types import (
     DTYPES,
     Ack,
@@ -53,7 +54,6 @@ from raymem.types import (
     RebalanceReport,
     RestoreReport,
     Selection,
-    Trace,
 )
 
 if TYPE_CHECKING:

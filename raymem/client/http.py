@@ -24,6 +24,7 @@ from raymem.errors import BackendUnavailable, InvalidInput, Overloaded, RaymemEr
 from raymem.inputs import named
 from raymem.memory.learned import Learned
 from raymem.retry import retrying
+from raymem.rows import Trace
 from raymem.types import (
     Ack,
     BankInfo,
@@ -38,7 +39,6 @@ from raymem.types import (
     Selection,
     ShardInfo,
     SweepReport,
-    Trace,
 )
 
 _INFO = TypeAdapter(BankInfo)

@@ -18,8 +18,9 @@ from raymem.host.backend import OwnerVerb, detached, shard_info
 from raymem.host.host import Host, caller
 from raymem.host.lease import Watch
 from raymem.partition.backend import PartitionedBackend
+from raymem.rows import Trace
 from raymem.storage.store import ColdStore, Entry, LeaseTable
-from raymem.types import Ack, DrainReport, MigrationReport, Readout, ShardInfo, Trace
+from raymem.types import Ack, DrainReport, MigrationReport, Readout, ShardInfo
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -12,11 +12,12 @@ from torch import Tensor
 from raymem.config import Settings
 from raymem.errors import BankDetached, RaymemError
 from raymem.logs import get_logger
+from raymem.rows import Trace
 from raymem.storage.erasure.erase import record_forks
 from raymem.storage.erasure.reach import inherited
 from raymem.storage.history import materialise_cold
 from raymem.storage.store import ColdStore, Entry
-from raymem.types import Ack, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo, Trace
+from raymem.types import Ack, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo
 
 log = get_logger("raymem.host.backend")
 OwnerVerb = Literal["digest", "erase", "mark", "materialise", "pull", "release"]

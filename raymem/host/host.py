@@ -16,11 +16,10 @@ from torch import Tensor
 
 from raymem.bank.erase import erase
 from raymem.bank.owner import BankOwner, GroupCommit
-from raymem.bank.primary import Primary, Standing
+from raymem.bank.primary import Executor, Primary, Standing, run_now
 from raymem.bank.replica import Replica
 from raymem.config import HostSettings, Settings
 from raymem.errors import Moved, NotOwner, Overloaded, RaymemError, StoreClosed, TooLarge
-from raymem.executor import Executor, Locks, run_now
 from raymem.host.backend import detached
 from raymem.host.lease import Lease, clock
 from raymem.host.maintenance import Maintenance
@@ -28,10 +27,12 @@ from raymem.host.memory_budget import PAST, MemoryBudget, MemoryLimit
 from raymem.host.owed import Owed
 from raymem.host.ownership import Ownership
 from raymem.host.point_in_time import PointInTimeCache
+from raymem.locks import Locks
 from raymem.logs import get_logger
+from raymem.rows import Trace
 from raymem.storage.assignment import AssignmentCache
 from raymem.storage.store import ColdStore, Entry
-from raymem.types import Ack, EraseReceipt, Readout, Selection, Trace
+from raymem.types import Ack, EraseReceipt, Readout, Selection
 
 log = get_logger("raymem.host.host")
 _TICK_S = 1.0

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+from raymem.bank.primary import Executor
 from raymem.errors import RaymemError, TooLarge
-from raymem.executor import Executor
 from raymem.logs import get_logger
 from raymem.storage.store import ColdStore, Entry
 

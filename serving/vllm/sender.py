@@ -22,9 +22,9 @@ from torch import Tensor
 from raymem.errors import RaymemError, Unavailable
 from raymem.logs import WarnOnce, get_logger
 from raymem.retry import retrying
+from raymem.rows import Trace
 from raymem.serving.vllm.params import ConnectorConfig
 from raymem.serving.vllm.tracker import RunSlice
-from raymem.types import Trace
 
 log = get_logger("raymem.vllm")
 _LONGEST_PAUSE_S = 1.0

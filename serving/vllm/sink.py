@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from raymem.client.store import AsyncBank, AsyncStore
+from raymem.rows import Trace
 from raymem.serving.vllm.params import ConnectorConfig
-from raymem.types import Fingerprint, Trace
+from raymem.types import Fingerprint
 
 # the least recently used handle is dropped; the next write makes it again
 _MOST_BANKS = 1024

@@ -24,7 +24,7 @@ from raymem.actors import backend as backend_module
 from raymem.actors import cluster
 from raymem.actors.calls import NAMESPACE, Remote, ask_all
 from raymem.actors.cluster import LocalNodes
-from raymem.bank.primary import Primary
+from raymem.bank.primary import Executor, Primary, run_now
 from raymem.config import ColdSettings, HostSettings
 from raymem.errors import (
     BackendUnavailable,
@@ -38,7 +38,6 @@ from raymem.errors import (
     Overloaded,
     SequenceConflict,
 )
-from raymem.executor import Executor, run_now
 from raymem.host.host import caller
 from raymem.storage.partitions import Place
 from raymem.storage.store import ColdStore

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from raymem import BankSpec, Settings, Trace
-from raymem.bank.primary import ApplyQueue, Primary
+from raymem.bank.primary import ApplyQueue, Executor, Primary, run_now
 from raymem.bank.replica import Replica
 from raymem.errors import Moved, RaymemError, SequenceConflict
-from raymem.executor import Executor, run_now
 from raymem.host.host import Host
 from raymem.rows import JournalRows
 from raymem.storage.store import ColdStore

@@ -4,10 +4,9 @@ from typing import Any
 import pytest
 
 from raymem import Ack, Trace
-from raymem.bank.primary import Primary
+from raymem.bank.primary import Executor, Primary, run_now
 from raymem.bank.replica import Replica, prefetch
 from raymem.errors import NonFinite, NotOwner, RaymemError, StorageError
-from raymem.executor import Executor, run_now
 from raymem.rows import JournalRows
 from raymem.storage.store import ColdStore
 

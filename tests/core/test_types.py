@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from raymem.errors import FingerprintMismatch, InvalidName, InvalidSpec, InvalidTrace, NonFinite
-from raymem.types import BankSpec, Fingerprint, Readout, RowRef, Trace, check_bank_name
+from raymem.rows import Trace
+from raymem.types import BankSpec, Fingerprint, Readout, RowRef, check_bank_name
 
 FINGERPRINT = Fingerprint(model="tiny", content="c", layers=(3, 5), width=7, dtype="float32", tokenizer="t")
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from raymem.client.wire import pack, traces_from_arrow, traces_to_arrow, unpack
 from raymem.client.wire_limits import check_msgpack
 from raymem.errors import BankNotFound, Corrupt, InvalidInput, Overloaded, TooLarge
+from raymem.rows import Trace
 from raymem.tensors import TENSOR_DTYPES, to_bits
-from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace
+from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout
 
 FINGERPRINT = Fingerprint(model="tiny", content="c" * 64, layers=(3, 7), width=5, tokenizer="t" * 64)
 SPEC = BankSpec(kind="spalm", fingerprint=FINGERPRINT, key=KeySpec(function="window"), options={"k": 8, "tau": [0.1]})

@@ -155,8 +155,7 @@ def test_u5_a_sink_row_changes_nothing(case):
 
 
 def journaled(hidden: torch.Tensor, value: int):
-    from raymem.rows import JournalRows
-    from raymem.types import Trace
+    from raymem.rows import JournalRows, Trace
 
     values = torch.ones(len(hidden), value) if value else None
     trace = Trace(hidden, torch.arange(len(hidden)), "s", "r", values=values, time=0.0)

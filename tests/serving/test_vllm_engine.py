@@ -10,9 +10,9 @@ from shared_engine import BLOCK, CHUNK, LAYERS, LENGTH, MODEL, QUEUE_ROWS, ROW_B
 
 from raymem.errors import ConfigError
 from raymem.lm.models import model_path
+from raymem.rows import Trace
 from raymem.serving.vllm import engine_args, raymem_params
 from raymem.storage.store import ColdStore
-from raymem.types import Trace
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from raymem.errors import BankNotFound, ConfigError, Overloaded, StorageError, Unauthorized
+from raymem.rows import Trace
 from raymem.serving.vllm.params import ConnectorConfig
 from raymem.serving.vllm.sender import Chunk, Sender
 from raymem.serving.vllm.tracker import RunSlice
-from raymem.types import Trace
 
 LAYERS, WIDTH = 2, 3
 ROW_BYTES = LAYERS * WIDTH * 2

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from raymem.rows import JournalRows
+from raymem.rows import JournalRows, Trace
 from raymem.storage.journal.journal import Journal
 from raymem.storage.journal.log import Log
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.single_writer_table import SingleWriterTable
-from raymem.types import BankSpec, Fingerprint, Trace
+from raymem.types import BankSpec, Fingerprint
 
 LAYERS, WIDTH = 2, 9
 

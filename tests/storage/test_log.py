@@ -13,7 +13,7 @@ from lance.dataset import DatasetOptimizer
 from lancedb.table import LanceTable
 
 from raymem.errors import Conflict, Corrupt, NotOwner, Overloaded, StorageError
-from raymem.rows import JournalRows
+from raymem.rows import JournalRows, Trace
 from raymem.storage.history import fork_at
 from raymem.storage.journal import journal as journal_module
 from raymem.storage.journal import log as log_module
@@ -24,7 +24,7 @@ from raymem.storage.tables.disk import reading
 from raymem.storage.tables.files import Files
 from raymem.storage.tables.single_writer_table import SingleWriterTable, WriterState
 from raymem.storage.tables.tables import log_table
-from raymem.types import BankSpec, Fingerprint, Trace
+from raymem.types import BankSpec, Fingerprint
 
 Owned = Callable[..., Journal]
 

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymem.errors import Corrupt
-from raymem.rows import JournalRows, journal_schema
-from raymem.types import Trace
+from raymem.rows import JournalRows, Trace, journal_schema
 
 NAMES = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=9)
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

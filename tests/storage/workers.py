@@ -10,11 +10,11 @@ import pyarrow as pa
 import torch
 
 from raymem.errors import BankExists, NotOwner, RaymemError
-from raymem.rows import JournalRows
+from raymem.rows import JournalRows, Trace
 from raymem.storage.journal.log import Log
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.tables import Tables
-from raymem.types import BankSpec, Fingerprint, Trace
+from raymem.types import BankSpec, Fingerprint
 
 LAYERS, WIDTH = 2, 9
 SPEC = BankSpec(

@@ -15,9 +15,10 @@ import raymem
 from raymem.encode.calibration import Calibration, Range, measured_keys
 from raymem.lm.fingerprint import fingerprint_of
 from raymem.lm.models import LanguageModel, model_path
+from raymem.rows import Trace
 from raymem.serving.vllm import engine_args, raymem_params
 from raymem.storage.store import ColdStore
-from raymem.types import BankSpec, Trace
+from raymem.types import BankSpec
 
 MODEL = "smollm2-135m"
 LAYERS = (15, 26)

@@ -21,7 +21,7 @@ from raymem.encode.calibration import Calibration
 from raymem.encode.encoder import assemble, mechanism
 from raymem.errors import CalibrationNotFound, Corrupt, InvalidInput
 from raymem.memory.learned import Learned
-from raymem.rows import JournalRows
+from raymem.rows import JournalRows, Trace
 from raymem.storage.catalog import Entry
 from raymem.storage.export import arrow
 from raymem.storage.export.archive import Archive, opened
@@ -29,7 +29,7 @@ from raymem.storage.export.export import Progress
 from raymem.storage.export.manifest import CALIBRATION, COUNT_END, JOURNAL, PARAMS
 from raymem.storage.journal.tombstones import TOMBSTONES, Tombstones, bank_schema
 from raymem.storage.store import ColdStore
-from raymem.types import BankSpec, Trace, check_bank_name, check_label
+from raymem.types import BankSpec, check_bank_name, check_label
 
 T = TypeVar("T")
 _PARAMS_BYTES = 2**31

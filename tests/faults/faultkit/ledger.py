@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from faultkit import made
 
-from raymem.bank.primary import Primary
+from raymem.bank.primary import Executor, Primary, run_now
 from raymem.bank.replica import Replica
 from raymem.errors import RaymemError
-from raymem.executor import Executor, run_now
 from raymem.rows import JournalRows
 from raymem.storage.catalog import Entry
 from raymem.storage.store import ColdStore
