@@ -380,7 +380,7 @@ def numbers(what: str, given: object, dtype: torch.dtype) -> Tensor:
         TooLarge: over 1 GiB.
     """
     found = given if isinstance(given, Tensor) else _from_array(what, given, dtype)
-    if not is_dense(found):
+    if found.layout != torch.strided or found.is_nested or found.is_quantized or found.is_meta:
         kind = "quantised" if found.is_quantized else f"{found.layout} on {found.device}"
         raise InvalidTrace(f"{what} are a tensor that is {kind}; give a dense one: .to_dense(), .dequantize()")
     if found.nbytes > MOST_BYTES:
@@ -413,15 +413,6 @@ def check_hidden(hidden: Tensor, fingerprint: Fingerprint) -> None:
     if hidden.numel() and not torch.stack(torch.aminmax(hidden)).isfinite().all():
         bad = int((~torch.isfinite(hidden)).flatten(1).any(1).nonzero()[0])
         raise NonFinite(f"row {bad} holds NaN or Inf; it was refused whole, nothing was written")
-
-
-def is_dense(given: object) -> bool:
-    """Whether this is a tensor whose elements are all there is to it, and are in memory."""
-    return (
-        isinstance(given, Tensor)
-        and given.layout == torch.strided
-        and not (given.is_nested or given.is_quantized or given.is_meta)
-    )
 
 
 def _from_array(what: str, given: object, dtype: torch.dtype) -> Tensor:

@@ -65,11 +65,6 @@ class Trace:
         extra = 0 if self.values is None else self.values.nbytes
         return int(self.hidden.nbytes + self.tokens.nbytes + extra)
 
-    def copy(self) -> Trace:
-        """The same with tensors of its own."""
-        values = None if self.values is None else self.values.detach().clone()
-        return replace(self, hidden=self.hidden.detach().clone(), tokens=self.tokens.detach().clone(), values=values)
-
     def checked(self, dtype: torch.dtype) -> Trace:
         """The same as banks take it: names in NFC, times as seconds, tensors dense, detached and on the CPU.
 

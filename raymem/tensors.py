@@ -37,6 +37,15 @@ _HEAD_BYTES = 2**20
 assert sys.byteorder == "little", "tensors travel in the byte order of the machine"
 
 
+def is_dense(given: object) -> bool:
+    """Whether this is a tensor whose elements are all there is to it, and are in memory."""
+    return (
+        isinstance(given, Tensor)
+        and given.layout == torch.strided
+        and not (given.is_nested or given.is_quantized or given.is_meta)
+    )
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as formats name it, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -18,7 +18,7 @@ from pydantic.json_schema import models_json_schema
 import raymem
 from raymem.client.store import AsyncStore
 from raymem.config import Settings
-from raymem.locks import Locks
+from raymem.host.ownership import Locks
 from raymem.serving import errors
 from raymem.serving.auth import DOCS, Auth
 from raymem.serving.intake import SLOW_AT_ONCE, Budget, Transfers

@@ -96,7 +96,8 @@ class Handle:
         Raises:
             StoreClosed: another process or event loop asks, or the store was closed.
         """
-        require(self.pid)
+        if self.pid != os.getpid() or self.pid == _at_end.ending:
+            raise _unusable(self.pid)
         if self.closed:
             raise StoreClosed(_CLOSED)
         here = asyncio._get_running_loop()
@@ -165,7 +166,8 @@ class LoopThread:
             StoreClosed: the loop has ended, also while this waited; or this is a forked child.
         """
         try:
-            require(self._pid)
+            if self._pid != os.getpid() or self._pid == _at_end.ending:
+                raise _unusable(self._pid)
             thread = threading.current_thread()
             # the end of the process waits for such a thread, as the interpreter does anyway unless it is a daemon
             if not thread.daemon and thread is not threading.main_thread():
@@ -252,18 +254,17 @@ except RuntimeError:
     _at_end.ending = os.getpid()
 
 
-def require(pid: int) -> None:
-    """Raise StoreClosed unless this process is `pid`, and goes on."""
+def _unusable(pid: int) -> StoreClosed:
+    """Why a store of process `pid` can't be used: this is a fork of it, or it is ending, where daemon threads wait."""
     here = os.getpid()
     if here != pid:
-        raise StoreClosed(
+        return StoreClosed(
             f"this store was opened in process {pid}, and this is {here}, a fork of it, which has none of its threads: "
             "connect again here, or start processes with multiprocessing's 'spawn'"
         )
-    if _at_end.ending == here:
-        if threading.current_thread().daemon:
-            threading.Event().wait(_PARK_S)
-        raise StoreClosed(f"process {here} is ending, and its stores are closed; join threads that write before that")
+    if threading.current_thread().daemon:
+        threading.Event().wait(_PARK_S)
+    return StoreClosed(f"process {here} is ending, and its stores are closed; join threads that write before that")
 
 
 def checked(cls: type[A]) -> type[A]:

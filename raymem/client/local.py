@@ -7,6 +7,7 @@ import re
 import socket
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psutil
@@ -64,7 +65,9 @@ class LocalBackend(PartitionedBackend):
 
     async def write_part(self, name: str, trace: Trace, durable: bool) -> Ack:
         """Journal and apply a copy of a trace: the caller may go on to change its tensors."""
-        return await self._owned(self.host.write, name, trace.copy(), durable=durable, caller=caller.get())
+        values = None if trace.values is None else trace.values.clone()
+        own = replace(trace, hidden=trace.hidden.clone(), tokens=trace.tokens.clone(), values=values)
+        return await self._owned(self.host.write, name, own, durable=durable, caller=caller.get())
 
     async def read_part(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
         """Read a part, or what it was."""
@@ -122,16 +125,15 @@ class LocalBackend(PartitionedBackend):
     async def _owned(
         self, verb: Callable[Concatenate[str, P], Awaitable[T]], name: str, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Run the host's verb on a part, once more if the part was lost to it meanwhile."""
-        if not self.host.has(name):
-            await self._reload(name)
-        try:
-            return await verb(name, *args, **kwargs)
-        except (Moved, NotOwner):
-            # the owner or the lease was lost: the catalog says who has the part now
-            if not self.host.has(name):
-                await self._reload(name)
-            return await verb(name, *args, **kwargs)
+        """Run the host's verb on a part, again once it is loaded, and once more if it was lost meanwhile."""
+        for _ in range(2):
+            try:
+                return await verb(name, *args, **kwargs)
+            except (Moved, NotOwner):
+                # it was not loaded, or the owner or the lease was lost: the catalog says who has the part now
+                if not self.host.has(name):
+                    await self._reload(name)
+        return await verb(name, *args, **kwargs)
 
     async def _reload(self, name: str) -> None:
         """Load a part that the catalog says is hot, taking it from an owner that has ended."""

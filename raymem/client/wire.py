@@ -21,9 +21,9 @@ from torch import Tensor
 
 from raymem.client.wire_limits import MOST_DEEP, check_arrow, check_msgpack, check_traces
 from raymem.errors import Corrupt, InvalidInput, InvalidTrace, RaymemError, TooLarge
-from raymem.inputs import TIME_END, is_dense, shown
+from raymem.inputs import TIME_END, shown
 from raymem.rows import JournalRows, Trace, is_journal
-from raymem.tensors import TENSOR_DTYPES, dtype_name, from_bytes, to_bytes
+from raymem.tensors import TENSOR_DTYPES, dtype_name, from_bytes, is_dense, to_bytes
 from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout
 
 MAX_BYTES = 2**30

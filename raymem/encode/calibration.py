@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec, RaymemError
-from raymem.inputs import is_dense, shown
-from raymem.tensors import read_object, read_safetensors, save_safetensors
+from raymem.inputs import shown
+from raymem.tensors import is_dense, read_object, read_safetensors, save_safetensors
 from raymem.types import KeySpec
 
 _FORMAT = "raymem-calibration-1"

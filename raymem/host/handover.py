@@ -11,6 +11,7 @@ from raymem.bank.primary import Primary
 from raymem.config import Settings
 from raymem.errors import Moved
 from raymem.host.host import Host
+from raymem.host.lease import clock
 from raymem.storage.store import ColdStore
 
 # a source that moves a bank comes back for its copy at once
@@ -73,7 +74,8 @@ class MovingHost(Host):
         self._departing[name] = to
         try:
             await owner.hold(owner.primary.let_go)
-            self._confirm(name, lease)
+            if clock() >= lease.deadline:
+                raise self._silent(name, lease)
         except Exception:
             self._departing.pop(name, None)
             raise

@@ -25,9 +25,8 @@ from raymem.host.lease import Lease, clock
 from raymem.host.maintenance import Maintenance
 from raymem.host.memory_budget import PAST, MemoryBudget, MemoryLimit
 from raymem.host.owed import Owed
-from raymem.host.ownership import Ownership
+from raymem.host.ownership import Locks, Ownership
 from raymem.host.point_in_time import PointInTimeCache
-from raymem.locks import Locks
 from raymem.logs import get_logger
 from raymem.rows import Trace
 from raymem.storage.assignment import AssignmentCache
@@ -116,7 +115,7 @@ class Host:
         )
 
     def has(self, name: str) -> bool:
-        """Whether the bank is hot here; an incarnation whose lease ran out ends."""
+        """Whether the bank is hot here, and not about to leave. A lease that ran out ends first."""
         if self._owners and clock() >= self.ownership.lease.deadline:
             self.ownership.end("its lease ran out")
         owner = self._owners.get(name)
@@ -234,7 +233,8 @@ class Host:
         if durable:
             with self._limiter.admit(caller, trace.nbytes):
                 ack = await owner.write(trace)
-            self._confirm(name, lease)
+            if clock() >= lease.deadline:
+                raise self._silent(name, lease)
             if is_limited:
                 self._memory.watch(name)
             return ack
@@ -275,7 +275,8 @@ class Host:
                 finally:
                     if owner.primary.standing is Standing.LOST:
                         owner.stop()
-        self._confirm(name, lease)
+        if clock() >= lease.deadline:
+            raise self._silent(name, lease)
         return readout
 
     async def mark(self, name: str, tag: str) -> dict[str, int]:
@@ -317,7 +318,8 @@ class Host:
             owner = await self._home(name, lambda streams: streams.expect(stream))
             acks = await asyncio.gather(*map(owner.write, part.traces()))
             copied += sum(ack.rows for ack in acks)
-        self._confirm(name, lease)
+        if clock() >= lease.deadline:
+            raise self._silent(name, lease)
         self._memory.watch(name)
         return copied, end
 
@@ -325,7 +327,8 @@ class Host:
         """sha256 of the bank's whole state, after the writes queued so far."""
         owner, lease = self._owner(name), self.ownership.lease
         digest = await owner.call(owner.primary.digest)
-        self._confirm(name, lease)
+        if clock() >= lease.deadline:
+            raise self._silent(name, lease)
         return digest
 
     async def snapshot(self, name: str) -> int:
@@ -459,10 +462,13 @@ class Host:
         await asyncio.shield(owner.group_commit.tidy())
 
     def _owner(self, name: str) -> BankOwner:
-        """The bank's owner, which is used now; one that is leaving refuses by itself."""
-        if not self.has(name):
-            self._retire(name)
+        """The bank's owner, which is used now; one that is leaving refuses. As `has`, it looks at the lease."""
+        if self._owners and clock() >= self.ownership.lease.deadline:
+            self.ownership.end("its lease ran out")
         owner = self._owners.get(name)
+        if owner is not None and owner.stopped:
+            self._retire(name)
+            owner = None
         if owner is None:
             raise Moved(f"bank {name!r} is not hot on {self.owner}", to="")
         owner.primary.used = time.monotonic()
@@ -476,17 +482,11 @@ class Host:
             if not owner.ended:
                 self._stopping[name] = owner
 
-    def _confirm(self, name: str, lease: Lease) -> None:
-        """Refuse an outcome that another owner may know nothing of, or that one has made old.
-
-        Raises:
-            NotOwner: the lease ran out.
-        """
-        if clock() < lease.deadline:
-            return
+    def _silent(self, name: str, lease: Lease) -> NotOwner:
+        """Why an outcome is refused after the lease ran out: another owner may not know it, or have made it old."""
         if lease is self.ownership.lease:
             self.ownership.end("its lease ran out")
-        raise NotOwner(
+        return NotOwner(
             f"{self.owner} was silent for longer than its lease of {lease.lease_s:g} s, so bank {name!r} may have "
             "another owner: ask again, repeating a write is safe"
         )

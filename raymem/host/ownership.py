@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
 
 from raymem.bank.owner import GroupCommit
 from raymem.bank.primary import Executor
@@ -17,6 +18,7 @@ from raymem.storage.store import ColdStore, Entry
 from raymem.storage.tables.single_writer_table import WriterState
 
 _log = get_logger("raymem.host.ownership")
+L = TypeVar("L")
 
 
 class Ownership:
@@ -107,3 +109,22 @@ class Ownership:
         """A bank was taken from this incarnation, and its log with it: no bank can be written through it any more."""
         if lease is self.lease:
             self.end("its log was fenced off")
+
+
+class Locks(Generic[L]):
+    """One lock for each key, kept only while a caller holds or awaits it: keys come from callers and never end.
+
+    Args:
+        make: makes one.
+    """
+
+    def __init__(self, make: Callable[[], L]) -> None:
+        self._make = make
+        self._locks: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
+
+    def __getitem__(self, key: Hashable) -> L:
+        lock: L = self._locks.setdefault(key, self._make())
+        return lock
+
+    def __len__(self) -> int:
+        return len(self._locks)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from raymem.bank.replica import Replica
 from raymem.errors import BankNotFound
-from raymem.locks import Locks
+from raymem.host.ownership import Locks
 from raymem.storage.history import position_of
 from raymem.storage.store import ColdStore, Entry
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec
-from raymem.inputs import is_dense, json_value, named, shown
+from raymem.inputs import json_value, named, shown
 from raymem.memory import class_of, option_names
 from raymem.memory.base import Memory
-from raymem.tensors import read_object, read_safetensors, require_finite, save_safetensors
+from raymem.tensors import is_dense, read_object, read_safetensors, require_finite, save_safetensors
 
 _FORMAT = "raymem-params-1"
 _KEY = "raymem"

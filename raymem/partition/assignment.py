@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 
-from raymem.locks import Locks
+from raymem.host.ownership import Locks
 from raymem.storage.catalog import part_name
 from raymem.storage.partitions import Layout, Partitions
 

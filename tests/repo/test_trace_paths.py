@@ -7,7 +7,7 @@ import sys
 import pytest
 
 # at most so many files and functions of raymem
-MOST = {"write": (14, 66), "read": (15, 50), "attach": (26, 131)}
+MOST = {"write": (12, 60), "read": (15, 60), "attach": (24, 130)}
 
 
 @pytest.fixture(scope="module")

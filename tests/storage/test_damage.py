@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from raymem.errors import CalibrationNotFound, Corrupt, StorageError
-from raymem.storage.content_store import Calibrations
 from raymem.storage.journal.journal import Journal
-from raymem.storage.store import ColdStore
+from raymem.storage.store import Calibrations, ColdStore
 from raymem.storage.tables.disk import FolderSync
 from raymem.storage.tables.tables import Tables
 from raymem.types import BankSpec
