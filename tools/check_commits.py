@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 # the last commit before the check began
-SINCE = "6e4a69150145b5ff19d3f035c7b74d3633af6ebc"
+SINCE = "9661bd22aa8575eaaa070db5af76cee1d83e867c"
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 72
