@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    TomlConfigSettingsSource,
 )
 
 from raymem.errors import ConfigError
@@ -197,9 +197,9 @@ class Settings(BaseSettings):
         environ = os.environ if environ is None else environ
         chosen = Path(path or environ.get("RAYMEM_CONFIG") or "raymem.toml")
         try:
-            if not chosen.is_file() and (path is not None or "RAYMEM_CONFIG" in environ):
-                raise FileNotFoundError("there is no such file")
-            file = TomlConfigSettingsSource(cls, chosen)
+            # read here, as the library's own source skips pipes and folders
+            wanted = path is not None or "RAYMEM_CONFIG" in environ or chosen.exists()
+            file = InitSettingsSource(cls, tomllib.loads(chosen.read_text()) if wanted else {})
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"can't read settings from {chosen}: {error}") from error
         try:

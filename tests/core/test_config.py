@@ -1,3 +1,5 @@
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,16 @@ def test_keys_are_never_shown():
 def test_the_number_of_settings_stays_small():
     leaves = [name for section in Settings().model_dump().values() for name in section]
     assert len(leaves) <= 40
+
+
+def test_a_settings_file_may_be_a_pipe_and_a_folder_of_its_name_is_an_error(tmp_path, monkeypatch):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("[gateway]\nport = 9\n",))
+    writer.start()
+    assert Settings.load(environ={"RAYMEM_CONFIG": str(pipe)}).gateway.port == 9
+    writer.join()
+    (tmp_path / "raymem.toml").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"can't read settings from raymem\.toml"):
+        Settings.load(environ={})
