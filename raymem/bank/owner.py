@@ -288,6 +288,10 @@ class BankOwner:
 
     async def _commit(self) -> None:
         """Commit the writes that stand first in the queue, as many as make a group."""
+        if self.primary.standing is Standing.LOST:
+            # a reader found out; its writers come again to the next owner
+            self.stopped = True
+            return
         group: list[_Write] = []
         size = 0
         while self._queue and isinstance(item := self._queue[0], _Write) and size < self._settings.host.group_bytes:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from raymem.config import Settings
-from raymem.errors import BankDetached, RaymemError
+from raymem.errors import BankDetached, Conflict, NotOwner, RaymemError
 from raymem.logs import get_logger
 from raymem.rows import Trace
+from raymem.storage.catalog import Line
 from raymem.storage.erasure.erase import record_forks
 from raymem.storage.erasure.reach import inherited
 from raymem.storage.history import materialise_cold
@@ -20,6 +21,7 @@ from raymem.storage.store import ColdStore, Entry
 from raymem.types import Ack, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo
 
 log = get_logger("raymem.host.backend")
+_REMOVALS = 8
 OwnerVerb = Literal["digest", "erase", "mark", "materialise", "pull", "release"]
 
 
@@ -48,6 +50,20 @@ class Hosts(ABC):
         Raises:
             Conflict: its owner lives elsewhere.
         """
+
+    async def remove_part(self, line: Line) -> None:
+        """Free a part and remove it; again where an owner has claimed it in between.
+
+        Raises:
+            Conflict: its owner lives elsewhere, or it has forks.
+        """
+        for _ in range(_REMOVALS):
+            await self.discard_part(line.name, line.owner)
+            try:
+                return await asyncio.to_thread(self.cold.remove, line.name, line)
+            except NotOwner:
+                line = await asyncio.to_thread(self.cold.catalog.line, line.name)
+        raise Conflict(f"bank {line.name!r} is attached again and again meanwhile; stop that, then remove it")
 
     @abstractmethod
     async def write_part(self, name: str, trace: Trace, durable: bool) -> Ack:

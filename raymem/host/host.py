@@ -156,9 +156,12 @@ class Host:
             Moved: another owner has it.
         """
         async with self._locks[name]:
-            if self.has(name):
-                return self._owners[name].primary.entry
             entry = (await self._executor.run(self.cold.catalog.get, name)).whole()
+            if self.has(name):
+                if self._owners[name].primary.entry.id == entry.id:
+                    return entry
+                # its bank was removed elsewhere, and this is another of that name
+                await self._free(name)
             is_later = epoch not in (None, entry.epoch)
             if take_from is not None and (entry.owner not in (None, self.owner, take_from) or is_later):
                 raise Moved(f"bank {name!r} is hot on {entry.owner}", to=entry.owner or "")
@@ -198,16 +201,7 @@ class Host:
     async def discard(self, name: str) -> None:
         """Free a bank that is about to be removed, at once: nothing is written down, and its rows leave the log."""
         async with self._locks[name]:
-            self._retire(name)
-            owner = self._owners.pop(name, None) or self._stopping.pop(name, None)
-            if owner is None:
-                return
-            owner.stop()
-            await owner.end()
-            bank = owner.primary.entry.id
-            await self._executor.run(self.cold.catalog.disown, bank, self.owner)
-            owner.group_commit.log.forget(bank)
-            await self._depart(owner)
+            await self._free(name)
 
     async def write(self, name: str, trace: Trace, *, durable: bool = True, caller: str = "") -> Ack:
         """Journal a trace; every read that comes after the Ack sees it.
@@ -473,6 +467,18 @@ class Host:
             raise Moved(f"bank {name!r} is not hot on {self.owner}", to="")
         owner.primary.used = time.monotonic()
         return owner
+
+    async def _free(self, name: str) -> None:
+        self._retire(name)
+        owner = self._owners.pop(name, None) or self._stopping.pop(name, None)
+        if owner is None:
+            return
+        owner.stop()
+        await owner.end()
+        bank = owner.primary.entry.id
+        await self._executor.run(self.cold.catalog.disown, bank, self.owner)
+        owner.group_commit.log.forget(bank)
+        await self._depart(owner)
 
     def _retire(self, name: str) -> None:
         """Take a bank out whose owner has stopped, and keep that for as long as a commit of it is under way."""

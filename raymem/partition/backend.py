@@ -188,8 +188,7 @@ class PartitionedBackend(Hosts):
             for fork in await asyncio.to_thread(catalog.forks, part.id) if materialise else []:
                 await self.materialise_part(fork.name)
             await asyncio.to_thread(catalog.require_no_forks, part)
-            await self.discard_part(part.name, part.owner)
-            await asyncio.to_thread(self.cold.remove, part.name)
+            await self.remove_part(part)
         if line not in parts:
             await asyncio.to_thread(self._partitions.drop, line)
             # last: what was cut short before can be asked for again

@@ -392,10 +392,17 @@ class Catalog:
 
         Raises:
             Conflict: it has forks, which read its rows.
+            NotOwner: an owner has claimed it since `entry` was looked up. BankNotFound: it is gone already.
         """
 
         def decide(find: Find) -> Change:
             _require_no_forks(entry, find)
+            rows = find(f"id = {quote(entry.id)}")
+            if not rows:
+                raise BankNotFound(f"bank {entry.name!r} was removed")
+            # an owner that a removal doesn't know of would acknowledge rows of a bank that is gone
+            if rows[0]["epoch"] != entry.epoch:
+                raise NotOwner(f"bank {entry.name!r} was attached meanwhile; remove it again", epoch=rows[0]["epoch"])
             return [], [entry.id]
 
         self._commit(f"remove {entry.name}", decide)

@@ -16,7 +16,7 @@ from raymem.encode.calibration import Calibration
 from raymem.errors import CalibrationNotFound, Corrupt, InvalidInput, NotFound
 from raymem.logs import get_logger
 from raymem.memory.learned import name_of
-from raymem.storage.catalog import Catalog, Entry
+from raymem.storage.catalog import Catalog, Entry, Line
 from raymem.storage.cordon import Cordon
 from raymem.storage.erasure.receipts import Receipts
 from raymem.storage.journal.fork_journal import ForkJournal, ancestors
@@ -274,15 +274,16 @@ class ColdStore:
         """What the store's creator wrote: processes that read different nonces don't see the same store."""
         return self.catalog.nonce()
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, line: Line | None = None) -> None:
         """Remove a bank with its journal and snapshots; once its catalog row is gone, so is the bank.
 
         Nothing of it is read but the names of its tables: it goes whatever they hold.
 
         Raises:
-            BankNotFound: there is no such bank. Conflict: it has forks, naming them.
+            BankNotFound: there is no such bank. Conflict: it has forks, naming them. NotOwner: an owner has claimed it
+            since `line`, its line in the catalog, was looked up.
         """
-        line = self.catalog.line(name)
+        line = line or self.catalog.line(name)
         self.catalog.drop(line)
         for table in line.tables:
             # what else a damaged line names is no table of a bank

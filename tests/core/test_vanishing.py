@@ -126,6 +126,38 @@ def test_a_table_that_is_missing_from_a_bank_that_is_there_is_damage(
     store.delete(NAME)
 
 
+def test_a_bank_that_is_attached_while_it_is_removed_keeps_every_row(
+    shared: tuple[Store, ColdStore, Path], tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other, folder = shared
+    other.catalog.create(NAME, tiny.spec())
+    with connect(folder / "memory", settings=Settings(cold=ColdSettings(sync="none"))) as remover:
+        catalog = remover._async.backend.cold.catalog
+        look = catalog.require_no_forks
+
+        def attached(line: Any) -> None:
+            look(line)
+            store.bank(NAME).attach()
+
+        monkeypatch.setattr(catalog, "require_no_forks", attached)
+        with pytest.raises(Conflict):
+            remover.delete(NAME)
+    assert store.bank(NAME).write(tiny.trace(4)).end == 4
+    assert len(store.bank(NAME).tokens("s", "r", 0, 9)) == 4
+    store.delete(NAME)
+
+
+def test_an_owner_of_a_bank_that_was_removed_elsewhere_does_not_serve_the_next_of_its_name(
+    shared: tuple[Store, ColdStore, Path], tiny: Any
+) -> None:
+    store, other, _ = shared
+    store.create(NAME, tiny.spec()).write(tiny.trace(2))
+    other.remove(NAME)
+    assert store.create(NAME, tiny.spec()).write(tiny.trace(4)).end == 4
+    assert len(store.bank(NAME).tokens("s", "r", 0, 9)) == 4
+    store.delete(NAME)
+
+
 @pytest.mark.parametrize("callers", ["threads", "stores", "http"])
 def test_callers_that_create_and_delete_one_name_at_once(
     callers: str, tmp_path: Path, run_gateway: Callable[..., Any], tiny: Any
