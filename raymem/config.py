@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
-    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -114,14 +113,6 @@ class GatewaySettings(_Section):
     retry_s: float = Field(default=30.0, ge=0)
     model: str = "smollm2-135m"
 
-    @field_validator("api_keys", mode="before")
-    @classmethod
-    def _split_keys(cls, keys: Any) -> Any:
-        if not isinstance(keys, str):
-            return keys
-        # an empty variable removes the keys that the file has
-        return [key.strip() for key in keys.split(",")] if keys.strip() else []
-
     @field_validator("api_keys")
     @classmethod
     def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -199,11 +190,15 @@ class Settings(BaseSettings):
         try:
             # read here, as the library's own source skips pipes and folders
             wanted = path is not None or "RAYMEM_CONFIG" in environ or chosen.exists()
-            file = InitSettingsSource(cls, tomllib.loads(chosen.read_text()) if wanted else {})
+            data = tomllib.loads(chosen.read_text()) if wanted else {}
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"can't read settings from {chosen}: {error}") from error
+        for section, values in _Environment(cls, environ)().items():
+            # what is no section in the file is refused with the rest
+            if isinstance(data.setdefault(section, {}), dict):
+                data[section] |= values
         try:
-            return cls(_build_sources=((_Environment(cls, environ), file), {}))  # type: ignore[call-arg]
+            return cls(**data)
         except ValidationError as error:
             raise ConfigError(_explain(error, cls)) from error
 
@@ -233,7 +228,12 @@ class _Environment(EnvSettingsSource):
         self._unknown = {name.partition("__")[0] for name in ours} - cls.model_fields.keys()
 
     def __call__(self) -> dict[str, Any]:
-        return super().__call__() | {section: {} for section in self._unknown}
+        found = super().__call__() | {section: {} for section in self._unknown}
+        keys = found.get("gateway", {}).get("api_keys")
+        if isinstance(keys, str):
+            # an empty variable removes the keys that the file has
+            found["gateway"]["api_keys"] = [key.strip() for key in keys.split(",")] if keys.strip() else []
+        return found
 
 
 def _is_service(name: str, value: str) -> bool:

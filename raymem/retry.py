@@ -14,6 +14,7 @@ from tenacity import (
     stop_before_delay,
     wait_random_exponential,
 )
+from tenacity.stop import StopBaseT
 
 from raymem.errors import Overloaded
 
@@ -28,6 +29,7 @@ async def retrying(
     first_s: float = 0.05,
     longest_s: float = 2.0,
     before_pause: Callable[[], None] = lambda: None,
+    stop: Callable[[float], StopBaseT] = stop_before_delay,
 ) -> T:
     """Call an async function until it returns.
 
@@ -41,6 +43,7 @@ async def retrying(
         first_s: the first pause takes at most so many seconds, each later one at most twice as many.
         longest_s: the most that a pause takes.
         before_pause: called before each pause.
+        stop: `stop_after_delay` lets a pause that begins in time end later, and one more call follow.
 
     Raises:
         Exception: the last error of type `on`, when the time is over.
@@ -57,7 +60,7 @@ async def retrying(
 
     repeated = AsyncRetrying(
         retry=retry_if_exception_type(on),
-        stop=stop_before_delay(limit_s),
+        stop=stop(limit_s),
         wait=pause,
         before_sleep=lambda _: before_pause(),
         reraise=True,

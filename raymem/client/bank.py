@@ -291,7 +291,11 @@ def _checked(verb: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(verb)
     async def checked_verb(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            # this says so in Python's own words, with the verb's name
+            return await verb(*args, **kwargs)
         for name, check in checks():
             if name in bound.arguments:
                 bound.arguments[name] = named(name, check, bound.arguments[name])

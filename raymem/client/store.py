@@ -40,7 +40,7 @@ from raymem.types import BankInfo, BankSpec, DrainReport, MergeReport, ShardInfo
 if TYPE_CHECKING:
     from raymem.client.bank import Backend
 
-_Spec = Annotated[BankSpec, BeforeValidator(check_spec)]
+AnySpec = Annotated[BankSpec, BeforeValidator(check_spec)]
 _Calibration = Annotated[Calibration, BeforeValidator(instance(Calibration))]
 _Learned = Annotated[Learned, BeforeValidator(instance(Learned))]
 _HTTP = ("http://", "https://")
@@ -91,7 +91,7 @@ class AsyncStore:
         address = _check_address(uri, cold, api_key, settings)
         return cls(await _open_backend(address, cold, api_key, settings or Settings.load()))
 
-    async def create(self, name: BankName, spec: _Spec, *, partitions: Partitions = 1) -> AsyncBank:
+    async def create(self, name: BankName, spec: AnySpec, *, partitions: Partitions = 1) -> AsyncBank:
         """Create a bank and attach it.
 
         Args:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from tenacity import stop_after_delay
 from torch import Tensor
 
 from raymem.errors import RaymemError, Unavailable
@@ -291,7 +292,15 @@ class Sender:
                 self._count.retries += 1
 
         started = time.perf_counter()
-        await retrying(once, Unavailable, self._config.retry_s, longest_s=_LONGEST_PAUSE_S, before_pause=count_retry)
+        await retrying(
+            once,
+            Unavailable,
+            self._config.retry_s,
+            longest_s=_LONGEST_PAUSE_S,
+            before_pause=count_retry,
+            # a store that asks for a longer pause than that is asked once more
+            stop=stop_after_delay,
+        )
         with self._lock:
             self._count.writes += 1
             self._count.bytes_written += trace.nbytes

@@ -79,3 +79,18 @@ def test_a_settings_file_may_be_a_pipe_and_a_folder_of_its_name_is_an_error(tmp_
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"can't read settings from raymem\.toml"):
         Settings.load(environ={})
+
+
+@pytest.mark.parametrize("text", ["", "   ", "ab,c"])
+def test_keys_in_a_file_are_a_list(tmp_path, text):
+    file = tmp_path / "raymem.toml"
+    file.write_text(f'[gateway]\napi_keys = "{text}"\n')
+    with pytest.raises(ConfigError, match="api_keys"):
+        Settings.load(file, environ={})
+
+
+def test_a_section_that_is_none_is_an_error_beside_a_variable_of_it(tmp_path):
+    file = tmp_path / "raymem.toml"
+    file.write_text('gateway = "oops"\n')
+    with pytest.raises(ConfigError, match="gateway='oops'"):
+        Settings.load(file, environ={"RAYMEM_GATEWAY__PORT": "5"})

@@ -1,6 +1,7 @@
 import time
 
 import pytest
+from tenacity import stop_after_delay
 
 from raymem.errors import Overloaded, StorageError, Unavailable
 from raymem.retry import attempts, retrying
@@ -43,6 +44,13 @@ async def test_a_pause_lasts_as_long_as_the_error_says():
     began = time.perf_counter()
     assert await retrying(failing(Overloaded("busy", retry_after_s=0.1)), Overloaded, 10, first_s=0.001) == 1
     assert time.perf_counter() - began >= 0.1
+
+
+async def test_a_pause_that_outlasts_the_limit_can_be_followed_by_one_call():
+    refused = Overloaded("busy", retry_after_s=0.1)
+    with pytest.raises(Overloaded):
+        await retrying(failing(refused), Overloaded, 0.05, first_s=0.001)
+    assert await retrying(failing(refused), Overloaded, 0.05, first_s=0.001, stop=stop_after_delay) == 1
 
 
 def test_a_change_that_is_always_crossed_is_given_up():
