@@ -44,7 +44,7 @@ class LocalBackend(PartitionedBackend):
         """Load a part into this process."""
         if node not in (None, NODE):
             raise _no_node(node)
-        if entry.owner not in (None, self.host.owner) and not self.host.has(entry.name):
+        if entry.owner not in (None, self.host.owner):
             await self._require_over(entry.name, entry.owner)
         # another host may have taken it meanwhile: take it only from the owner that we know of
         return await self.host.attach(entry.name, take_from=entry.owner or "")

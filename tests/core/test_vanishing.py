@@ -158,6 +158,22 @@ def test_an_owner_of_a_bank_that_was_removed_elsewhere_does_not_serve_the_next_o
     store.delete(NAME)
 
 
+def test_an_owner_of_a_bank_that_was_removed_does_not_take_the_next_one_from_a_living_owner(
+    shared: tuple[Store, ColdStore, Path], tiny: Any
+) -> None:
+    store, other, folder = shared
+    store.create(NAME, tiny.spec()).write(tiny.trace(2))
+    other.remove(NAME)
+    with connect(folder / "memory", settings=Settings(cold=ColdSettings(sync="none"))) as living:
+        bank = living.create(NAME, tiny.spec())
+        epoch = other.catalog.get(NAME).epoch
+        with pytest.raises(Conflict):
+            store.bank(NAME).attach()
+        assert bank.write(tiny.trace(4)).end == 4
+        assert other.catalog.get(NAME).epoch == epoch
+        living.delete(NAME)
+
+
 @pytest.mark.parametrize("callers", ["threads", "stores", "http"])
 def test_callers_that_create_and_delete_one_name_at_once(
     callers: str, tmp_path: Path, run_gateway: Callable[..., Any], tiny: Any
