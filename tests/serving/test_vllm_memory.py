@@ -12,6 +12,11 @@ from raymem.types import Readout
 VOCABULARY = 7
 
 
+def asks(banks):
+    """The `extra_args` of a request that reads banks."""
+    return {"kv_transfer_params": {"raymem": {"read": banks}}}
+
+
 @dataclass
 class EchoBank:
     """Answers with the query's own first number as value, so that a test sees which state was asked."""
@@ -58,7 +63,7 @@ def mixer(banks, reads, **options):
         assert logits_RV.dtype == torch.float32
         return logits_RV + readout.values_QV
 
-    return MemoryMixer(banks, blend, lambda name: {"raymem": {"read": reads.get(name, [])}}, earlier, **options)
+    return MemoryMixer(banks, blend, lambda name: asks(reads.get(name, [])), earlier, **options)
 
 
 def logits(rows):
@@ -94,7 +99,7 @@ def test_each_request_learns_by_itself_what_a_bank_is_worth_and_is_forgotten_whe
         mixed[:, 3] += 2.0
         return mixed
 
-    reads = {name: {"raymem": {"read": ["lab/x"]}} for name in ("a", "b")}
+    reads = {name: asks(["lab/x"]) for name in ("a", "b")}
     memory = MemoryMixer({"lab/x": EchoBank()}, blend, reads.get, lambda *_: torch.zeros(0))
     flat = torch.zeros(8, VOCABULARY)
     # the bank says 3 all the time: a hears it, b something else
@@ -150,7 +155,7 @@ def test_what_a_request_asks_is_looked_at_once_and_each_bank_is_read_once():
 
     def request_args(name):
         asked.append(name)
-        return {"raymem": {"read": ["lab/x"] * 20_000}}
+        return asks(["lab/x"] * 20_000)
 
     memory = MemoryMixer({"lab/x": bank}, lambda rows, answer: rows + answer.values_QV, request_args, lambda *_: None)
     for position in range(5):
@@ -178,7 +183,7 @@ def test_a_wish_that_is_refused_costs_the_memory_alone_is_counted_once_and_leave
 
 def test_names_that_requests_make_up_are_not_remembered_for_ever(caplog):
     reads = {f"r{i}": [f"lab/b{i}"] for i in range(500)}
-    args = {name: {"raymem": {"read": banks}} for name, banks in reads.items()}
+    args = {name: asks(banks) for name, banks in reads.items()}
     memory = MemoryMixer({}, lambda rows, _: rows, args.get, lambda *_: None)
     for name in list(reads):
         memory.change(FakeStep([name], [2], [0]), torch.tensor([0, 1]), logits(2))

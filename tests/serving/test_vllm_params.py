@@ -1,10 +1,16 @@
 """What users hand to vLLM: checked here, before an engine starts."""
 
+import json
+
 import pytest
 
 from raymem.errors import ConfigError, InvalidInput, InvalidName, Unauthorized
 from raymem.serving.vllm import ConnectorConfig, engine_args, raymem_params
-from raymem.serving.vllm.params import Target, banks_to_read, write_target
+from raymem.serving.vllm.params import Attending, Target, banks_to_attend, banks_to_read, write_target
+
+
+def asks(wish):
+    return {"kv_transfer_params": {"raymem": wish}}
 
 
 def test_engine_args_name_the_method_the_layers_and_the_store():
@@ -39,7 +45,7 @@ def test_request_params_say_where_rows_go_and_which_banks_are_read():
 def test_other_connectors_params_are_left_alone():
     assert write_target(None) is None
     assert write_target({"do_remote_decode": True}) is None
-    assert banks_to_read({"raymem": "nonsense"}) == ()
+    assert banks_to_read({"kv_transfer_params": {"do_remote_decode": True}}) == ()
 
 
 @pytest.mark.parametrize("asked", ["lab/alice", {"bank": 3}, {"bank": "lab/alice", "steam": "a"}, {"stream": "a"}])
@@ -55,8 +61,8 @@ def test_a_bad_bank_name_is_refused_before_it_reaches_the_engine():
 
 def test_banks_to_read_are_named_once_each_in_order():
     many = ["lab/b", "lab/a"] * 10_000
-    assert banks_to_read({"raymem": {"read": many}}) == ("lab/b", "lab/a")
-    assert raymem_params(read=many) == {"raymem": {"read": ["lab/b", "lab/a"]}}
+    assert banks_to_read(asks({"read": many})) == ("lab/b", "lab/a")
+    assert raymem_params(read=many) == asks({"read": ["lab/b", "lab/a"]})
 
 
 @pytest.mark.parametrize(
@@ -71,12 +77,12 @@ def test_banks_to_read_are_named_once_each_in_order():
         ({"read": [["lab/alice"]]}, "expected a list"),
         ({"read": ["no slash"]}, "namespace/name"),
         ({"read": ["lab/" + "x" * 10**6]}, r"… \(1000004 characters\)"),
-        ({"reed": ["lab/alice"]}, r'expected \{"read"'),
+        ({"reed": ["lab/alice"]}, r'expected \{"bank"'),
     ],
 )
 def test_a_wish_to_read_that_cannot_be_followed_is_refused_with_its_value_in_short(asked, reason):
     with pytest.raises(InvalidInput, match=reason) as refused:
-        banks_to_read({"raymem": asked})
+        banks_to_read(asks(asked))
     assert len(str(refused.value)) < 400
     if asked.get("read"):
         with pytest.raises(InvalidInput, match=reason):
@@ -94,12 +100,13 @@ def test_a_wish_to_write_is_shortened_in_the_error(asked):
 
 def test_settings_name_no_bank_unless_asked_and_a_program_of_its_own_may_touch_all():
     flags = ConnectorConfig.parse({"store": "./memory"})
-    for check in (flags.check_write, lambda bank: flags.check_reads((bank,))):
+    for check in (flags.check_write, lambda bank: flags.check_reads((bank,)), lambda b: flags.check_attends((b,))):
         with pytest.raises(Unauthorized, match=r"'lab/alice' is not among.*_banks, \[\].*kv_connector_extra_config"):
             check("lab/alice")
     own = ConnectorConfig.parse(engine_args("./memory")["kv_transfer_config"]["kv_connector_extra_config"])
     own.check_write("lab/alice")
     own.check_reads(["lab/alice", "other/bob"])
+    own.check_attends(["lab/alice", "other/bob"])
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,47 @@ def test_globs_say_which_banks_requests_may_touch(glob, allowed, refused):
         config.check_write(refused)
     with pytest.raises(Unauthorized, match=refused):
         config.check_reads([allowed, refused])
+
+
+def test_a_request_says_what_it_attends_to_beside_what_it_writes_and_reads():
+    extra = raymem_params("lab/a", read=["lab/b"], attend=["lab/c", "lab/d", "lab/c"], rows=256, refresh=32)
+    asked = extra["kv_transfer_params"]
+    assert banks_to_attend(asked) == Attending(("lab/c", "lab/d"), 256, 32, required=False)
+    assert (write_target(asked), banks_to_read(extra)) == (Target("lab/a", "lab/a"), ("lab/b",))
+    assert json.loads(json.dumps(extra)) == extra
+    alone = raymem_params(attend=["lab/c"], required=True)["kv_transfer_params"]
+    assert banks_to_attend(alone) == Attending(("lab/c",), required=True)
+    assert write_target(alone) is None
+    assert banks_to_attend(None) is banks_to_attend({"raymem": {"read": ["lab/b"]}}) is None
+
+
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [
+        ("lab/a", r"'lab/a'; expected \{\"banks\""),
+        ({}, r"expected \{\"banks\""),
+        ({"banks": []}, "is empty"),
+        ({"banks": "lab/a"}, "expected a list"),
+        ({"banks": ["lab"]}, "namespace/name"),
+        ({"banks": [f"lab/{i}" for i in range(9)]}, "8 at most"),
+        ({"banks": ["lab/a"], "rows": 0}, r'\["rows"\] is 0; expected a whole number from 1'),
+        ({"banks": ["lab/a"], "rows": 2**21}, "2097152; expected"),
+        ({"banks": ["lab/a"], "rows": True}, "True; expected"),
+        ({"banks": ["lab/a"], "rows": "512"}, "'512'; expected"),
+        ({"banks": ["lab/a"], "refresh": -1}, r'\["refresh"\] is -1'),
+        ({"banks": ["lab/a"], "required": 1}, "expected true or false"),
+        ({"banks": ["lab/a"], "row": 1}, r"expected \{"),
+    ],
+)
+def test_a_wish_to_attend_that_cannot_be_followed_is_refused_with_its_value(wish, reason):
+    with pytest.raises(InvalidInput, match=reason):
+        banks_to_attend({"raymem": {"attend": wish}})
+
+
+def test_an_engine_that_extracts_nothing_keeps_its_speculative_slot_and_compiles():
+    args = engine_args("./memory", stream=False, rows_bytes=1000)
+    assert not {"speculative_config", "enforce_eager"} & set(args)
+    assert args["kv_transfer_config"]["kv_connector_extra_config"]["rows_bytes"] == 1000
 
 
 @pytest.mark.parametrize("globs", ["lab/*", [3], [""], ["x" * 1000], None])

@@ -343,7 +343,7 @@ def test_reads_that_are_not_allowed_or_too_many_cost_the_memory_alone(engine):
     asked = [["lab/written"], [f"lab/{i}" for i in range(20_000)], ["lab/read"], ["lab/read"] * 20_000, 7, []]
 
     def score(read):
-        extra = {"raymem": {"read": read}}
+        extra = {"kv_transfer_params": {"raymem": {"read": read}}}
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, extra_args=extra)
         started = time.perf_counter()
         (output,) = engine.llm.generate([prompt], params, use_tqdm=False)
