@@ -12,7 +12,10 @@ from raymem import Store, Trace
 from raymem.storage.store import ColdStore
 from raymem.train import TrainReport, TrainSettings, train
 
+# enough to learn something
 ROWS = 2400
+# enough to be trained on
+FEW = 1000
 
 
 @pytest.fixture
@@ -94,9 +97,20 @@ def facts(count: int, seed: int, span: int = 4, share: float = 0.25) -> tuple[Te
 @pytest.fixture
 def rows_of() -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
     """Rows from which each kind has something to learn."""
+    return _rows_of(ROWS)
+
+
+@pytest.fixture
+def few_of() -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+    """Rows of the same make on which each kind can be trained, whatever comes of it."""
+    return _rows_of(FEW)
+
+
+def _rows_of(count: int) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
     generator = torch.Generator().manual_seed(7)
     return {
-        "compressive": lambda: (smooth(2 * ROWS, 0), torch.randint(50, (2 * ROWS,), generator=generator)),
-        "dct": lambda: facts(ROWS, 1),
-        "lemn": lambda: facts(ROWS, 2, span=1),
+        # a compressor is judged on whole stretches of blocks
+        "compressive": lambda: (smooth(2 * count, 0), torch.randint(50, (2 * count,), generator=generator)),
+        "dct": lambda: facts(count, 1),
+        "lemn": lambda: facts(count, 2, span=1),
     }

@@ -19,11 +19,12 @@ def kind(request) -> str:
 
 
 @pytest.fixture
-def bank(kind, fill, rows_of) -> str:
-    return fill(kind, *rows_of[kind](), **OPTIONS[kind])
+def bank(kind, fill, few_of) -> str:
+    return fill(kind, *few_of[kind](), **OPTIONS[kind])
 
 
-def test_what_is_trained_beats_what_is_not_on_rows_that_were_held_out(kind, bank, fit):
+def test_what_is_trained_beats_what_is_not_on_rows_that_were_held_out(kind, fill, rows_of, fit):
+    bank = fill(kind, *rows_of[kind](), **OPTIONS[kind])
     report = fit(bank, kind, steps={"compressive": 400, "dct": 150, "lemn": 60}[kind], seed=1)
     trained, others = report.figures["trained"], [v for name, v in report.figures.items() if name != "trained"]
     if kind == "compressive":
@@ -55,9 +56,9 @@ def test_a_run_that_was_killed_ends_with_the_bytes_of_one_that_was_not(kind, ban
     assert fit(bank, kind, steps=7, seed=1).params != whole.params
 
 
-def test_a_run_goes_on_with_the_rows_that_it_began_with(fill, rows_of, fit, store, tiny):
+def test_a_run_goes_on_with_the_rows_that_it_began_with(fill, few_of, fit, store, tiny):
     kind = "compressive"
-    bank = fill(kind, *rows_of[kind]())
+    bank = fill(kind, *few_of[kind]())
     whole = fit(bank, kind, steps=7)
 
     def kill(done: int, total: int) -> None:
@@ -109,8 +110,8 @@ def test_weights_are_one_safetensors_file_that_says_what_it_is_worth(kind, bank,
     assert all(report.spec.options[name] == value for name, value in learned.options.items())
 
 
-def test_weights_with_other_bytes_than_their_name_says_are_corrupt(fill, rows_of, fit, cold, store):
-    report = fit(fill("compressive", *rows_of["compressive"]()), "compressive", steps=3)
+def test_weights_with_other_bytes_than_their_name_says_are_corrupt(fill, few_of, fit, cold, store):
+    report = fit(fill("compressive", *few_of["compressive"]()), "compressive", steps=3)
     blob = cold.params.get(report.params)
     with pytest.raises(Corrupt, match="other bytes"):
         Learned.from_bytes(blob[:-1] + bytes([blob[-1] ^ 1]), report.params)
@@ -121,8 +122,8 @@ def test_weights_with_other_bytes_than_their_name_says_are_corrupt(fill, rows_of
         Learned.from_bytes(b"nothing", name_of(b"nothing"))
 
 
-def test_weights_of_another_kind_or_shape_are_refused(fill, rows_of, fit, store, tiny):
-    report = fit(fill("lemn", *rows_of["lemn"](), hidden=8), "lemn", steps=2)
+def test_weights_of_another_kind_or_shape_are_refused(fill, few_of, fit, store, tiny):
+    report = fit(fill("lemn", *few_of["lemn"](), hidden=8), "lemn", steps=2)
     with pytest.raises(InvalidSpec, match="of kind 'lemn' and the bank is of kind 'spalm'"):
         store.create("lab/a", tiny.spec("spalm").model_copy(update={"params": report.params}))
     with pytest.raises(InvalidSpec, match="trained for options"):
@@ -143,8 +144,8 @@ def test_wrong_banks_and_too_few_rows_are_refused_saying_what_to_do(fit, store, 
         fit("lab/few", "ntm")
 
 
-def test_a_damaged_checkpoint_is_named_and_fresh_starts_anew(fill, rows_of, fit, tmp_path):
-    bank = fill("compressive", *rows_of["compressive"]())
+def test_a_damaged_checkpoint_is_named_and_fresh_starts_anew(fill, few_of, fit, tmp_path):
+    bank = fill("compressive", *few_of["compressive"]())
     whole = fit(bank, "compressive", steps=8)
 
     def kill(done: int, total: int) -> None:
@@ -159,10 +160,10 @@ def test_a_damaged_checkpoint_is_named_and_fresh_starts_anew(fill, rows_of, fit,
     assert fit(bank, "compressive", steps=8, fresh=True).params == whole.params
 
 
-def test_a_checkpoint_of_rows_that_are_gone_is_refused(fill, rows_of, fit, tmp_path, monkeypatch):
+def test_a_checkpoint_of_rows_that_are_gone_is_refused(fill, few_of, fit, tmp_path, monkeypatch):
     from raymem.train import data
 
-    bank = fill("compressive", *rows_of["compressive"]())
+    bank = fill("compressive", *few_of["compressive"]())
 
     def kill(done: int, total: int) -> None:
         if done == 7:
@@ -174,7 +175,7 @@ def test_a_checkpoint_of_rows_that_are_gone_is_refused(fill, rows_of, fit, tmp_p
         data.require_same(data.Lessons(None, 0, 0, "other", []), "these")
 
 
-def test_auto_encoding_trains_too(fill, rows_of, fit):
-    bank = fill("compressive", *rows_of["compressive"]())
+def test_auto_encoding_trains_too(fill, few_of, fit):
+    bank = fill("compressive", *few_of["compressive"]())
     report = fit(bank, "compressive", steps=5, goal="auto_encoding")
     assert report.params != fit(bank, "compressive", steps=5).params
