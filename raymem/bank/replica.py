@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raymem.encode.encoder import assemble
+from raymem.encode.keys import ContextRows
 from raymem.errors import Corrupt, StoreClosed, TooLarge
 from raymem.inputs import check_hidden
 from raymem.logs import get_logger
@@ -123,16 +124,21 @@ class Replica:
             InvalidTrace, NonFinite: the states don't fit the bank's fingerprint.
             TooLarge: the answer would not fit in memory, naming how many queries may be asked.
         """
-        check_hidden(hidden_QLD, self.spec.fingerprint)
+        return self.read_contexts([ContextRows(hidden_QLD, start)], k, wanted)
+
+    def read_contexts(self, contexts: Sequence[ContextRows], k: int = 32, wanted: Wanted = lambda: True) -> Readout:
+        """Answer rows of several contexts in one search, one context after the other; see `read`."""
+        for context in contexts:
+            check_hidden(context.hidden_QLD, self.spec.fingerprint)
         each = k * (_NEIGHBOUR_BYTES + _NUMBER_BYTES * self.memory.dims.value)
         most = min(_MOST_QUERIES, _ANSWER_BYTES // max(1, each))
-        if (queries := len(hidden_QLD)) > most:
+        if (queries := sum(context.queries for context in contexts)) > most:
             raise TooLarge(
                 f"{queries} queries with {k} neighbours each; ask {most} at once at most, or for fewer neighbours"
             )
         parts: list[Found] = []
         with torch.no_grad(), self._here:
-            queries_QK = self.encoder.keys(hidden_QLD, start).to(self.device)
+            queries_QK = self.encoder.keys(contexts).to(self.device)
             # a state of bounded size takes no time; rows do, and each query is answered by itself
             size = _BLOCK_QUERIES if self.memory.keeps_rows else max(1, len(queries_QK))
             with self.lock:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raymem.encode.calibration import Calibration, Range
-from raymem.encode.keys import Array, Floats, KeyMaker, ages
+from raymem.encode.keys import Array, ContextRows, Floats, KeyMaker, ages
 from raymem.errors import Corrupt, FingerprintMismatch, InvalidSpec, InvalidTrace
 from raymem.inputs import composed
 from raymem.memory import build
@@ -128,13 +128,13 @@ class Encoder:
         lo, hi = self._range
         return ((similarity_Q - lo) / (hi - lo)).clamp(0.0, 1.0)
 
-    def keys(self, hidden_QLD: Tensor, start: int = 1) -> Tensor:
-        """Keys [Q, K] of queries: consecutive states of one context, `start` the position of the first.
+    def keys(self, contexts: Sequence[ContextRows]) -> Tensor:
+        """Keys [Q, K] of the rows that ask, one context after the other.
 
-        A window at the first queries is the mean over those that are there. A query at position 0 is a row of zeros,
-        whose cosine with everything is 0.
+        A window at a context's first states is the mean over those that are there. A query at position 0 is a row of
+        zeros, whose cosine with everything is 0.
         """
-        return self._maker.of_run(hidden_QLD, start)
+        return self._maker.of_contexts(contexts)
 
     def push(self, rows: JournalRows) -> EncodedRows:
         """Take the journal's next rows and return those that they complete, in the order of completion.

@@ -11,7 +11,7 @@ Shape legend: `N` rows, `L` layers, `D` hidden width, `K` = L·D key width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,22 @@ Floats = NDArray[np.float32]
 _LARGEST = np.float32(1e30)
 _STATE_BITS = 20
 _EXACT_BITS = 52
+
+
+class ContextRows(NamedTuple):
+    """Consecutive states `[Q, L, D]` of one context, the first at position `start`; the last `asked` are queries.
+
+    The others are there for the windows of these. None: all are.
+    """
+
+    hidden_QLD: Tensor
+    start: int = 1
+    asked: int | None = None
+
+    @property
+    def queries(self) -> int:
+        """How many of the states are queries."""
+        return len(self.hidden_QLD) if self.asked is None else self.asked
 
 
 class KeyMaker:
@@ -86,18 +102,23 @@ class KeyMaker:
         return torch.from_numpy(unit(states_NLD))
 
     def of_run(self, hidden_NLD: Tensor, start: int = 0) -> Tensor:
-        """Keys [N, K] of consecutive states of one context; position 0, the attention sink, gives a row of zeros.
+        """Keys [N, K] of consecutive states of one context, the first at position `start`."""
+        return self.of_contexts([ContextRows(hidden_NLD, start)])
 
-        Args:
-            hidden_NLD: states of the carried layers.
-            start: position of the first one in its context.
-        """
-        index_N = np.arange(len(hidden_NLD))
-        sink_N = index_N == -start
-        ages_N = ages(index_N == 0, sink_N)
-        keys_NK = self.make(self.pick(hidden_NLD), ages_N, index_N)
-        keys_NK[torch.from_numpy(sink_N)] = 0
-        return keys_NK
+    def of_contexts(self, contexts: Sequence[ContextRows]) -> Tensor:
+        """Keys [Q, K] of the queries of some contexts; position 0, the attention sink, gives a row of zeros."""
+        hidden_NLD = torch.cat([context.hidden_QLD for context in contexts]).cpu()
+        lengths = [len(context.hidden_QLD) for context in contexts]
+        index_N = np.concatenate([np.arange(length) for length in lengths])
+        start_N, length_N, queries_N = (
+            np.repeat(column, lengths)
+            for column in ([each.start for each in contexts], lengths, [each.queries for each in contexts])
+        )
+        sink_N = index_N == -start_N
+        wanted_Q = np.nonzero(index_N >= length_N - queries_N)[0]
+        keys_QK = self.make(self.pick(hidden_NLD), ages(index_N == 0, sink_N), wanted_Q)
+        keys_QK[torch.from_numpy(sink_N[wanted_Q])] = 0
+        return keys_QK
 
 
 def centre(bits_NLD: Array, mean_LD: Floats) -> Floats:

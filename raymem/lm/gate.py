@@ -136,11 +136,32 @@ def shares(scores_Qk: Tensor, taus: tuple[float, ...]) -> Tensor:
     return torch.softmax(scaled_QEk.clamp_min(least), dim=-1) * present_Qk[:, None]
 
 
-def features(log_probs_QV: Tensor, readout: Readout, taus: tuple[float, ...]) -> Tensor:
+class Prediction:
+    """A model's next-token distributions: what a gate looks at, and any token's log-probability.
+
+    Args:
+        logits_QV: of any float dtype; log-probabilities are logits too.
+    """
+
+    def __init__(self, logits_QV: Tensor) -> None:
+        self._logits_QV = logits_QV.float()
+        probs_QV = torch.softmax(self._logits_QV, dim=1)
+        self.best_Q = probs_QV.amax(1)
+        self.norm_Q = self._logits_QV.amax(1) - self.best_Q.log()
+        # a token that the model rules out has no share in the mean, and -inf times 0 is no number
+        finite_QV = self._logits_QV.clamp_min(torch.finfo(torch.float32).min)
+        self.entropy_Q = (self.norm_Q - torch.linalg.vecdot(probs_QV, finite_QV)).clamp_min(0.0)
+
+    def log_probs(self, tokens_Qk: Tensor) -> Tensor:
+        """Log-probabilities `[Q, k]` of some tokens of each row."""
+        return self._logits_QV.gather(1, tokens_Qk) - self.norm_Q[:, None]
+
+
+def features(own: Prediction, readout: Readout, taus: tuple[float, ...]) -> Tensor:
     """The gate's inputs `[Q, F]`: how near and how unanimous the candidates are, and whether the model agrees.
 
     Args:
-        log_probs_QV: the model's own, float32.
+        own: the model's distributions.
         readout: with candidate tokens.
         taus: the gate's; the second and third are looked at.
     """
@@ -148,21 +169,21 @@ def features(log_probs_QV: Tensor, readout: Readout, taus: tuple[float, ...]) ->
     assert readout.scores_Qk is not None
     tokens_Qk, scores_Qk = readout.tokens_Qk.clamp_min(0), readout.scores_Qk.float()
     present_Qk = torch.isfinite(scores_Qk)
-    probs_QV = log_probs_QV.exp()
-    own_Qk = probs_QV.gather(1, tokens_Qk)
-    distinct_Qk = present_Qk / votes(tokens_Qk, present_Qk.float()).clamp_min(1)
-    covered_Q = (own_Qk * distinct_Qk).sum(1)
+    shares_QEk = shares(scores_Qk, taus[1:3])
+    count_Qk, *masses = votes(tokens_Qk, torch.cat([present_Qk[:, None].float(), shares_QEk], 1)).unbind(1)
+    own_Qk = own.log_probs(tokens_Qk).exp()
+    covered_Q = (own_Qk * present_Qk / count_Qk.clamp_min(1)).sum(1)
     found = [readout.relevance_Q.float(), scores_Qk[:, 0], *_fall(scores_Qk, present_Qk)]
-    found += [-(probs_QV * log_probs_QV).sum(1), probs_QV.amax(1), covered_Q, _log(covered_Q)]
-    for share_Qk in shares(scores_Qk, taus[1:3]).unbind(1):
-        found += _agreement(share_Qk, tokens_Qk, own_Qk)
+    found += [own.entropy_Q, own.best_Q, covered_Q, _log(covered_Q)]
+    for share_Qk, mass_Qk in zip(shares_QEk.unbind(1), masses, strict=True):
+        found += _agreement(share_Qk, mass_Qk, own_Qk)
     return torch.stack(found, dim=1)
 
 
-def votes(tokens_Qk: Tensor, share_Qk: Tensor) -> Tensor:
-    """At each candidate, the sum of the shares of all candidates with its token `[Q, k]`."""
+def votes(tokens_Qk: Tensor, shares_QEk: Tensor) -> Tensor:
+    """At each candidate, the sum of the shares of all candidates with its token, for each expert `[Q, E, k]`."""
     same_Qkk = tokens_Qk[:, :, None] == tokens_Qk[:, None, :]
-    return (same_Qkk * share_Qk[:, None]).sum(-1)
+    return shares_QEk @ same_Qkk.to(shares_QEk)
 
 
 def _fall(scores_Qk: Tensor, present_Qk: Tensor) -> list[Tensor]:
@@ -171,9 +192,8 @@ def _fall(scores_Qk: Tensor, present_Qk: Tensor) -> list[Tensor]:
     return [above_Qk[:, :n].sum(1) / present_Qk[:, :n].sum(1).clamp_min(1) for n in (8, 32)]
 
 
-def _agreement(share_Qk: Tensor, tokens_Qk: Tensor, own_Qk: Tensor) -> list[Tensor]:
+def _agreement(share_Qk: Tensor, mass_Qk: Tensor, own_Qk: Tensor) -> list[Tensor]:
     """The memory's favourite and its entropy, what the model expects of the memory, and of the favourite."""
-    mass_Qk = votes(tokens_Qk, share_Qk)
     best_Q, at_Q = mass_Qk.max(1)
     entropy_Q = -(share_Qk * _log(mass_Qk)).sum(1)
     expected_Q = (share_Qk * own_Qk).sum(1)

@@ -4,25 +4,86 @@
 weights come from a small trained gate; several memories share one gate, each with its own experts. Khandelwal et al.
 2020 (arXiv 1911.00172) equation 3 with one expert and a constant weight.
 
-Shape legend: Q queries, V vocabulary, k candidates of all memories, M memories, E experts, G = 1 + E.
+All tokens but the candidates keep the model's probability times `w_0`. So a mixture is kept as the candidates and one
+number a row, and the vocabulary is passed over only to normalise the model's logits and to shift them.
+
+Shape legend: R rows of logits, Q queries, V vocabulary, k candidates of all memories, M memories, E experts, G = 1 + E.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import logsigmoid, pad
 
 from raymem.errors import InvalidInput
-from raymem.lm.gate import Gate, features, gate_name, shares, shipped_gates
+from raymem.lm.gate import Gate, Prediction, features, gate_name, shares, shipped_gates, votes
 from raymem.types import Readout
 
 # candidates a query: the gate was trained on so many; fewer work, and help less
 NEIGHBOURS = 128
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Next-token distributions of a model and its memories together, of the rows that a memory answered.
+
+    Args:
+        rows_Q: int64, which rows of the logits these are.
+        norm_Q: log-sum-exp of the model's own logits.
+        rest_Q: what memory adds to the log-probability of every token that is no candidate, 0 at most.
+        tokens_Qk: int64 candidates, all of them tokens; one may be there more than once, with the same entries.
+        own_Qk: their log-probabilities without memory.
+        mixed_Qk: and with it.
+    """
+
+    rows_Q: Tensor
+    norm_Q: Tensor
+    rest_Q: Tensor
+    tokens_Qk: Tensor
+    own_Qk: Tensor
+    mixed_Qk: Tensor
+
+    def logits(self, logits_RV: Tensor) -> Tensor:
+        """The model's logits, and in this mixture's rows its log-probabilities: a new float32 tensor.
+
+        Other rows keep their values bit for bit.
+        """
+        mixed_RV = logits_RV.to(torch.float32, copy=True)
+        self.put(mixed_RV)
+        return mixed_RV
+
+    def put(self, logits_RV: Tensor) -> None:
+        """Change the model's logits, float32, to what `logits` returns, in place."""
+        shift_R = logits_RV.new_zeros(len(logits_RV))
+        shift_R[self.rows_Q] = self.rest_Q - self.norm_Q
+        logits_RV += shift_R[:, None]
+        logits_RV[self.rows_Q[:, None], self.tokens_Qk] = self.mixed_Qk
+
+    def gains(self) -> Tensor:
+        """What memory adds to each candidate's log-probability `[Q, k]`."""
+        # a token that both rule out says nothing
+        return (self.mixed_Qk - self.own_Qk).nan_to_num(nan=0.0)
+
+    def gains_of(self, following_Q: Tensor) -> Tensor:
+        """What memory adds to the log-probability of one token a row `[Q]`."""
+        same_Qk = self.tokens_Qk == following_Q[:, None]
+        found_Q = self.gains().gather(1, same_Qk.int().argmax(1)[:, None])[:, 0]
+        return torch.where(same_Qk.any(1), found_Q, self.rest_Q)
+
+    def weighed(self, log_odds_Q: Tensor) -> Mixture:
+        """The mixture of this one with the model alone, at these odds of this one being right."""
+        with_Q, without_Q = (logsigmoid(odds_Q).to(self.rest_Q) for odds_Q in (log_odds_Q, -log_odds_Q))
+        mixed_Qk = torch.logaddexp(self.mixed_Qk + with_Q[:, None], self.own_Qk + without_Q[:, None])
+        return replace(self, rest_Q=torch.logaddexp(self.rest_Q + with_Q, without_Q), mixed_Qk=mixed_Qk)
+
+    def of(self, some: slice) -> Mixture:
+        """The mixture of some of its rows."""
+        return Mixture(*(column[some] for column in vars(self).values()))
 
 
 class Mixer:
@@ -51,19 +112,23 @@ class Mixer:
         Raises:
             InvalidInput: another number of queries, a token beyond the vocabulary, or kinds without a gate.
         """
+        found = self.mix(logits_QV, answers)
+        return logits_QV if found is None else found.logits(logits_QV)
+
+    def mix(self, logits_QV: Tensor, answers: Readout | Sequence[Readout]) -> Mixture | None:
+        """As `logits`, but only where the distribution differs from the model's; None where no row does."""
         readouts = [answers] if isinstance(answers, Readout) else list(answers)
         speaks_QM = torch.stack([self._speaks(logits_QV, readout) for readout in readouts], dim=1)
-        speaks_Q = speaks_QM.any(1)
-        if not bool(speaks_Q.any()):
-            return logits_QV
+        rows_Q = speaks_QM.any(1).nonzero()[:, 0]
+        if not len(rows_Q):
+            return None
         gate = self._gate([readout.kind for readout in readouts])
-        asked = [select(readout, speaks_Q) for readout in readouts]
-        mixed_QV = logits_QV.to(torch.float32, copy=True)
-        log_probs_QV = torch.log_softmax(mixed_QV[speaks_Q], dim=-1)
-        found = evidence(log_probs_QV, asked, [gate.taus_of(memory) for memory in range(len(asked))])
-        weights_QG = gate.log_weights(found.features_QF, speaks_QM[speaks_Q])
-        mixed_QV[speaks_Q] = mixture(log_probs_QV, found.tokens_Qk, found.shares_QEk, weights_QG)
-        return mixed_QV
+        if len(rows_Q) < len(logits_QV):
+            logits_QV, speaks_QM = logits_QV[rows_Q], speaks_QM[rows_Q]
+            readouts = [select(readout, rows_Q) for readout in readouts]
+        own = Prediction(logits_QV)
+        found = evidence(own, readouts, [gate.taus_of(memory) for memory in range(len(readouts))])
+        return mixture(own, found, gate.log_weights(found.features_QF, speaks_QM), rows_Q)
 
     def _gate(self, kinds: list[str]) -> Gate:
         gate = self._gates.get(gate_name(kinds))
@@ -99,11 +164,11 @@ class Evidence(NamedTuple):
     features_QF: Tensor
 
 
-def evidence(log_probs_QV: Tensor, readouts: Sequence[Readout], taus: Sequence[tuple[float, ...]]) -> Evidence:
+def evidence(own: Prediction, readouts: Sequence[Readout], taus: Sequence[tuple[float, ...]]) -> Evidence:
     """The answers of one or more memories, ready for a gate and a mixture.
 
     Args:
-        log_probs_QV: the model's own, float32.
+        own: the model's own distributions.
         readouts: of M memories; a readout without any candidates adds nothing.
         taus: temperatures of each memory's experts.
     """
@@ -113,22 +178,33 @@ def evidence(log_probs_QV: Tensor, readouts: Sequence[Readout], taus: Sequence[t
         assert readout.scores_Qk is not None
         tokens.append(readout.tokens_Qk)
         found.append(shares(readout.scores_Qk.float(), own_taus))
-        seen.append(features(log_probs_QV, readout, own_taus))
+        seen.append(features(own, readout, own_taus))
     return Evidence(torch.cat(tokens, 1), _side_by_side(found), torch.cat(seen, 1))
 
 
-def mixture(log_probs_QV: Tensor, tokens_Qk: Tensor, shares_QEk: Tensor, log_weights_QG: Tensor) -> Tensor:
-    """Log-probabilities `[Q, V]` of the weighted mixture of the model and E experts, combined in log space.
+def mixture(own: Prediction, found: Evidence, log_weights_QG: Tensor, rows_Q: Tensor | None = None) -> Mixture:
+    """The weighted mixture of the model and E experts, combined in log space.
 
     Args:
-        log_probs_QV: the model's own, normalised.
-        tokens_Qk: int64 candidates; those without any share may be -1.
-        shares_QEk: of each expert, summing to 1 over the candidates.
+        own: the model's own distributions, of Q rows.
+        found: the experts'; each row has a candidate, and its shares sum to 1.
         log_weights_QG: logarithms of the G = 1 + E weights, the model's first.
+        rows_Q: which rows of the logits these are. Default: the first Q.
     """
-    share_Qk = (log_weights_QG[:, 1:, None].exp() * shares_QEk).sum(1)
-    memory_QV = torch.zeros_like(log_probs_QV).scatter_add_(1, tokens_Qk.clamp_min(0), share_Qk)
-    return torch.logaddexp(log_probs_QV + log_weights_QG[:, :1], memory_QV.log())
+    share_Qk = (log_weights_QG[:, 1:, None].exp() * found.shares_QEk).sum(1)
+    # an absent candidate stands for one that is there, and adds nothing to it
+    there_Q1 = (found.tokens_Qk >= 0).int().argmax(1, keepdim=True)
+    tokens_Qk = torch.where(found.tokens_Qk >= 0, found.tokens_Qk, found.tokens_Qk.gather(1, there_Q1))
+    own_Qk, rest_Q = own.log_probs(tokens_Qk), log_weights_QG[:, 0]
+    memory_Qk = votes(tokens_Qk, share_Qk[:, None])[:, 0]
+    return Mixture(
+        rows_Q=torch.arange(len(tokens_Qk), device=tokens_Qk.device) if rows_Q is None else rows_Q,
+        norm_Q=own.norm_Q,
+        rest_Q=rest_Q,
+        tokens_Qk=tokens_Qk,
+        own_Qk=own_Qk,
+        mixed_Qk=torch.logaddexp(own_Qk + rest_Q[:, None], memory_Qk.log()),
+    )
 
 
 def select(readout: Readout, rows_Q: Tensor) -> Readout:

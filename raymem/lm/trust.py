@@ -1,6 +1,6 @@
 """The posterior belief that a bank helps with the text at hand, given its gains on the tokens already seen.
 
-Shape legend: Q consecutive rows of one context, V vocabulary.
+Shape legend: Q consecutive rows of one context.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Trust:
         return before_Q
 
     def losses(self, own_Q: Tensor, mixed_Q: Tensor) -> Tensor:
-        """What `logits` would lose `[Q]` on the tokens that came, in nats, at a fraction of its price.
+        """What the mixture of both loses `[Q]` on the tokens that came, in nats: `Mixture.weighed` by these odds.
 
         Args:
             own_Q: losses of the model alone.
@@ -49,33 +49,3 @@ class Trust:
         """
         log_odds_Q = self.observe(own_Q - mixed_Q).to(own_Q)
         return -torch.logaddexp(logsigmoid(log_odds_Q) - mixed_Q, logsigmoid(-log_odds_Q) - own_Q)
-
-    def logits(self, own_QV: Tensor, mixed_QV: Tensor, following_Q: Tensor) -> Tensor:
-        """Log-probabilities `[Q, V]` of both, weighed by the belief before each row; rows that are the same stay so.
-
-        Args:
-            own_QV: the model's logits.
-            mixed_QV: what `Mixer.logits` made of them.
-            following_Q: int64, the token that came after each row.
-        """
-        if mixed_QV is own_QV:
-            return own_QV
-        gains_Q = log_gains(own_QV, mixed_QV).gather(1, following_Q[:, None])[:, 0]
-        return weigh(own_QV, mixed_QV, self.observe(gains_Q))
-
-
-def log_gains(own_QV: Tensor, mixed_QV: Tensor) -> Tensor:
-    """Log-probability `[Q, V]` of each token with memory minus without, of logits."""
-    gains_QV = torch.log_softmax(mixed_QV.float(), dim=1) - torch.log_softmax(own_QV.float(), dim=1)
-    # a token that the model rules out stays so
-    return gains_QV.nan_to_num(nan=0.0)
-
-
-def weigh(own_QV: Tensor, mixed_QV: Tensor, log_odds_Q: Tensor) -> Tensor:
-    """Log-probabilities `[Q, V]` of both logits, mixed by the odds of the second; rows that are the same stay so."""
-    own = torch.log_softmax(own_QV.float(), dim=1)
-    mixed = torch.log_softmax(mixed_QV.float(), dim=1)
-    log_odds_Q1 = log_odds_Q.to(own)[:, None]
-    blended_QV = torch.logaddexp(mixed + logsigmoid(log_odds_Q1), own + logsigmoid(-log_odds_Q1))
-    same_Q1 = (mixed_QV == own_QV).all(1, keepdim=True)
-    return torch.where(same_Q1, own_QV.float(), blended_QV)

@@ -26,7 +26,7 @@ from raymem import Bank, BankSpec, Store, connect
 from raymem.encode.fit import calibrate
 from raymem.lm.contenders import Contender, Size, ask, sized
 from raymem.lm.fingerprint import fingerprint
-from raymem.lm.gate import Gate, gate_name, taus_of
+from raymem.lm.gate import Gate, Prediction, gate_name, taus_of
 from raymem.lm.mixing import NEIGHBOURS, evidence
 from raymem.lm.models import BUNDLED_MODEL, LanguageModel
 from raymem.lm.passes import Reading, read
@@ -141,11 +141,11 @@ def _remembered(store: Store, domains: Sequence[Sequence[Reading]], taught: Sequ
 def _lessons(model: LanguageModel, reading: Reading, asked: Sequence[tuple[Sequence[Bank], float]]) -> Iterator[Lesson]:
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in asked]
     for window in reading.windows:
-        log_probs_NV = torch.log_softmax(model.logits(window.final_Wd).float(), dim=-1)
-        own_N = log_probs_NV.gather(1, window.targets_W[:, None])[:, 0]
+        own = Prediction(model.logits(window.final_Wd))
+        own_N = own.log_probs(window.targets_W[:, None])[:, 0]
         for (banks, _), columns in zip(asked, parts, strict=True):
             readouts = ask(banks, window.hidden_WLd, NEIGHBOURS)
-            found = evidence(log_probs_NV, readouts, [taus_of(readout.kind) for readout in readouts])
+            found = evidence(own, readouts, [taus_of(readout.kind) for readout in readouts])
             hit_N1k = (found.tokens_Qk == window.targets_W[:, None])[:, None]
             columns.append((found.features_QF, (found.shares_QEk * hit_N1k).sum(-1), own_N))
     for (_, weight), columns in zip(asked, parts, strict=True):

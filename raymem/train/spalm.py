@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from raymem.encode.encoder import Encoder
+from raymem.encode.keys import ContextRows
 from raymem.errors import InvalidInput
-from raymem.lm.gate import Gate, features, shares, shipped_gates, taus_of
+from raymem.lm.gate import Gate, Prediction, features, shares, shipped_gates, taus_of
 from raymem.lm.mixing import NEIGHBOURS
 from raymem.lm.models import Pass
 from raymem.memory.base import Memory
@@ -149,13 +150,13 @@ def _windows(setup: GateSetup, lessons: Lessons, start: int, stop: int) -> Itera
 
 def _window(setup: GateSetup, state: Any, tokens_T: Tensor) -> Predictions:
     done, targets_W = setup.model.run_cached(tokens_T, setup.layers), tokens_T[1:]
-    found = setup.memory.lookup(state, setup.encoder.keys(done.hidden_TLd[:-1], 0), NEIGHBOURS)
+    found = setup.memory.lookup(state, setup.encoder.keys([ContextRows(done.hidden_TLd[:-1], 0)]), NEIGHBOURS)
     readout = Readout(
         found.values_QV, setup.encoder.relevance(found.similarity_Q), found.tokens_Qk, found.scores_Qk, found.pos_Qk
     )
-    log_probs_WV = torch.log_softmax(setup.model.logits(done.final_Td[:-1]).float(), -1)
+    own = Prediction(setup.model.logits(done.final_Td[:-1]))
     hit_W1k = (found.tokens_Qk == targets_W[:, None])[:, None]
     taus = taus_of(setup.memory.kind)
     found_WE = (shares(found.scores_Qk.float(), taus) * hit_W1k).sum(-1)
-    own_W = log_probs_WV.gather(1, targets_W[:, None])[:, 0]
-    return Predictions(features(log_probs_WV, readout, taus), found_WE, own_W)
+    own_W = own.log_probs(targets_W[:, None])[:, 0]
+    return Predictions(features(own, readout, taus), found_WE, own_W)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from raymem.bank.replica import Replica
+from raymem.encode.keys import ContextRows
 from raymem.errors import BankNotFound, RaymemError
 from raymem.host.backend import detached
 from raymem.logs import get_logger
@@ -62,9 +61,9 @@ class Follower:
         key = self._replica.spec.key
         return 1 if key.function == "single" else key.window
 
-    def read(self, hidden_QLD: Tensor, k: int, start: int) -> Readout:
-        """Answer consecutive states of one context; see `Replica.read`."""
-        return self._replica.read(hidden_QLD.to("cpu"), k, start)
+    def read(self, contexts: Sequence[ContextRows], k: int) -> Readout:
+        """Answer rows of several contexts at once, one context after the other; see `Replica.read_contexts`."""
+        return self._replica.read_contexts(contexts, k)
 
     def catch_up(self) -> int:
         """Apply what the journal holds by now; return the rows that this brought.

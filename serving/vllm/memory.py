@@ -5,16 +5,19 @@ Shape legend: R rows with logits, Q consecutive rows of one request, L layers, D
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from raymem.encode.keys import ContextRows
 from raymem.errors import InvalidInput, RaymemError, Unauthorized
-from raymem.lm.trust import Trust, log_gains, weigh
+from raymem.lm.mixing import Mixture
+from raymem.lm.trust import Trust
 from raymem.logs import WarnOnce, get_logger
 from raymem.serving.vllm.params import banks_to_read
 from raymem.serving.vllm.vllm_internals import EngineStep
@@ -39,6 +42,7 @@ class RequestRows(NamedTuple):
     places: Tensor
     rows: Tensor
     start: int
+    banks: tuple[str, ...]
 
 
 @dataclass
@@ -61,55 +65,50 @@ class Belief:
     """One request's trust in one bank: the odds before its last rows, and what each next token would add to them.
 
     Rows come in pieces, out of order, and a second time after a rejected draft.
-
-    Args:
-        candidates: the most tokens of a row that the bank makes likelier than the rest.
     """
 
-    def __init__(self, candidates: int) -> None:
-        self._candidates = candidates
+    def __init__(self) -> None:
         self._odds: dict[int, float] = {}
-        self._gains: dict[int, tuple[Tensor, Tensor, float]] = {}
+        self._gains: dict[int, tuple[dict[int, float], float]] = {}
 
-    def logits(self, own_QV: Tensor, mixed_QV: Tensor, start: int, tokens: list[int]) -> Tensor:
-        """Log-probabilities `[Q, V]` of both, weighed by the odds before each row; equal rows stay equal.
+    def odds(self, found: Mixture, rows_F: Tensor, start: int, tokens: list[int], count: int) -> Tensor:
+        """Log-odds `[F]` of the bank before each row that it answered.
 
         Args:
-            own_QV: logits without the bank.
-            mixed_QV: and with it.
+            found: the bank's mixture, of F of the rows.
+            rows_F: which of them those are, ascending.
             start: the first row's position.
             tokens: the rows' input tokens, and the one after them if it is known.
+            count: how many rows.
         """
-        trust, known = Trust(), len(tokens) - 1
+        trust, known, gains = Trust(), len(tokens) - 1, torch.zeros(count)
         trust.log_odds = self._before(start, tokens[0], trust.log_odds)
-        following = torch.tensor(tokens[1:], dtype=torch.int64, device=own_QV.device)
-        gains_Q = torch.zeros(len(own_QV), device=own_QV.device)
-        gains_Q[:known] = _losses(own_QV[:known], following) - _losses(mixed_QV[:known], following)
-        odds_Q = trust.observe(gains_Q)
-        late = slice(-_MAY_COME_AGAIN, None)
-        self._keep(start + len(own_QV), odds_Q[late], own_QV[late], mixed_QV[late])
-        if known == len(own_QV):
+        if followed := int((rows_F < known).sum()):
+            first = rows_F[:followed].cpu()
+            following = torch.tensor(tokens[1:])[first].to(found.tokens_Qk.device)
+            gains[first] = found.of(slice(followed)).gains_of(following).cpu()
+        odds_Q = trust.observe(gains)
+        self._keep(start, odds_Q.tolist(), found.of(slice(-_MAY_COME_AGAIN, None)), rows_F[-_MAY_COME_AGAIN:].tolist())
+        if known == count:
             self._put(start + known, trust.log_odds)
-        return weigh(own_QV, mixed_QV, odds_Q)
+        return odds_Q[rows_F.cpu()].to(found.rest_Q.device)
 
     def _before(self, position: int, token: int, prior: float) -> float:
         """The odds before a row: those of the row before it, updated by the token; else the latest that are known."""
         last = position - 1
         if last in self._odds and last in self._gains:
-            tokens_k, gains_k, rest = self._gains[last]
-            found = gains_k[tokens_k == token]
-            return self._odds[last] + (float(found[0]) if len(found) else rest)
+            gains, rest = self._gains[last]
+            return self._odds[last] + gains.get(token, rest)
         earlier = [known for known in self._odds if known <= position]
         return self._odds[max(earlier)] if earlier else prior
 
-    def _keep(self, end: int, odds_Q: Tensor, own_QV: Tensor, mixed_QV: Tensor) -> None:
-        # every token that is no candidate loses the same share to the bank: its gain is the least one
-        gains_QV = log_gains(own_QV, mixed_QV)
-        best = gains_QV.topk(min(self._candidates, gains_QV.shape[1]), dim=1)
-        rest_Q, positions = gains_QV.amin(1).tolist(), range(end - len(odds_Q), end)
-        for row, (position, log_odds) in enumerate(zip(positions, odds_Q.tolist(), strict=True)):
-            self._put(position, log_odds)
-            self._gains[position] = best.indices[row].cpu(), best.values[row].cpu(), rest_Q[row]
+    def _keep(self, start: int, odds: list[float], found: Mixture, rows: list[int]) -> None:
+        columns = [column.tolist() for column in (found.tokens_Qk, found.gains(), found.rest_Q)]
+        answers = dict(zip(rows, zip(*columns, strict=True), strict=True))
+        for row in range(max(0, len(odds) - _MAY_COME_AGAIN), len(odds)):
+            self._put(start + row, odds[row])
+            tokens, gains, rest = answers.get(row, ((), (), 0.0))
+            self._gains[start + row] = dict(zip(tokens, gains, strict=True)), rest
 
     def _put(self, position: int, log_odds: float) -> None:
         self._odds.pop(position, None)
@@ -127,7 +126,7 @@ class MemoryMixer:
 
     Args:
         banks: attached banks by name; may change between steps.
-        blend: gets logits `[R, V]` float32 and what a bank answered, and returns new logits.
+        blend: gets logits `[R, V]` float32 and what a bank answered; returns None where it changes nothing.
         request_args: a request's `extra_args`; None when the request has ended.
         allow: gets the banks that a request asks for; raises to refuse them.
         earlier_states: reads a request's states from the cache: (request index, start, stop) -> `[n, L, D]`.
@@ -137,7 +136,7 @@ class MemoryMixer:
     def __init__(
         self,
         banks: Mapping[str, Follower],
-        blend: Callable[[Tensor, Readout], Tensor],
+        blend: Callable[[Tensor, Readout], Mixture | None],
         request_args: Callable[[str], Any],
         earlier_states: Callable[[int, int, int], Tensor],
         *,
@@ -159,27 +158,29 @@ class MemoryMixer:
         """Return the logits to use: the very same tensor when no request of these rows reads."""
         mixed = logits_RV
         self._forget_finished(step)
-        for part, names in self._readers(step, rows_R):
-            for name in names:
+        readers = self._readers(step, rows_R)
+        # each request's banks one after the other, and each bank once for all requests whose turn it is
+        for turn in range(max((len(part.banks) for part in readers), default=0)):
+            for name, parts in _by_bank(readers, turn).items():
                 bank = self._banks.get(name)
                 if bank is None or not bank.live:
-                    self._miss(name, len(part.places))
+                    self._miss(name, sum(len(part.places) for part in parts))
                     continue
                 if mixed is logits_RV:
                     # vLLM's sampler does the same next: rows that don't read keep their values bit for bit
                     mixed = logits_RV.to(torch.float32, copy=True)
-                self._mix(mixed, part, name, bank, step)
+                self._mix(mixed, parts, name, bank, step)
         return mixed
 
-    def _readers(self, step: EngineStep, rows_R: Tensor) -> list[tuple[RequestRows, tuple[str, ...]]]:
+    def _readers(self, step: EngineStep, rows_R: Tensor) -> list[RequestRows]:
         owners_R = torch.searchsorted(torch.tensor(step.starts[1:]), rows_R, right=True)
         found = []
         for request in torch.unique(owners_R).tolist():
-            names = self._asked_by(step.requests[request]) if request < len(step.requests) else ()
-            if names:
+            banks = self._asked_by(step.requests[request]) if request < len(step.requests) else ()
+            if banks:
                 places = (owners_R == request).nonzero()[:, 0]
                 rows = rows_R[places]
-                found.append((RequestRows(request, places, rows, int(step.positions_T[rows[0]])), names))
+                found.append(RequestRows(request, places, rows, int(step.positions_T[rows[0]]), banks))
         return found
 
     def _asked_by(self, request: str) -> tuple[str, ...]:
@@ -196,28 +197,43 @@ class MemoryMixer:
             self._asked[request] = banks
         return self._asked[request]
 
-    def _mix(self, logits_RV: Tensor, part: RequestRows, name: str, bank: Follower, step: EngineStep) -> None:
+    def _mix(self, logits_RV: Tensor, parts: list[RequestRows], name: str, bank: Follower, step: EngineStep) -> None:
+        """Change the logits of some requests' rows in place, after one search for all of them."""
         try:
-            states_QLD, start = self._queries(part, bank.window, step)
-            answer = last(bank.read(states_QLD, self._neighbours, start), len(part.places))
-            own_QV = logits_RV[part.places]
-            mixed_QV = self._blend(own_QV, answer)
-            logits_RV[part.places] = self._weigh(own_QV, mixed_QV, part, name, step)
+            answer = bank.read([self._queries(part, bank.window, step) for part in parts], self._neighbours)
+            places_Q = torch.cat([part.places for part in parts])
+            found = self._blend(logits_RV[places_Q], answer)
+            if found is not None:
+                found = self._weigh(found, parts, name, step)
+                replace(found, rows_Q=places_Q.to(found.rows_Q.device)[found.rows_Q]).put(logits_RV)
         except RaymemError as error:
+            if len(parts) > 1:
+                # one request's states may be what failed
+                for part in parts:
+                    self._mix(logits_RV, [part], name, bank, step)
+                return
             # a request whose memory fails runs on without it
             self._once.warn((name, error.code), "read failed", bank=name, code=error.code, reason=str(error))
-            self.counters.rows_failed += len(part.places)
+            self.counters.rows_failed += len(parts[0].places)
             return
-        self.counters.reads += 1
-        self.counters.rows_mixed += len(part.places)
+        self.counters.reads += len(parts)
+        self.counters.rows_mixed += len(places_Q)
 
-    def _weigh(self, own_QV: Tensor, mixed_QV: Tensor, part: RequestRows, name: str, step: EngineStep) -> Tensor:
+    def _weigh(self, found: Mixture, parts: list[RequestRows], name: str, step: EngineStep) -> Mixture:
+        """Weigh each request's rows by what it has learned of the bank."""
         if step.tokens_T is None:
-            return mixed_QV
-        first, stop = int(part.rows[0]), step.starts[part.request + 1]
-        tokens = step.tokens_T[first : min(first + len(part.rows) + 1, stop)].tolist()
-        beliefs = self._beliefs.setdefault(step.requests[part.request], {})
-        return beliefs.setdefault(name, Belief(self._neighbours)).logits(own_QV, mixed_QV, part.start, tokens)
+            return found
+        counts = [len(part.places) for part in parts]
+        firsts = [0, *accumulate(counts)]
+        bounds = torch.searchsorted(found.rows_Q.cpu(), torch.tensor(firsts)).tolist()
+        odds = []
+        for part, count, first, (start, stop) in zip(parts, counts, firsts, pairwise(bounds), strict=False):
+            begins, ends = int(part.rows[0]), step.starts[part.request + 1]
+            tokens = step.tokens_T[begins : min(begins + count + 1, ends)].tolist()
+            belief = self._beliefs.setdefault(step.requests[part.request], {}).setdefault(name, Belief())
+            rows = slice(start, stop)
+            odds.append(belief.odds(found.of(rows), found.rows_Q[rows] - first, part.start, tokens, count))
+        return found.weighed(torch.cat(odds))
 
     def _forget_finished(self, step: EngineStep) -> None:
         # a preempted request is in no step for a while, and comes back
@@ -226,12 +242,12 @@ class MemoryMixer:
                 del self._asked[request]
                 self._beliefs.pop(request, None)
 
-    def _queries(self, part: RequestRows, window: int, step: EngineStep) -> tuple[Tensor, int]:
+    def _queries(self, part: RequestRows, window: int, step: EngineStep) -> ContextRows:
         """Return these rows' states, after those that the first row's key window reaches back to."""
         states_RLD = step.states_RLD(part.rows)
         start = max(0, part.start - window + 1)
         if start == part.start:
-            return states_RLD, part.start
+            return ContextRows(states_RLD, start, len(states_RLD))
         first_row, first_position = step.starts[part.request], int(step.positions_T[step.starts[part.request]])
         parts = [states_RLD]
         if part.start > first_position:
@@ -241,7 +257,7 @@ class MemoryMixer:
         if start < first_position:
             earlier = self._earlier_states(part.request, start, min(part.start, first_position))
             parts.insert(0, earlier.to(states_RLD))
-        return torch.cat(parts), start
+        return ContextRows(torch.cat(parts), start, len(states_RLD))
 
     def _miss(self, name: str, rows: int) -> None:
         self._once.warn((name,), "bank is not attached here: requests go on without it", bank=name)
@@ -250,13 +266,10 @@ class MemoryMixer:
             self.counters.missing[name] = self.counters.missing.get(name, 0) + rows
 
 
-def last(readout: Readout, queries: int) -> Readout:
-    """Return the answers to the last so many queries."""
-    if len(readout.relevance_Q) == queries:
-        return readout
-    tensors = {name: value[-queries:] for name, value in vars(readout).items() if isinstance(value, Tensor)}
-    return Readout(**(vars(readout) | tensors))
-
-
-def _losses(logits_QV: Tensor, following_Q: Tensor) -> Tensor:
-    return cross_entropy(logits_QV.float(), following_Q, reduction="none")
+def _by_bank(readers: list[RequestRows], turn: int) -> dict[str, list[RequestRows]]:
+    """The requests that have a bank in this place of their lists, by bank."""
+    found: defaultdict[str, list[RequestRows]] = defaultdict(list)
+    for part in readers:
+        if turn < len(part.banks):
+            found[part.banks[turn]].append(part)
+    return found

@@ -127,7 +127,7 @@ class _WorkerMemory:
         tap = vllm_internals.LogitsTap(self._worker.model_runner, change)
         self._mixer = memory = MemoryMixer(
             self._banks,
-            Mixer().logits,
+            Mixer().mix,
             tap.request_args,
             earlier,
             allow=connector.config.check_reads,

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymem.encode import Calibration, Encoder
+from raymem.encode.keys import ContextRows
 from raymem.errors import Corrupt, FingerprintMismatch, InvalidSpec, InvalidTrace
 from raymem.memory.base import EncodedRows
 from raymem.rows import JournalRows
@@ -144,20 +145,20 @@ def test_a_span_gives_one_key_where_it_ends(encoder: Make, kit: Kit) -> None:
 def test_a_query_has_the_bits_of_the_row_with_the_same_state(key: KeySpec, encoder: Make, kit: Kit) -> None:
     rows = kit.journal([("a", seq) for seq in range(1, 30)])
     maker = encoder(key)
-    assert torch.equal(maker.keys(rows.hidden_TLD)[:-1], maker.push(rows).keys_NK)
+    assert torch.equal(maker.keys([ContextRows(rows.hidden_TLD)])[:-1], maker.push(rows).keys_NK)
 
 
 def test_a_query_at_position_0_is_zeros_and_enters_no_window(encoder: Make, kit: Kit) -> None:
     maker = encoder(KeySpec(function="window"))
     hidden = kit.hidden_of(9, 4)
-    keys_QK = maker.keys(hidden, start=0)
+    keys_QK = maker.keys([ContextRows(hidden, start=0)])
     assert keys_QK.shape == (9, maker.key_width)
     assert not keys_QK[0].any()
-    assert torch.equal(keys_QK[1:], maker.keys(hidden[1:]))
+    assert torch.equal(keys_QK[1:], maker.keys([ContextRows(hidden[1:])]))
 
 
 def test_keys_are_of_unit_length_and_layers_weigh_the_same(encoder: Make, kit: Kit) -> None:
-    keys_QK = encoder().keys(kit.hidden_of(31, 1))
+    keys_QK = encoder().keys([ContextRows(kit.hidden_of(31, 1))])
     halves_QL = keys_QK.unflatten(1, (2, kit.WIDTH)).norm(dim=-1)
     torch.testing.assert_close(halves_QL, torch.full((31, 2), 0.5**0.5))
 
@@ -166,7 +167,7 @@ def test_the_largest_states_give_finite_keys(encoder: Make, kit: Kit) -> None:
     hidden = kit.hidden_of(20, 1)
     hidden[5:9] = torch.finfo(torch.bfloat16).max
     hidden[12] = torch.finfo(torch.bfloat16).smallest_normal
-    assert encoder(KeySpec(function="window", window=7)).keys(hidden).isfinite().all()
+    assert encoder(KeySpec(function="window", window=7)).keys([ContextRows(hidden)]).isfinite().all()
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
@@ -262,7 +263,7 @@ def test_a_bank_of_fewer_layers_uses_their_part_of_the_calibration(calibration: 
     alone = spec.model_copy(update={"fingerprint": spec.fingerprint.model_copy(update={"layers": (7,)})})
     hidden = kit.hidden_of(9, 2)
     both = Encoder(spec.model_copy(update={"key": KeySpec(layers=(7,))}), calibration)
-    assert torch.equal(Encoder(alone, calibration).keys(hidden[:, 1:]), both.keys(hidden))
+    assert torch.equal(Encoder(alone, calibration).keys([ContextRows(hidden[:, 1:])]), both.keys([ContextRows(hidden)]))
 
 
 @pytest.mark.parametrize("damage", ["missing", "dtype", "rows", "source", "names", "twice"])

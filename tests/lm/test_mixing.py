@@ -8,8 +8,8 @@ import torch
 
 from raymem import Readout
 from raymem.errors import Corrupt, InvalidInput
-from raymem.lm.gate import FEATURES, Gate, combined_kinds, features, shares, shipped_gates, taus_of, votes
-from raymem.lm.mixing import Mixer, mixture, select
+from raymem.lm.gate import FEATURES, Gate, Prediction, combined_kinds, features, shares, shipped_gates, taus_of, votes
+from raymem.lm.mixing import Evidence, Mixer, mixture, select
 from raymem.memory import kinds
 from raymem.memory.learned import Learned
 
@@ -33,6 +33,11 @@ def readout(tokens, scores, relevance=None, *, kind="spalm"):
 
 def logits(rows):
     return torch.randn(rows, VOCABULARY) * 3
+
+
+def mixed(own, tokens, shares, log_weights):
+    """Log-probabilities of a mixture."""
+    return mixture(Prediction(own), Evidence(tokens, shares, torch.zeros(len(own), 0)), log_weights).logits(own)
 
 
 def fixed_gate(log_odds, kinds=("spalm",)):
@@ -96,8 +101,7 @@ def test_all_weight_on_the_model_leaves_its_distribution():
 
 def test_a_pair_stored_n_times_has_n_times_the_mass():
     tokens, scores = torch.tensor([[3, 3, 3, 8]]), torch.full((1, 4), 0.7)
-    share = shares(scores, (0.05,))
-    found = mixture(torch.zeros(1, VOCABULARY), tokens, share, torch.tensor([[-math.inf, 0.0]])).exp()
+    found = mixed(torch.zeros(1, VOCABULARY), tokens, shares(scores, (0.05,)), torch.tensor([[-math.inf, 0.0]])).exp()
     assert float(found[0, 3]) == pytest.approx(0.75, abs=1e-6)
     assert float(found[0, 8]) == pytest.approx(0.25, abs=1e-6)
 
@@ -111,7 +115,7 @@ def test_the_mixture_is_kNN_LMs_formula():
         for token, score in zip(tokens[row].tolist(), scores[row].tolist(), strict=True):
             expected[row, token] += weight * math.exp(score / tau) / total
     log_weights = torch.tensor([[1 - weight, weight]]).log().expand(2, 2)
-    found = mixture(own, tokens, shares(scores, (tau,)), log_weights)
+    found = mixed(own, tokens, shares(scores, (tau,)), log_weights)
     torch.testing.assert_close(found.exp(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -139,15 +143,23 @@ def test_features_stay_finite_at_the_extremes():
     sure[0, 3] = 0.0
     for answer in (readout([[9]], [[1.0]]), readout([[9, -1]], [[-50.0, -math.inf]], kind="titans")):
         taus = taus_of("spalm")
-        found = features(torch.log_softmax(sure, 1), answer, taus)
+        found = features(Prediction(sure), answer, taus)
         assert found.shape == (1, FEATURES)
         assert bool(torch.isfinite(found).all())
         assert bool(torch.isfinite(Mixer().logits(sure, answer).exp()).all())
 
 
 def test_votes_add_up_by_token():
-    found = votes(torch.tensor([[2, 5, 2]]), torch.tensor([[0.5, 0.25, 0.125]]))
-    assert found.tolist() == [[0.625, 0.25, 0.625]]
+    found = votes(torch.tensor([[2, 5, 2]]), torch.tensor([[[0.5, 0.25, 0.125], [1.0, 2.0, 4.0]]]))
+    assert found.tolist() == [[[0.625, 0.25, 0.625], [5.0, 2.0, 5.0]]]
+
+
+def test_a_token_that_the_model_rules_out_spoils_no_row():
+    own = logits(2)
+    own[:, [3, 41]] = -math.inf
+    found = Mixer().logits(own, readout([[41, 5]] * 2, [[0.9, 0.8]] * 2))
+    assert bool((found[:, 3] == -math.inf).all())
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(2), atol=1e-5, rtol=0)
 
 
 def test_a_batch_is_mixed_as_its_rows_are():

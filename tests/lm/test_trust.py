@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from raymem.lm.mixing import Mixture
 from raymem.lm.trust import PRIOR, Trust
 
 
@@ -17,19 +18,31 @@ def chosen(logits, tokens):
     return torch.log_softmax(logits, 1).gather(1, tokens[:, None])[:, 0]
 
 
+def both(own, mixed):
+    """Two predictions as a mixture in which every token is a candidate."""
+    rows, nothing = torch.arange(len(own)), torch.zeros(len(own))
+    candidates = torch.arange(own.shape[1]).expand(own.shape)
+    return Mixture(rows, nothing, nothing, candidates, torch.log_softmax(own, 1), torch.log_softmax(mixed, 1))
+
+
+def trusted(trust, own, mixed, tokens):
+    found = both(own, mixed)
+    return found.weighed(trust.observe(found.gains_of(tokens))).logits(own)
+
+
 def test_what_is_yet_to_come_changes_nothing_before_it():
     own, mixed, tokens = rows()
     other = tokens.clone()
     other[5:] = (other[5:] + 1) % 31
-    first, second = Trust().logits(own, mixed, tokens), Trust().logits(own, mixed, other)
+    first, second = trusted(Trust(), own, mixed, tokens), trusted(Trust(), own, mixed, other)
     assert torch.equal(first[:6], second[:6])
     assert not torch.equal(first[6:], second[6:])
 
 
 def test_cutting_a_context_into_calls_changes_nothing():
     own, mixed, tokens = rows()
-    whole, trust = Trust().logits(own, mixed, tokens), Trust()
-    parts = [trust.logits(own[cut], mixed[cut], tokens[cut]) for cut in (slice(0, 1), slice(1, 6), slice(6, 9))]
+    whole, trust = trusted(Trust(), own, mixed, tokens), Trust()
+    parts = [trusted(trust, own[cut], mixed[cut], tokens[cut]) for cut in (slice(0, 1), slice(1, 6), slice(6, 9))]
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
@@ -38,7 +51,7 @@ def test_a_memory_that_is_always_wrong_costs_a_bounded_amount_in_all(prior):
     own = torch.zeros(500, 31)
     mixed, tokens = own.clone(), torch.zeros(500, dtype=torch.int64)
     mixed[:, 0] = -3.0
-    cost = float((chosen(own, tokens) - chosen(Trust(prior).logits(own, mixed, tokens), tokens)).sum())
+    cost = float((chosen(own, tokens) - chosen(trusted(Trust(prior), own, mixed, tokens), tokens)).sum())
     # float32 log-probabilities of 500 rows
     assert 0 < cost <= -math.log(1 - prior) + 1e-3
 
@@ -48,28 +61,26 @@ def test_a_memory_that_is_right_is_soon_believed():
     mixed, tokens = own.clone(), torch.zeros(50, dtype=torch.int64)
     mixed[:, 0] = 2.0
     trust = Trust(0.5)
-    found = trust.logits(own, mixed, tokens)
+    found = trusted(trust, own, mixed, tokens)
     torch.testing.assert_close(found[-1], torch.log_softmax(mixed, 1)[-1], atol=1e-4, rtol=0)
     assert trust.log_odds > 20
 
 
 def test_the_total_is_the_bayesian_mixture_of_both_predictions():
     own, mixed, tokens = rows()
-    total = float(chosen(Trust(0.3).logits(own, mixed, tokens), tokens).sum())
+    total = float(chosen(trusted(Trust(0.3), own, mixed, tokens), tokens).sum())
     expected = math.log(
         0.3 * math.exp(float(chosen(mixed, tokens).sum())) + 0.7 * math.exp(float(chosen(own, tokens).sum()))
     )
     assert total == pytest.approx(expected, abs=1e-4)
 
 
-def test_where_memory_was_silent_the_models_own_bits_stay():
-    own, mixed, tokens = rows()
-    mixed[3] = own[3]
-    assert torch.equal(Trust().logits(own, mixed, tokens)[3], own[3])
-    assert Trust().logits(own, own, tokens) is own
+def test_where_both_predict_the_same_nothing_changes_whatever_the_odds():
+    own, _, tokens = rows()
+    torch.testing.assert_close(trusted(Trust(0.3), own, own, tokens), torch.log_softmax(own, 1))
 
 
 def test_losses_are_those_of_the_logits():
     own, mixed, tokens = rows()
-    expected = -chosen(Trust().logits(own, mixed, tokens), tokens)
+    expected = -chosen(trusted(Trust(), own, mixed, tokens), tokens)
     torch.testing.assert_close(Trust().losses(-chosen(own, tokens), -chosen(mixed, tokens)), expected)

@@ -1,12 +1,14 @@
 """What a request learns of a bank, however vLLM cuts its rows: no vLLM."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from raymem.lm.mixing import mixture
-from raymem.lm.trust import Trust, log_gains
+from raymem.lm.gate import Prediction
+from raymem.lm.mixing import Evidence, Mixture, mixture
+from raymem.lm.trust import Trust
 from raymem.serving.vllm.memory import Belief
 
 ROWS, VOCABULARY, CANDIDATES = 23, 61, 5
@@ -14,26 +16,32 @@ ROWS, VOCABULARY, CANDIDATES = 23, 61, 5
 
 @pytest.fixture
 def text():
-    """A model's logits, those with memory, and the tokens: the rows' own, and the one after the last."""
-    own = torch.randn(ROWS, VOCABULARY) * 2
-    candidates = torch.stack([torch.randperm(VOCABULARY)[:CANDIDATES] for _ in range(ROWS)])
+    """A model's logits, what memory makes of them, and the tokens: the rows' own, and the one after the last."""
+    return written(torch.randn(ROWS, VOCABULARY) * 2)
+
+
+def written(own):
+    tokens = torch.stack([torch.randperm(VOCABULARY)[:CANDIDATES] for _ in range(ROWS)])
     shares = torch.rand(ROWS, 1, CANDIDATES)
-    weights = torch.tensor([0.7, 0.3]).log().expand(ROWS, 2)
-    mixed = mixture(torch.log_softmax(own, 1), candidates, shares / shares.sum(2, keepdim=True), weights)
+    found = Evidence(tokens, shares / shares.sum(2, keepdim=True), torch.zeros(ROWS, 0))
+    mixed = mixture(Prediction(own), found, torch.tensor([0.7, 0.3]).log().expand(ROWS, 2))
     # as likely from one as from the other, so that the odds stay open
-    following = torch.multinomial(own.softmax(1) + mixed.exp(), 1)[:, 0]
+    following = torch.multinomial(own.softmax(1) + mixed.logits(own).exp(), 1)[:, 0]
     return own, mixed, [3, *following.tolist()]
 
 
 def piece(belief, text, start, stop, *, next_known=False, tokens=None):
     own, mixed, known = text
     tokens = known[start : stop + next_known] if tokens is None else tokens
-    return belief.logits(own[start:stop], mixed[start:stop], start, tokens)
+    rows, found = torch.arange(stop - start), mixed.of(slice(start, stop))
+    weighed = found.weighed(belief.odds(found, rows, start, tokens, len(rows)))
+    return replace(weighed, rows_Q=rows).logits(own[start:stop])
 
 
 def expected(text):
     own, mixed, tokens = text
-    return Trust().logits(own, mixed, torch.tensor(tokens[1:]))
+    gains = mixed.gains_of(torch.tensor(tokens[1:]))
+    return mixed.weighed(Trust().observe(gains)).logits(own)
 
 
 def test_rows_one_by_one_and_in_pieces_are_weighed_as_in_one(text):
@@ -44,7 +52,7 @@ def test_rows_one_by_one_and_in_pieces_are_weighed_as_in_one(text):
         ([0, 1, 7, 8, ROWS], False),
         (range(ROWS + 1), False),
     ):
-        belief, cuts = Belief(CANDIDATES), list(cuts)
+        belief, cuts = Belief(), list(cuts)
         pieces = [piece(belief, text, *pair, next_known=next_known) for pair in itertools.pairwise(cuts)]
         found = torch.cat(pieces)
         # odds that were summed in other groups
@@ -52,9 +60,9 @@ def test_rows_one_by_one_and_in_pieces_are_weighed_as_in_one(text):
 
 
 def test_a_rejected_draft_leaves_nothing_behind(text):
-    belief, whole = Belief(CANDIDATES), expected(text)
+    belief, whole = Belief(), expected(text)
     piece(belief, text, 0, 9)
-    gains = log_gains(text[0][9:10], text[1][9:10])[0]
+    gains = (text[1].logits(text[0]) - text[0].log_softmax(1))[9]
     # one for which the bank has another gain than for the token that came
     wrong = int(gains.argmin() if gains[text[2][10]] > 0 else gains.argmax())
     drafted = piece(belief, text, 9, 11, tokens=[text[2][9], wrong])
@@ -66,7 +74,7 @@ def test_a_rejected_draft_leaves_nothing_behind(text):
 
 
 def test_a_prompt_that_is_scored_in_chunks_is_not_disturbed_by_the_rows_sampled_between(text):
-    belief, whole, found = Belief(CANDIDATES), expected(text), []
+    belief, whole, found = Belief(), expected(text), []
     for start, stop in ((0, 8), (8, 16), (16, 20)):
         # vLLM samples from a chunk's last row before it scores the chunk
         piece(belief, text, stop - 1, stop)
@@ -77,23 +85,31 @@ def test_a_prompt_that_is_scored_in_chunks_is_not_disturbed_by_the_rows_sampled_
 
 
 def test_tokens_that_a_model_rules_out_say_nothing(text):
-    own, mixed, tokens = text
-    never = next(token for token in range(VOCABULARY) if token not in tokens)
-    own[:, never] = mixed[:, never] = float("-inf")
-    belief = Belief(CANDIDATES)
+    own, _, tokens = text
+    never = next(token for token in range(VOCABULARY) if token not in tokens and not (text[1].tokens_Qk == token).any())
+    own[:, never] = float("-inf")
+    text = own, text[1], tokens
+    belief = Belief()
     found = torch.cat([piece(belief, text, row, row + 1) for row in range(ROWS)])
     assert (found[:, never] == float("-inf")).all()
     torch.testing.assert_close(found, expected(text), atol=1e-5, rtol=1e-5)
 
 
 def test_a_belief_stays_small(text):
-    belief = Belief(CANDIDATES)
+    belief = Belief()
     for row in range(ROWS):
         piece(belief, text, row, row + 1)
     assert len(belief._odds) == 8 >= len(belief._gains)
-    assert all(len(tokens) == CANDIDATES for tokens, _, _ in belief._gains.values())
+    assert all(len(gains) <= CANDIDATES for gains, _ in belief._gains.values())
 
 
-def test_rows_that_memory_left_alone_keep_their_bits(text):
-    own, _, tokens = text
-    assert torch.equal(Belief(CANDIDATES).logits(own, own, 0, tokens[:ROWS]), own)
+def test_rows_that_memory_did_not_answer_say_nothing_about_it(text):
+    own, mixed, tokens = text
+    some = torch.tensor([0, 1, 4, 7])
+    found = Mixture(*(column[some] for column in vars(mixed).values()))
+    odds = Belief().odds(found, some, 0, tokens[:8], 8)
+    gains = torch.zeros(8)
+    gains[[0, 1, 4]] = mixed.gains_of(torch.tensor(tokens[1:]))[[0, 1, 4]]
+    torch.testing.assert_close(odds, Trust().observe(gains)[some])
+    left = found.weighed(odds).logits(own[:8])
+    assert torch.equal(left[[2, 3, 5, 6]], own[[2, 3, 5, 6]])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from raymem.errors import InvalidTrace, Unauthorized
+from raymem.lm.mixing import Mixture
 from raymem.serving.vllm.memory import MemoryMixer
 from raymem.types import Readout
 
@@ -23,16 +24,17 @@ class EchoBank:
 
     window: int = 1
     live: bool = True
+    fails_on: float | None = None
+    searches: int = 0
     asked: list[tuple[list[float], int]] = field(default_factory=list)
 
-    def read(self, hidden_QLD, k, start):
-        self.asked.append((hidden_QLD[:, 0, 0].tolist(), start))
-        return Readout(values_QV=hidden_QLD[:, 0, :1].float(), relevance_Q=torch.ones(len(hidden_QLD)))
-
-
-class FailingBank(EchoBank):
-    def read(self, hidden_QLD, k, start):
-        raise InvalidTrace("states of another width")
+    def read(self, contexts, k):
+        self.asked += [(hidden_QLD[:, 0, 0].tolist(), start) for hidden_QLD, start, _ in contexts]
+        self.searches += 1
+        states_QD = torch.cat([context.hidden_QLD[-context.queries :, 0] for context in contexts])
+        if self.fails_on is not None and bool((states_QD == self.fails_on).any()):
+            raise InvalidTrace("a state that can't be")
+        return Readout(values_QV=states_QD[:, :1].float(), relevance_Q=torch.ones(len(states_QD)))
 
 
 @dataclass
@@ -55,15 +57,23 @@ class FakeStep:
         return self._states_T[rows_R][:, None, None].expand(-1, 1, 2)
 
 
+def added(logits_RV, readout):
+    """What a bank adds to the logits of all tokens."""
+    assert logits_RV.dtype == torch.float32
+    return all_tokens(logits_RV, logits_RV + readout.values_QV)
+
+
+def all_tokens(own_QV, mixed_QV):
+    """A mixture in which every token is a candidate."""
+    rows_Q, none_Q = torch.arange(len(own_QV)), torch.zeros(len(own_QV))
+    return Mixture(rows_Q, none_Q, none_Q, torch.arange(own_QV.shape[1]).expand(own_QV.shape), own_QV, mixed_QV)
+
+
 def mixer(banks, reads, **options):
     def earlier(request, start, stop):
         return (100 * request + torch.arange(start, stop)).float()[:, None, None].expand(-1, 1, 2)
 
-    def blend(logits_RV, readout):
-        assert logits_RV.dtype == torch.float32
-        return logits_RV + readout.values_QV
-
-    return MemoryMixer(banks, blend, lambda name: asks(reads.get(name, [])), earlier, **options)
+    return MemoryMixer(banks, added, lambda name: asks(reads.get(name, [])), earlier, **options)
 
 
 def logits(rows):
@@ -97,7 +107,7 @@ def test_each_request_learns_by_itself_what_a_bank_is_worth_and_is_forgotten_whe
     def blend(logits_RV, readout):
         mixed = logits_RV.clone()
         mixed[:, 3] += 2.0
-        return mixed
+        return all_tokens(*(torch.log_softmax(rows, 1) for rows in (logits_RV, mixed)))
 
     reads = {name: asks(["lab/x"]) for name in ("a", "b")}
     memory = MemoryMixer({"lab/x": EchoBank()}, blend, reads.get, lambda *_: torch.zeros(0))
@@ -144,10 +154,23 @@ def test_a_bank_that_is_not_here_or_detached_leaves_the_logits_alone_and_is_coun
 
 
 def test_a_read_that_fails_costs_the_memory_and_not_the_request():
-    memory = mixer({"lab/x": FailingBank()}, {"a": ["lab/x"]})
+    memory = mixer({"lab/x": EchoBank(fails_on=3.0)}, {"a": ["lab/x"]})
     after = memory.change(FakeStep(["a"], [1], [3]), torch.tensor([0]), logits(1))
     assert torch.equal(after, logits(1).float())
     assert memory.counters.rows_failed == 1
+
+
+def test_requests_that_read_the_same_bank_share_a_search_and_not_its_failure():
+    bank = EchoBank(fails_on=207.0)
+    memory = mixer({"lab/x": bank}, {"a": ["lab/x"], "b": ["lab/x"], "c": ["lab/x"]})
+    step = FakeStep(["a", "b"], [1, 2], [3, 9])
+    after = memory.change(step, torch.arange(3), logits(3))
+    assert bank.searches == 1
+    assert torch.equal(after - logits(3).float(), torch.tensor([3.0, 109, 110])[:, None].expand(-1, VOCABULARY))
+    # c's state is the one that can't be
+    after = memory.change(FakeStep(["a", "b", "c"], [1, 1, 1], [4, 11, 7]), torch.arange(3), logits(3))
+    assert torch.equal(after - logits(3).float(), torch.tensor([4.0, 111, 0])[:, None].expand(-1, VOCABULARY))
+    assert (memory.counters.rows_mixed, memory.counters.rows_failed) == (5, 1)
 
 
 def test_what_a_request_asks_is_looked_at_once_and_each_bank_is_read_once():
@@ -157,7 +180,7 @@ def test_what_a_request_asks_is_looked_at_once_and_each_bank_is_read_once():
         asked.append(name)
         return asks(["lab/x"] * 20_000)
 
-    memory = MemoryMixer({"lab/x": bank}, lambda rows, answer: rows + answer.values_QV, request_args, lambda *_: None)
+    memory = MemoryMixer({"lab/x": bank}, added, request_args, lambda *_: None)
     for position in range(5):
         memory.change(FakeStep(["a"], [1], [position]), torch.tensor([0]), logits(1))
     assert len(bank.asked) == 5
@@ -184,7 +207,7 @@ def test_a_wish_that_is_refused_costs_the_memory_alone_is_counted_once_and_leave
 def test_names_that_requests_make_up_are_not_remembered_for_ever(caplog):
     reads = {f"r{i}": [f"lab/b{i}"] for i in range(500)}
     args = {name: asks(banks) for name, banks in reads.items()}
-    memory = MemoryMixer({}, lambda rows, _: rows, args.get, lambda *_: None)
+    memory = MemoryMixer({}, added, args.get, lambda *_: None)
     for name in list(reads):
         memory.change(FakeStep([name], [2], [0]), torch.tensor([0, 1]), logits(2))
         del args[name]
