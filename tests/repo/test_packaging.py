@@ -93,6 +93,19 @@ def test_importing_raymem_is_quick_and_pulls_in_nothing_heavy(root, python):
     assert min(took for took, _ in runs) < 1
 
 
+def test_what_the_tables_do_not_call_is_imported_once_it_is_used(root, python):
+    script = (
+        "import sys, raymem.storage.tables.tables\n"
+        "client = 'lance_namespace_urllib3_client'\n"
+        "print([name for name in sys.modules if name.startswith(client + '.api')])\n"
+        "from lance_namespace_urllib3_client.api.table_api import TableApi\n"
+        "import lance_namespace_urllib3_client as client\n"
+        "print(client.TableApi is TableApi, hasattr(client, 'nothing'), client.models.__name__)"
+    )
+    ran = python("-c", script, at=root)
+    assert ran.stdout.splitlines() == ["[]", "True False lance_namespace_urllib3_client.models"], ran.stderr
+
+
 def test_the_arithmetic_needs_torch_alone(root, python):
     script = (
         "import importlib, pkgutil, sys\n"
