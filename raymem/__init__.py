@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from raymem.config import Settings
     from raymem.encode.calibration import Calibration
     from raymem.errors import RaymemError
-    from raymem.rows import Trace
+    from raymem.rows import AttendedRows, Trace
     from raymem.types import (
         Ack,
         BankInfo,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Ack": "types",
     "AsyncStore": "client.store",
+    "AttendedRows": "rows",
     "Bank": "client.store",
     "BankInfo": "types",
     "BankSpec": "types",
@@ -75,6 +76,7 @@ _HOME = {
 __all__ = [
     "Ack",
     "AsyncStore",
+    "AttendedRows",
     "Bank",
     "BankInfo",
     "BankSpec",

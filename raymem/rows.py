@@ -1,6 +1,7 @@
 """Rows: as a caller gives them, as the journal keeps them, as Arrow, and the checksum that ties these together.
 
-Shape legend: `T` rows, `L` layers, `D` hidden width, `V` value width.
+Shape legend: `T` rows, `L` layers, `D` hidden width, `V` value width; of keys and values that a model attends to, `L`
+attention layers, `N` rows, `H` key/value heads, `d` head width.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from raymem.errors import Corrupt, InvalidTrace, NonFinite
-from raymem.inputs import COUNT_END, TIME_END, check_hidden, label, moment, named, numbers, shown, whole
-from raymem.tensors import to_bits
+from raymem.errors import Corrupt, FingerprintMismatch, InvalidTrace, NonFinite
+from raymem.inputs import COUNT_END, TIME_END, check_hidden, label, moment, named, numbers, shown, text, whole
+from raymem.tensors import dtype_name, to_bits
 from raymem.types import Fingerprint
 
 _LAYERS = b"raymem.layers"
@@ -35,6 +37,7 @@ _HIDDEN_DTYPES = {arrow: dtype for dtype, arrow in _HIDDEN_TYPES.items()}
 
 
 _TOKEN_IDS = 2**31
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -423,3 +426,130 @@ def _lists(tensor_TV: Tensor) -> pa.Array:
     rows, width = tensor_TV.shape
     offsets = np.arange(0, rows * width + 1, width, dtype=np.int32) if width else np.zeros(rows + 1, dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(tensor_TV.reshape(-1).numpy()))
+
+
+class RowFormat(NamedTuple):
+    """What keys and values of rows are: attention layers, key/value heads, head width, how keys turn, their dtype."""
+
+    layers: int
+    heads: int
+    width: int
+    rope: str
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's keys, values and scales."""
+        head = self.width + _SCALE_BYTES if self.dtype == "int8" else self.width * torch.bfloat16.itemsize
+        return 2 * self.layers * self.heads * head
+
+    def require(self, other: RowFormat) -> None:
+        """Raise FingerprintMismatch naming every field in which `other` differs."""
+        mine, theirs = self._asdict(), other._asdict()
+        wrong = [name for name in mine if mine[name] != theirs[name]]
+        if wrong:
+            said = "; ".join(f"{name}: the bank's have {mine[name]!r}, these {theirs[name]!r}" for name in wrong)
+            raise FingerprintMismatch(
+                f"keys and values of another model, or kept otherwise ({said}); give those of the model and the dtype "
+                "that the bank's were made with, or create another bank",
+                fields=wrong,
+            )
+
+
+@dataclass(frozen=True)
+class AttendedRows:
+    """Keys and values of N consecutive rows of one run, for a model to attend to.
+
+    `keys_LNHd` and `values_LNHd` are [attention layers, rows, key/value heads, head width], keys as they are before
+    RoPE turns them: floats, or int8 with the float32 scales [L, N, H] by which they are multiplied. `seq` is the run's
+    index of the first row. `rope` says how the model turns keys.
+    """
+
+    stream: str
+    run: str
+    seq: int
+    keys_LNHd: Tensor
+    values_LNHd: Tensor
+    key_scales_LNH: Tensor | None = None
+    value_scales_LNH: Tensor | None = None
+    rope: str = ""
+
+    def __len__(self) -> int:
+        return int(self.keys_LNHd.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors carried."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def format(self) -> RowFormat:
+        """What they are."""
+        layers, _, heads, width = self.keys_LNHd.shape
+        return RowFormat(layers, heads, width, self.rope, dtype_name(self.keys_LNHd.dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by their names without a shape."""
+        every = {
+            "keys": self.keys_LNHd,
+            "values": self.values_LNHd,
+            "key_scales": self.key_scales_LNH,
+            "value_scales": self.value_scales_LNH,
+        }
+        return {name: tensor for name, tensor in every.items() if tensor is not None}
+
+    def checked(self, *, int8: bool = True) -> AttendedRows:
+        """The same as banks keep it: names in NFC, tensors on the CPU, floats rounded to int8 or to bfloat16.
+
+        Raises:
+            InvalidTrace, InvalidName, NonFinite, TooLarge: naming the field and the value.
+        """
+        dense = {name: numbers(name, tensor, torch.float32) for name, tensor in self.tensors().items()}
+        shape, dtype = dense["keys"].shape, dense["keys"].dtype
+        if len(shape) != 4 or 0 in (shape[0], shape[2], shape[3]):
+            raise InvalidTrace(f"keys are {list(shape)}; give [attention layers, rows, key/value heads, head width]")
+        if dense["values"].shape != shape or dense["values"].dtype != dtype:
+            found = f"{dense['values'].dtype} {list(dense['values'].shape)}"
+            raise InvalidTrace(f"values are {found}, and keys {dtype} {list(shape)}; give both alike")
+        if dtype != torch.int8 and not dtype.is_floating_point:
+            raise InvalidTrace(f"keys are {dtype}; give floats, or int8 with their scales")
+        wanted = {"keys", "values"} | ({"key_scales", "value_scales"} if dtype == torch.int8 else set())
+        if dense.keys() != wanted:
+            raise InvalidTrace(f"keys are {dtype}, which come with {sorted(wanted)}; these have {sorted(dense)}")
+        for name in wanted - {"keys", "values"}:
+            if dense[name].shape != shape[:3] or dense[name].dtype != torch.float32:
+                found = f"{dense[name].dtype} {list(dense[name].shape)}"
+                raise InvalidTrace(f"{name} are {found}; expected float32 {list(shape[:3])}, one a layer, row and head")
+        for name, tensor in dense.items():
+            if (
+                tensor.is_floating_point()
+                and tensor.numel()
+                and not torch.stack(torch.aminmax(tensor)).isfinite().all()
+            ):
+                raise NonFinite(f"{name} hold NaN or Inf; the rows were refused whole")
+        if dtype != torch.int8:
+            dense = _rounded(dense, int8=int8)
+        return AttendedRows(
+            stream=named("stream", label, self.stream),
+            run=named("run", label, self.run),
+            seq=named("seq", whole, self.seq, 0, COUNT_END - shape[1], InvalidTrace),
+            keys_LNHd=dense["keys"],
+            values_LNHd=dense["values"],
+            key_scales_LNH=dense.get("key_scales"),
+            value_scales_LNH=dense.get("value_scales"),
+            rope=named("rope", text, self.rope, InvalidTrace),
+        )
+
+
+def to_int8(floats_NHd: Tensor) -> tuple[Tensor, Tensor]:
+    """Floats [..., d] as int8 and the float32 scales [...] by which these are multiplied to give them again."""
+    wide = floats_NHd.float()
+    scale = wide.abs().amax(-1) / 127
+    return (wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().to(torch.int8), scale
+
+
+def _rounded(dense: dict[str, Tensor], *, int8: bool) -> dict[str, Tensor]:
+    if not int8:
+        return {name: tensor.to(torch.bfloat16) for name, tensor in dense.items()}
+    (keys, key_scales), (values, value_scales) = to_int8(dense["keys"]), to_int8(dense["values"])
+    return {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}

@@ -31,7 +31,7 @@ from raymem.retry import attempts
 from raymem.storage.journal.tombstones import Tombstones, bank_schema
 from raymem.storage.tables.cas_table import SWAP_ATTEMPTS, CasTable, Change, Find
 from raymem.storage.tables.disk import reading
-from raymem.storage.tables.tables import Tables, journal_table, quote, snapshot_table
+from raymem.storage.tables.tables import Tables, attended_table, journal_table, quote, snapshot_table
 from raymem.types import BankSpec, check_bank_name, check_label, shorten
 
 _TABLE = "catalog"
@@ -118,9 +118,9 @@ class Line(NamedTuple):
     owner: str | None
 
     @property
-    def tables(self) -> tuple[str, str]:
-        """Its own tables: of its journal and of its snapshots."""
-        return journal_table(self.id, self.generation), snapshot_table(self.id, self.generation)
+    def tables(self) -> tuple[str, ...]:
+        """Its own tables: of its journal, of its snapshots, and of keys and values of its rows."""
+        return tuple(table(self.id, self.generation) for table in (journal_table, snapshot_table, attended_table))
 
 
 class Catalog:

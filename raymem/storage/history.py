@@ -26,7 +26,7 @@ from raymem.storage.journal.journal import Journal
 from raymem.storage.journal.tombstones import bank_schema
 from raymem.storage.partitions import Layout
 from raymem.storage.store import ColdStore
-from raymem.storage.tables.tables import journal_table, snapshot_table
+from raymem.storage.tables.tables import attended_table, journal_table, snapshot_table
 from raymem.types import RestoreReport, check_label, shorten
 
 _NAME_MAX = 63
@@ -223,8 +223,9 @@ def materialise(cold: ColdStore, entry: Entry) -> Entry:
     journal = cold.journal(entry)
     cold.tables.fill(table, bank_schema(entry.spec, journal.tombstones()), _batches(journal))
     _keep_states(cold, entry, rewritten)
+    cold.attended(entry).rewrite(rewritten, journal.tombstones())
     changed = cold.catalog.change(entry, generation=rewritten.generation, parent=None, base=0)
-    for dropped in (journal_table, snapshot_table):
+    for dropped in (journal_table, snapshot_table, attended_table):
         cold.tables.drop(dropped(entry.id, entry.generation))
     return changed
 

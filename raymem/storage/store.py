@@ -1,4 +1,6 @@
-"""A cold store: the catalog, for each bank its journal and its snapshots, and files stored under their hash."""
+"""A cold store: the catalog, for each bank its journal, its snapshots and what is kept of its rows for models to attend
+to, and files stored under their hash.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from raymem.encode.calibration import Calibration
 from raymem.errors import CalibrationNotFound, Corrupt, InvalidInput, NotFound
 from raymem.logs import get_logger
 from raymem.memory.learned import name_of
+from raymem.storage.attended import Attended
 from raymem.storage.catalog import Catalog, Entry, Line
 from raymem.storage.cordon import Cordon
 from raymem.storage.erasure.receipts import Receipts
@@ -254,6 +257,10 @@ class ColdStore:
         """A bank's journal; nothing is read or written before it is used. Its owner may have a log."""
         kind = Journal if entry.whole().parent is None else ForkJournal
         return kind(self.tables, self.catalog, entry, self._old_logs, log)
+
+    def attended(self, entry: Entry) -> Attended:
+        """Keys and values of a bank's rows; nothing is read or written before they are used."""
+        return Attended(self.tables, self.catalog, entry)
 
     def snapshots(self, entry: Entry) -> Snapshots:
         """A bank's snapshots; nothing is read or written before they are used."""

@@ -14,7 +14,7 @@ from raymem.storage.store import ColdStore
 from raymem.storage.tables.files import Files
 from raymem.types import EraseReceipt, SweepReport
 
-_TABLE = re.compile(r"(?P<kind>journal|snapshots|log)-(?P<id>[0-9a-f]{32})(?:-\d+)?")
+_TABLE = re.compile(r"(?P<kind>journal|snapshots|attended|log)-(?P<id>[0-9a-f]{32})(?:-\d+)?")
 
 
 def sweep(cold: ColdStore, age_s: float, *, dry_run: bool = False) -> SweepReport:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from raymem.encode.saved_state import named_runs, position_tensors, positions
 from raymem.errors import Corrupt
 from raymem.inputs import TIME_END, composed
+from raymem.storage.attended import named_rows
 from raymem.storage.erasure.reach import Reach
 from raymem.storage.journal.tombstones import Tombstones
 from raymem.storage.spellings import same
@@ -26,6 +27,8 @@ from raymem.storage.tables.files import File, Files
 from raymem.types import FileCheck, Selection
 
 _SAMPLE = 1024
+# of keys and values in a file, decoded at a time
+_PIECES = 16
 _DIGEST_BYTES = 16
 Mask = NDArray[np.bool_]
 
@@ -49,8 +52,7 @@ class ErasedRows:
 
     def of(self, batch: pa.RecordBatch) -> Mask:
         """Which rows of a journal or a log are, or hold what was in, a row that was erased."""
-        pos_T = batch["pos"].to_numpy()
-        found_T = self.gone.has(pos_T) | (selects(self.what, batch) & (pos_T < self.gone.end))
+        found_T = self.named(batch)
         if "bank" in batch.schema.names:
             found_T &= _true(pc.equal(batch["bank"], self.bank_id))
             rest_T = ~found_T & _true(pc.equal(batch["bank"], self.bank_id))
@@ -59,6 +61,14 @@ class ErasedRows:
         if self.contents:
             digests = contents(batch, np.flatnonzero(rest_T).tolist())
             found_T[rest_T] = [digest in self.contents for digest in digests]
+        return np.asarray(found_T)
+
+    def named(self, batch: pa.RecordBatch) -> Mask:
+        """Which rows are of an erased position, or are called as one was; by their time only where they have one."""
+        pos_T = batch["pos"].to_numpy()
+        found_T = self.gone.has(pos_T)
+        if self.what.before is None or "time" in batch.schema.names:
+            found_T |= selects(self.what, batch) & (pos_T < self.gone.end)
         return np.asarray(found_T)
 
     def to_json(self) -> str:
@@ -118,7 +128,8 @@ def inspect(files: Files, evidence: ErasedRows) -> FileCheck:
 def _inspect(files: Files, table: str, evidence: ErasedRows) -> tuple[int, int, int, int]:
     there = files.of(table)
     data = [file for file in there if file.holds_rows]
-    find = _in_snapshots if table.startswith("snapshots-") else _in_rows
+    kind = table.partition("-")[0]
+    find = {"snapshots": _in_snapshots, "attended": _in_attended}.get(kind, _in_rows)
     found, unreadable = find(files, data, evidence)
     return len(there), sum(file.bytes for file in there), found, unreadable
 
@@ -128,6 +139,18 @@ def _in_rows(files: Files, data: Sequence[File], evidence: ErasedRows) -> tuple[
     for file in data:
         try:
             found += sum(int(evidence.of(batch).sum()) for batch in files.rows(file))
+        except (Corrupt, KeyError):
+            unreadable += 1
+    return found, unreadable
+
+
+def _in_attended(files: Files, data: Sequence[File], evidence: ErasedRows) -> tuple[int, int]:
+    """Keys and values of the rows, by what these were called."""
+    found = unreadable = 0
+    for file in data:
+        try:
+            for batch in map(named_rows, files.rows(file, batch_rows=_PIECES)):
+                found += int(evidence.named(batch).sum())
         except (Corrupt, KeyError):
             unreadable += 1
     return found, unreadable

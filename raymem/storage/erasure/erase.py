@@ -1,7 +1,8 @@
 """Erasing rows of a bank: its journal is written anew without them, the catalog switched, the old folder deleted.
 
 Never in place: cleaning a table up beside an appender can make it unreadable (measured), and its old versions, its
-snapshots and its log hold the rows too. A process that is killed at any step leaves all of the rows or none.
+snapshots, its log and the keys and values beside it hold the rows too. A process that is killed at any step leaves all
+of the rows or none.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from raymem.storage.erasure.reach import LISTED, beyond, inherited, is_reached, 
 from raymem.storage.journal.tombstones import Tombstones, bank_schema
 from raymem.storage.store import ColdStore, Entry
 from raymem.storage.tables.files import Files
-from raymem.storage.tables.tables import journal_table, snapshot_table
+from raymem.storage.tables.tables import attended_table, journal_table, snapshot_table
 from raymem.types import EraseReceipt, FileCheck, Selection
 
-_OF_A_BANK = re.compile(r"(journal|snapshots)-(?P<bank>[0-9a-f]+)(-(?P<generation>\d+))?")
+_OF_A_BANK = re.compile(r"(journal|snapshots|attended)-(?P<bank>[0-9a-f]+)(-(?P<generation>\d+))?")
 
 
 def find(cold: ColdStore, entry: Entry, what: Selection) -> ErasedRows:
@@ -55,7 +56,7 @@ def is_due(cold: ColdStore, entry: Entry, what: Selection) -> bool:
 def begin(cold: ColdStore, entry: Entry, evidence: ErasedRows) -> EraseReceipt:
     """Run the check, which must find the rows now, and put down what is about to happen."""
     check, found = inspect(Files(cold.tables), evidence), evidence.reach
-    own = len(evidence.gone) - len(evidence.gone.until(entry.base))
+    own = len(evidence.gone) - len(evidence.gone.until(entry.base)) + cold.attended(entry).count(evidence.gone)
     forks = {fork.name: "" for fork in cold.catalog.forks(entry.id)}
     receipt = EraseReceipt(
         id=uuid.uuid4().hex,
@@ -127,6 +128,7 @@ def rewrite(cold: ColdStore, entry: Entry, evidence: ErasedRows) -> tuple[Entry,
     cold.catalog.unchanged(entry)
     cold.tables.drop(journal_table(entry.id, evidence.generation))
     cold.tables.fill(journal_table(entry.id, evidence.generation), schema, survivors())
+    cold.attended(entry).rewrite(rewritten, tombstones)
     rest = evidence.contents - shared.keys()
     return rewritten, dataclasses.replace(evidence, contents=rest, same=shared.total())
 
@@ -146,7 +148,7 @@ def undo(cold: ColdStore, receipt: EraseReceipt, evidence: ErasedRows) -> EraseR
     present = cold.catalog.by_id(receipt.bank_id)
     if present is not None and present.generation == evidence.generation:
         return None
-    for table in (journal_table, snapshot_table):
+    for table in (journal_table, snapshot_table, attended_table):
         cold.tables.drop(table(receipt.bank_id, evidence.generation))
     done = dataclasses.replace(receipt, status="undone", finished=time.time(), reason="nothing was erased")
     return cold.receipts.put(done, evidence)

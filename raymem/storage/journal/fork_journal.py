@@ -58,6 +58,12 @@ class ForkJournal(Journal):
         inherited_T = self._parent().tokens(stream, run, seq_from, seq_to, self._upto(stop))
         return torch.cat([inherited_T, super().tokens(stream, run, seq_from, seq_to, stop)])
 
+    def positions(self, stream: str, run: str, seq_from: int, seq_to: int) -> dict[int, int]:
+        """As `Journal.positions`, with those that the fork inherited."""
+        inherited = self._parent().positions(stream, run, seq_from, seq_to)
+        before = {seq: pos for seq, pos in inherited.items() if pos < self.entry.base}
+        return before | super().positions(stream, run, seq_from, seq_to)
+
     def before(self, time: float) -> int | None:
         """As `Journal.before`."""
         inherited = self._parent().before(time)

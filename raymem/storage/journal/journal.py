@@ -401,6 +401,11 @@ class Journal:
         found = self._of_run(wanted, "token", lambda rows: rows.token_T)
         return torch.tensor([token for _, token in sorted(found.items())], dtype=torch.int64)
 
+    def positions(self, stream: str, run: str, seq_from: int, seq_to: int) -> dict[int, int]:
+        """Positions by seq of a run's rows in [seq_from, seq_to); the run may be spelled in any Unicode form."""
+        wanted = _RunRange(stream, run, seq_from, seq_to, None, spelled=has_others(stream + run))
+        return self._of_run(wanted, "pos", lambda rows: rows.pos_T)
+
     def before(self, time: float) -> int | None:
         """The position of the first row whose time is later than `time`, in seconds; None if no row's is."""
 

@@ -18,7 +18,7 @@ from raymem.errors import ConfigError, Conflict, Corrupt, RaymemError, StorageEr
 from raymem.storage.tables.disk import Folder, FolderLock, FolderSync, is_locked, reading, set_aside_torn, writing
 
 Sync = Literal["disk", "none"]
-BANK_TABLE = re.compile(r"(?P<kind>journal|snapshots)-(?P<id>[0-9a-f]{32})(?:-(?P<generation>\d+))?")
+BANK_TABLE = re.compile(r"(?P<kind>journal|snapshots|attended)-(?P<id>[0-9a-f]{32})(?:-(?P<generation>\d+))?")
 # what LanceDB remembers of tables: without a limit it keeps something of every version, 40 kB of each write, for ever
 _INDEX_CACHE_BYTES, _METADATA_CACHE_BYTES = 4 * 2**20, 16 * 2**20
 _DROPS = 8
@@ -220,6 +220,11 @@ def log_table(incarnation: str) -> str:
 def snapshot_table(bank_id: str, generation: int = 0) -> str:
     """The name of the table that holds a bank's snapshots: a journal that was rewritten has others."""
     return f"snapshots-{bank_id}-{generation}" if generation else f"snapshots-{bank_id}"
+
+
+def attended_table(bank_id: str, generation: int = 0) -> str:
+    """The name of the table that holds keys and values of a bank's rows: a journal that was rewritten has others."""
+    return f"attended-{bank_id}-{generation}" if generation else f"attended-{bank_id}"
 
 
 def quote(text: str) -> str:
