@@ -1,7 +1,8 @@
 """The value types that rooms pass to one another.
 
 Shape legend: `T` rows of a trace, `Q` queries, `L` layers, `D` hidden width, `K` key width, `V` value width,
-`k` neighbours, `B` banks. A tensor's name ends in its shape: `keys_TK`.
+`k` neighbours, `B` banks; of attended rows `L` attention layers, `N` rows, `H` key and value heads, `d` head width. A
+tensor's name ends in its shape: `keys_TK`.
 """
 
 from __future__ import annotations
@@ -240,6 +241,47 @@ class Readout:
         columns = [column[query].tolist() for column in (self.source_Qk, self.seq_Qk, self.pos_Qk)]
         parts = [None] * len(columns[0]) if self.partition_Qk is None else self.partition_Qk[query].tolist()
         found = zip(*columns, parts, strict=True)
+        return [RowRef(*self.sources[int(source)], seq, pos, part) for source, seq, pos, part in found if pos >= 0]
+
+
+@dataclass(frozen=True)
+class MemoryTokens:
+    """What a model attends to: N rows of a bank, in the order of their slots 0 to N - 1.
+
+    `pos_N` journal positions (int64, -1: a mechanism made the row of several) and `tokens_N` token ids (int64);
+    `seq_N` and `source_N`, indexing `sources`, say who wrote them. `relevance` in [0, 1] is that of the best match:
+    below the floor nothing is chosen, and N is 0. `kind` is the bank's.
+
+    `keys_LNHd` and `values_LNHd` are of all attention layers; keys are position-free: turned back to position 0. They
+    are None where the bank keeps none: then they are rebuilt from the journal's tokens. int8 rows have
+    `key_scales_LNH` and `value_scales_LNH` (float32). `partition_N` says whose journal `pos_N` counts in.
+    """
+
+    pos_N: Tensor
+    tokens_N: Tensor
+    seq_N: Tensor
+    source_N: Tensor
+    sources: tuple[tuple[str, str], ...]
+    relevance: float
+    kind: str = ""
+    keys_LNHd: Tensor | None = None
+    values_LNHd: Tensor | None = None
+    key_scales_LNH: Tensor | None = None
+    value_scales_LNH: Tensor | None = None
+    partition_N: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pos_N)
+
+    @property
+    def bytes(self) -> int:
+        """What its tensors hold."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
+    def rows(self) -> list[RowRef]:
+        """Provenance of the rows that one journal row each became, in the order of their slots."""
+        parts = [None] * len(self) if self.partition_N is None else self.partition_N.tolist()
+        found = zip(self.source_N.tolist(), self.seq_N.tolist(), self.pos_N.tolist(), parts, strict=True)
         return [RowRef(*self.sources[int(source)], seq, pos, part) for source, seq, pos, part in found if pos >= 0]
 
 

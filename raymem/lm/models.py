@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +32,7 @@ from raymem.lm.identity import (
 if TYPE_CHECKING:
     import torch
 
+    from raymem.lm.attending import Rope
     from raymem.rows import Trace
     from raymem.types import Fingerprint
 
@@ -186,13 +188,19 @@ class LanguageModel:
         done = self.run(tokens_T, layers)
         return done.hidden_TLd, self.logits(done.final_Td)
 
-    def run(self, tokens_T: torch.Tensor, layers: Sequence[int]) -> Pass:
-        """One causal pass that stops before the head; see `forward`."""
+    def run(self, tokens_T: torch.Tensor, layers: Sequence[int], cache: Any = None) -> Pass:
+        """One causal pass that stops before the head; see `forward`.
+
+        Args:
+            tokens_T: token ids, int64.
+            layers: which layers' outputs to keep, counted from 1.
+            cache: of transformers, with keys and values that the tokens follow; it takes in theirs.
+        """
         import torch
 
-        self._check(tokens_T, layers)
+        self._check(tokens_T, layers, 0 if cache is None else cache.get_seq_length())
         with torch.inference_mode():
-            return Pass(*self._parts.run(tokens_T, layers))
+            return Pass(*self._parts.run(tokens_T, layers, cache))
 
     def logits(self, final_Td: torch.Tensor) -> torch.Tensor:
         """What the model's own code makes of states after its trunk: logits `[T, V]`, scaled and capped as it does."""
@@ -264,7 +272,18 @@ class LanguageModel:
                 limit=self.positions,
             )
 
-    def _check(self, tokens_T: torch.Tensor, layers: Sequence[int]) -> None:
+    @cached_property
+    def rope(self) -> Rope:
+        """How this model turns its keys by their position.
+
+        Raises:
+            UnsupportedModel: it has no rotary embedding, or one that can't be turned back.
+        """
+        from raymem.lm.attending import probed_rope
+
+        return probed_rope(self._model)
+
+    def _check(self, tokens_T: torch.Tensor, layers: Sequence[int], before: int = 0) -> None:
         import torch
 
         if not are_layers(layers, self.layers):
@@ -272,7 +291,9 @@ class LanguageModel:
         if not isinstance(tokens_T, torch.Tensor) or tokens_T.dim() != 1 or tokens_T.dtype != torch.int64:
             found = f"{tokens_T.dtype} {list(tokens_T.shape)}" if isinstance(tokens_T, torch.Tensor) else type(tokens_T)
             raise InvalidInput(f"tokens are {found}; expected ids, a tensor of int64 [T]")
-        self.check_length(len(tokens_T), "the text")
+        if not len(tokens_T):
+            before = 0
+        self.check_length(before + len(tokens_T), "the text" if not before else "the text with the rows before it")
         known = int(self._model.get_input_embeddings().num_embeddings)
         if not 0 <= int(tokens_T.min()) <= int(tokens_T.max()) < known:
             odd = min(int(tokens_T.min()), 0) or int(tokens_T.max())

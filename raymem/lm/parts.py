@@ -37,13 +37,17 @@ class Parts:
     blocks: Sequence[nn.Module]
     head: nn.Module
 
-    def run(self, tokens_T: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """States `[T, L, d]` after the blocks of these numbers, and the trunk's output `[T, d]`."""
+    def run(self, tokens_T: Tensor, layers: Sequence[int], cache: Any = None) -> tuple[Tensor, Tensor]:
+        """States `[T, L, d]` after the blocks of these numbers, and the trunk's output `[T, d]`.
+
+        A `cache` of transformers holds the keys and values that the tokens follow, and takes in theirs.
+        """
         kept: dict[int, Tensor] = {}
         with contextlib.ExitStack() as hooks:
             for layer in set(layers):
                 hooks.enter_context(_keeping(self.blocks[layer - 1], layer, kept))
-            final_Td = self.trunk(input_ids=tokens_T[None], use_cache=False).last_hidden_state[0]
+            given = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+            final_Td = self.trunk(input_ids=tokens_T[None], **given).last_hidden_state[0]
         return torch.stack([kept[layer] for layer in layers], dim=1), final_Td
 
     def logits(self, final_Td: Tensor) -> Tensor:
