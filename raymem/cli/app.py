@@ -23,6 +23,7 @@ from raymem.cli import (
     shard,
     status,
     train,
+    vllm,
 )
 from raymem.errors import MissingExtra, RaymemError
 
@@ -54,6 +55,8 @@ app = typer.Typer(
 
         raymem recall research/alice "what did the report say about tides?"
 
+        raymem vllm serve smollm2-135m                 vLLM's OpenAI server, with memory
+
     A store is a folder (./memory), an object-store address, "ray", or the http:// address of a gateway: --store, or
     the variable RAYMEM_STORE.
     """,
@@ -70,6 +73,7 @@ app.add_typer(bank.app, name="bank")
 app.add_typer(shard.app, name="shard")
 app.command("recall")(recall.recall)
 app.add_typer(erase.app, name="store")
+app.add_typer(vllm.app, name="vllm")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")

@@ -34,7 +34,9 @@ class ConnectorConfig(BaseModel):
     one write is tried again, `flush_s` how long a shutdown waits. `write_banks`, `read_banks` and `attend_banks` are
     the banks that requests may touch, as globs like `research/*`: none unless they are named, because requests may come
     from anyone who reaches the server. `rows_bytes` bounds the attended rows that each worker keeps, `follow_s` is how
-    long after an erasure its rows may still be attended.
+    long after an erasure its rows may still be attended. With `attach_on_use` a bank that requests may read or attend
+    is attached when one over HTTP first does, while the attached banks take less than `attached_bytes`, and callers may
+    attach and detach it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +53,8 @@ class ConnectorConfig(BaseModel):
     attend_banks: Globs = ()
     rows_bytes: int = Field(default=2 * 2**30, ge=1)
     follow_s: float = Field(default=0.5, gt=0)
+    attach_on_use: bool = False
+    attached_bytes: int = Field(default=4 * 2**30, ge=1)
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -94,9 +98,31 @@ class ConnectorConfig(BaseModel):
         for bank in banks:
             _check_allowed(bank, "attend_banks", self.attend_banks)
 
+    def check_attach(self, bank: str) -> None:
+        """Let a caller attach or detach a bank.
+
+        Raises:
+            Unauthorized: `attach_on_use` is false, or requests may neither read nor attend the bank.
+        """
+        if not self.attach_on_use:
+            raise Unauthorized(
+                f"bank {bank!r} can't be attached or detached here, as attach_on_use is false: set it in "
+                "kv_connector_extra_config, or engine_args(…, attach_on_use=True)"
+            )
+        if not _names(self.attend_banks, bank):
+            _check_allowed(bank, "read_banks", self.read_banks)
+
+    def may_touch(self, bank: str) -> bool:
+        """Whether callers may know that there is such a bank."""
+        return _names((*self.write_banks, *self.read_banks, *self.attend_banks), bank)
+
+
+def _names(globs: Globs, bank: str) -> bool:
+    return any(fnmatchcase(bank, glob) for glob in globs)
+
 
 def _check_allowed(bank: str, setting: str, globs: Globs) -> None:
-    if not any(fnmatchcase(bank, glob) for glob in globs):
+    if not _names(globs, bank):
         raise Unauthorized(
             f"bank {bank!r} is not among this engine's {setting}, {list(globs)}, and requests may touch no other: "
             f"name it there, in kv_connector_extra_config or engine_args(…, {setting}=[…])"
@@ -141,7 +167,7 @@ def engine_args(store: str, layers: Sequence[int] = (26,), *, stream: bool = Tru
             f"layers {list(layers)!r} must be distinct, ascending and start at 1 or above: vLLM sorts them"
         )
     every = ("*",)
-    own = {"store": store, "write_banks": every, "read_banks": every, "attend_banks": every}
+    own = {"store": store, "write_banks": every, "read_banks": every, "attend_banks": every, "attach_on_use": True}
     config = ConnectorConfig.parse({**own, **settings})
     args: dict[str, Any] = {
         "kv_transfer_config": {

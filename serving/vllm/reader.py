@@ -46,6 +46,13 @@ class MemoryReader:
         """
         return _memory_of(self).attach(check_bank_name(name), store)
 
+    def attach_told(self, name: str) -> dict[str, Any]:
+        """As `attach_bank`, with what it raises as data: vLLM passes errors on as text alone."""
+        try:
+            return self.attach_bank(name)
+        except RaymemError as error:
+            return {"refused": error.to_wire()}
+
     def detach_bank(self, name: str) -> bool:
         """Stop following a bank and free its memory; say whether it was attached."""
         return _memory_of(self).detach(name)

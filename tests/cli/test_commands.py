@@ -12,7 +12,7 @@ import raymem as package
 COMMAND = [sys.executable, "-m", "raymem.cli"]
 HELP = [
     *([], ["serve"], ["status"], ["doctor"], ["calibrate"], ["recall"], ["demo"], ["bank"], ["eval"], ["train"]),
-    ["eval", "lm"],
+    *(["eval", "lm"], ["vllm", "serve"], ["vllm", "args"]),
     *(["bank", verb] for verb in "ls create show attach detach migrate tag export import rm".split()),
 ]
 

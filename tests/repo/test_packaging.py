@@ -71,10 +71,14 @@ def test_the_wheel_registers_the_command_and_the_plugin(wheel):
     entries = wheel.read(record).decode()
     assert "raymem = raymem.cli.app:main" in entries
     assert "[vllm.general_plugins]\nraymem = raymem.serving.vllm.plugin:register" in entries
+    assert "[vllm.endpoint_plugins]\nraymem = raymem.serving.vllm.endpoint:MemoryEndpoint" in entries
 
 
-@pytest.mark.parametrize("entry", ["raymem.cli.app:main", "raymem.serving.vllm.plugin:register"])
-def test_an_entry_point_leads_to_a_function(root, entry):
+@pytest.mark.parametrize(
+    "entry",
+    ["raymem.cli.app:main", "raymem.serving.vllm.plugin:register", "raymem.serving.vllm.endpoint:MemoryEndpoint"],
+)
+def test_an_entry_point_leads_to_what_it_names(root, entry):
     module, _, function = entry.partition(":")
     folder = root.joinpath(*module.split("."))
     source = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")

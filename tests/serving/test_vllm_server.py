@@ -1,89 +1,61 @@
-"""vLLM's OpenAI server with raymem's flags, used as its users do: chat, streamed, at the defaults, several at once."""
+"""`raymem vllm serve`, as users have it: the stock openai client, chats streamed at the defaults, several at once."""
 
 import asyncio
-import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import NamedTuple
 
 import httpx
 import pytest
-import torch
+from openai import APIStatusError, AsyncOpenAI
+from small_banks import MODEL, make_banks
 
 import raymem
-from raymem.encode.calibration import Calibration, Range, measured_keys
-from raymem.lm.fingerprint import fingerprint_of
-from raymem.lm.models import LanguageModel, model_path
+from raymem.serving.server import bind
 from raymem.storage.store import ColdStore
-from raymem.types import BankSpec
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
-MODEL, LAYERS = "smollm2-135m", (26,)
-METHOD = {
-    "method": "extract_hidden_states",
-    "num_speculative_tokens": 1,
-    "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(LAYERS)}},
-}
 USERS = [f"user{i}" for i in range(6)]
+SIZES = ("--max-model-len", "1024", "--max-num-batched-tokens", "256", "--max-num-seqs", "16")
 
 
-def flags(uri):
-    # by the module's path and written by hand, so that neither the entry point nor `engine_args` has a part in it
-    extra = {"store": uri, "write_banks": ["chats/*"]}
-    transfer = {
-        "kv_connector": "RaymemConnector",
-        "kv_connector_module_path": "raymem.serving.vllm.connector",
-        "kv_role": "kv_producer",
-        "kv_connector_extra_config": extra,
-    }
-    return [
-        *("--speculative-config", json.dumps(METHOD), "--kv-transfer-config", json.dumps(transfer)),
-        *("--worker-extension-cls", "raymem.serving.vllm.reader.MemoryReader", "--enforce-eager"),
-        *("--max-model-len", "1024", "--max-num-batched-tokens", "256", "--max-num-seqs", "16"),
-    ]
-
-
-def make_banks(uri):
-    model = LanguageModel.load(MODEL, torch.float32)
-    mean = model.run(model.encode(topics["booleans"]), LAYERS).hidden_TLd[1:].mean(0)
-    ranges = {key: Range(0.3, 0.9) for key in measured_keys(LAYERS)}
-    with raymem.connect(uri) as store:
-        store.put_calibration(Calibration(model.content_hash, LAYERS, mean, ranges=ranges))
-        for name in [f"chats/{user}" for user in USERS] + ["secret/bank"]:
-            store.create(name, BankSpec(kind="spalm", fingerprint=fingerprint_of(MODEL, LAYERS)))
+class Server(NamedTuple):
+    url: str
+    uri: str
+    log: Path
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, free_ports):
-    """The server's address, its store and its log; it is stopped, so that all rows are there, by `stop`."""
+def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
-    uri, log, port = str(folder / "memory"), folder / "log", free_ports
-    make_banks(uri)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path(MODEL))]
-    command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), *flags(uri)]
-    env = os.environ | {"VLLM_PLUGINS": "", "VLLM_SERVER_DEV_MODE": "1"}
+    uri, log = str(folder / "memory"), folder / "log"
+    names = [*(f"chats/{user}" for user in USERS), "chats/book", "chats/cold", "secret/bank", "team/notes"]
+    make_banks(uri, {(26,): names, (20,): ["chats/other"]})
+    with raymem.connect(uri) as store:
+        store.bank("chats/cold").detach()
+    with bind("127.0.0.1", 0) as free:
+        port = int(free.getsockname()[1])
+    command = [sys.executable, "-m", "raymem.cli", "vllm", "serve", MODEL, "--store", uri, "--port", str(port), *SIZES]
+    for setting in ("--write-banks", "--read-banks"):
+        command += [setting, "chats/*", setting, "team/*"]
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ)
     url = f"http://127.0.0.1:{port}"
     try:
         _wait(process, url, log)
-        yield url, uri, log
+        yield Server(url, uri, log)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def free_ports():
-    from raymem.serving.server import bind
-
-    with bind("127.0.0.1", 0) as free:
-        return int(free.getsockname()[1])
 
 
 def _wait(process, url, log: Path):
@@ -99,82 +71,211 @@ def _wait(process, url, log: Path):
         time.sleep(0.5)
 
 
-async def chat(client, user, bank, **more):
-    """One streamed chat with nothing set but its length; returns the log-probabilities of what came, and the text."""
-    body = {
-        "model": "m",
-        "messages": [{"role": "user", "content": f"Hello, I am {user}. Tell me about the history of my town."}],
-        "stream": True,
-        "max_tokens": 150,
-        "logprobs": True,
-        "kv_transfer_params": {"raymem": {"bank": bank, "stream": user}},
-        **more,
-    }
-    scores, text, finished = [], "", None
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        assert response.status_code == 200, await response.aread()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            for choice in json.loads(line[6:])["choices"]:
-                text += choice["delta"].get("content") or ""
-                finished = choice.get("finish_reason") or finished
-                scores += [entry["logprob"] for entry in (choice.get("logprobs") or {}).get("content") or []]
+@pytest.fixture
+async def client(server):
+    async with AsyncExitStack() as stack:
+        yield await stack.enter_async_context(
+            AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=180)
+        )
+
+
+class Answer(NamedTuple):
+    scores: list[float]
+    text: str
+    memory: object
+
+
+async def chat(client, user, memory=None, **more):
+    """One streamed chat with nothing set but its length."""
+    content = f"Hello, I am {user}. Tell me about the history of my town."
+    body = {"max_tokens": 150, "messages": [{"role": "user", "content": content}]} | more
+    extra = body.pop("extra_body", {}) | ({} if memory is None else {"memory": memory})
+    stream = await client.chat.completions.create(model=MODEL, stream=True, logprobs=True, extra_body=extra, **body)
+    scores, text, told, finished = [], "", [], None
+    async for chunk in stream:
+        told += [chunk.memory] if "memory" in (chunk.model_extra or {}) else []
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            finished = choice.finish_reason or finished
+            scores += [entry.logprob for entry in (choice.logprobs.content if choice.logprobs else None) or []]
     assert finished in ("stop", "length")
-    return scores, text
+    assert len(told) == (memory is not None or "kv_transfer_params" in extra)
+    return Answer(scores, text, *(told or [None]))
 
 
-async def rpc(client, method, *args):
-    answer = await client.post("/collective_rpc", json={"method": method, "args": list(args)})
-    assert answer.status_code == 200, answer.text
-    return answer.json()["results"][0]
+async def get(client, path):
+    return await client.get(f"/raymem/{path}", cast_to=object)
 
 
-async def test_chats_at_the_defaults_side_by_side_are_language_and_each_in_its_own_bank(server):
-    url, uri, log = server
-    async with httpx.AsyncClient(base_url=url, timeout=180) as client:
-        wishes = [chat(client, user, f"chats/{user}") for user in USERS]
-        wishes += [chat(client, "mallory", "secret/bank"), chat(client, "mallory", "chats/../secret")]
-        # a seed, and a prompt that comes in pieces: vLLM alone ends its engine here
-        long = [{"role": "user", "content": topics["assignment"][:3000]}]
-        wishes += [chat(client, "seeded", "chats/user0", seed=3, messages=long, max_tokens=20)]
-        answers = await asyncio.gather(*wishes)
-        assert await rpc(client, "flush_memory", 60.0)
-        stats = (await rpc(client, "memory_stats"))["streamed"]
+async def post(client, path, **body):
+    return await client.post(f"/raymem/{path}", body=body, cast_to=object)
+
+
+async def written(client):
+    """What was streamed, once nothing waits any more."""
+    while True:
+        streamed = (await get(client, "stats"))["streamed"]
+        if streamed["rows_seen"] == streamed["rows_written"] + streamed["rows_shed"]:
+            return streamed
+        await asyncio.sleep(0.1)
+
+
+async def test_chats_at_the_defaults_side_by_side_are_language_and_each_in_its_own_bank(server, client):
+    wishes = [chat(client, user, {"write": f"chats/{user}", "stream": user}) for user in USERS]
+    # as other clients of vLLM ask
+    raw = {"kv_transfer_params": {"raymem": {"bank": "chats/user0", "stream": "raw"}}}
+    wishes += [chat(client, "raw", extra_body=raw, max_tokens=20), chat(client, "plain", max_tokens=20)]
+    # a seed, and a prompt that comes in pieces: vLLM alone ends its engine here
+    long = [{"role": "user", "content": topics["assignment"][:3000]}]
+    wishes += [chat(client, "seeded", {"write": "chats/user0"}, seed=3, messages=long, max_tokens=20)]
+    answers = await asyncio.gather(*wishes)
+    streamed = await written(client)
     # about -2.7 for what this model says at length, -6.3 with vLLM's own CPU kernels; one answer alone may stray
-    every = [score for scores, _ in answers for score in scores]
+    every = [score for answer in answers for score in answer.scores]
     assert sum(every) / len(every) > -4.5
-    assert all(text.strip() for _, text in answers)
-    assert len({text for _, text in answers}) == len(answers)
-    assert stats["requests_refused"] == 2
-    assert (stats["rows_shed"], stats["traces_shed"]) == (0, 0)
-    store = ColdStore.open(uri)
-    for (scores, _), user in zip(answers, USERS, strict=False):
+    assert all(answer.text.strip() for answer in answers)
+    assert len({answer.text for answer in answers}) == len(answers)
+    assert (streamed["requests_refused"], streamed["rows_shed"], streamed["traces_shed"]) == (0, 0, 0)
+    assert answers[0].memory == {"write": {"bank": "chats/user0", "stream": "user0"}}
+    assert answers[-2].memory is None
+    store = ColdStore.open(server.uri)
+    for answer, user in zip(answers, USERS, strict=False):
         parts = list(store.journal(store.catalog.get(f"chats/{user}")).scan())
         streams = [stream for part in parts for stream in part.streams]
         # the prompt, and the answer but for its last token
-        assert streams.count(user) > len(scores)
-    assert not list(store.journal(store.catalog.get("secret/bank")).scan())
-    said = log.read_text()
-    assert said.count("raymem's is used") == 2
-    assert said.count("'secret/bank' is not among this engine's write_banks") == 1
+        assert streams.count(user) > len(answer.scores)
+    assert server.log.read_text().count("raymem's is used") == 2
 
 
-async def test_completions_streamed_with_stop_strings_and_several_answers(server):
-    url, _, _ = server
-    body = {
-        "model": "m",
-        "prompt": "Once upon a time, in a small village,",
-        "n": 3,
-        "max_tokens": 60,
-        "stop": ["."],
-        "logprobs": 0,
-        "kv_transfer_params": {"raymem": {"bank": "chats/user1"}},
-    }
-    async with httpx.AsyncClient(base_url=url, timeout=180) as client:
-        answer = (await client.post("/v1/completions", json=body)).json()
-    texts = [choice["text"] for choice in answer["choices"]]
+def perplexity(answer):
+    scores = [next(iter(found.values()))["logprob"] for found in answer.choices[0].prompt_logprobs[1:]]
+    return math.exp(-sum(scores) / len(scores))
+
+
+async def test_what_one_agent_wrote_is_read_by_others_at_once_each_from_its_own_bank(client):
+    text = topics["typesseq"][:2400]
+    ask = {"model": MODEL, "prompt": text, "max_tokens": 1}
+    (first,) = (await client.completions.create(**ask, extra_body={"memory": {"write": "chats/book"}}),)
+    assert first.memory == {"write": {"bank": "chats/book", "stream": "chats/book"}}
+    rows = (await written(client), (await client.completions.create(**ask)).usage.prompt_tokens)[1]
+    # nothing was attached by hand: the first request that reads a bank attaches it
+    reads = [["chats/book"], ["chats/user1"], [], ["chats/book", "chats/user2"], ["chats/book"]]
+    score = {"prompt_logprobs": 0}
+    answers = await asyncio.gather(
+        *(client.completions.create(**ask, extra_body={**score, "memory": {"read": read}}) for read in reads),
+        client.completions.create(**ask, extra_body=score),
+    )
+    known, other, none, both, again, plain = map(perplexity, answers)
+    assert none == plain
+    assert known < 0.7 * plain
+    assert other < 1.05 * plain
+    assert max(known, both, again) < other
+    assert "memory" not in answers[-1].model_extra
+    assert answers[3].memory["read"][0] == {"bank": "chats/book", "rows": rows}
+    banks = await get(client, "banks")
+    assert set(banks) == {"chats/book", "chats/user1", "chats/user2"}
+    assert banks["chats/book"]["rows"] == rows
+    assert banks["chats/book"]["bytes"] > rows * 576
+    # streamed, at temperature 1, while it writes to another bank
+    wishes = [chat(client, user, {"read": ["chats/book"], "write": f"chats/{user}"}, max_tokens=40) for user in USERS]
+    before = (await get(client, "stats"))["read"]["rows_mixed"]
+    chats = await asyncio.gather(*wishes)
+    assert all(each.memory["read"] == [{"bank": "chats/book", "rows": rows}] for each in chats)
+    stats = await get(client, "stats")
+    assert stats["read"]["rows_mixed"] - before >= sum(len(each.scores) for each in chats)
+    assert stats["read"]["missing"] == {}
+
+
+async def refusal(asked):
+    with pytest.raises(APIStatusError) as refused:
+        await asked
+    return refused.value.status_code, refused.value.body["message"]
+
+
+@pytest.mark.parametrize(
+    ("memory", "status", "says"),
+    [
+        ({"write": "chats/nobody"}, 404, "chats/nobody"),
+        ({"read": ["chats/nobody"]}, 404, "chats/nobody"),
+        ({"write": "secret/bank"}, 403, "'secret/bank' is not among this engine's write_banks"),
+        ({"read": ["secret/bank"]}, 403, "read_banks"),
+        ({"write": "chats/cold"}, 409, "attach it first"),
+        ({"read": ["chats/cold"]}, 409, "attach it first"),
+        ({"write": "chats/other"}, 409, "layers"),
+        ({"read": ["chats/other"]}, 409, "layers"),
+        ({"write": "chats/../secret"}, 422, "chats/../secret"),
+        ({"reads": ["chats/book"]}, 422, "memory.reads is ['chats/book']"),
+        ({"read": "chats/book"}, 422, "memory.read is 'chats/book'"),
+        ({"stream": "ann"}, 422, "without memory.write"),
+        ("chats/book", 422, "give an object"),
+    ],
+    ids=str,
+)
+async def test_a_wish_that_cannot_be_met_is_an_error_that_the_caller_hears(client, memory, status, says):
+    ask = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    for stream in (False, True):
+        got = await refusal(client.chat.completions.create(**ask, stream=stream, extra_body={"memory": memory}))
+        assert got[0] == status
+        assert says in got[1]
+
+
+async def test_other_ways_to_ask_that_would_pass_in_silence_are_refused_too(client):
+    ask = {"model": MODEL, "prompt": "Hello", "max_tokens": 1}
+    for extra, says in [
+        ({"kv_transfer_params": {"raymem": {"bnak": "chats/book"}}}, "bnak"),
+        ({"kv_transfer_params": {"raymem": {"bank": "chats/book"}}, "memory": {"read": ["chats/book"]}}, "keep memory"),
+        ({"vllm_xargs": {"raymem": "chats/book"}}, "say memory instead"),
+        ({"memory": {"read": ["chats/book"]}, "use_beam_search": True, "n": 2}, "beam search"),
+    ]:
+        status, said = await refusal(client.completions.create(**ask, extra_body=extra))
+        assert (status, says in said) == (422, True), said
+    body = {"model": MODEL, "input": "Hello", "memory": {"read": ["chats/book"]}}
+    status, said = await refusal(client.post("/responses", body=body, cast_to=object))
+    assert (status, "not by this address" in said) == (422, True), said
+
+
+async def test_a_request_that_does_not_require_memory_goes_on_without_and_is_told(client):
+    wish = {"read": ["chats/user1", "chats/nobody"], "write": "chats/cold", "required": False}
+    answer = await chat(client, "ann", wish, max_tokens=5)
+    assert [(skip["bank"], skip["code"]) for skip in answer.memory["skipped"]] == [
+        ("chats/cold", "bank_detached"),
+        ("chats/nobody", "bank_not_found"),
+    ]
+    assert [read["bank"] for read in answer.memory["read"]] == ["chats/user1"]
+    assert "write" not in answer.memory
+    # what is not allowed is refused all the same
+    assert (await refusal(chat(client, "ann", wish | {"write": "secret/bank"})))[0] == 403
+
+
+async def test_callers_attach_and_detach_what_they_may(client):
+    state = await post(client, "attach", bank="chats/user3")
+    assert state["live"]
+    assert (await get(client, "banks"))["chats/user3"] == state
+    assert await post(client, "detach", bank="chats/user3") is True
+    assert "chats/user3" not in await get(client, "banks")
+    assert await post(client, "detach", bank="chats/user3") is False
+    assert (await refusal(post(client, "attach", bank="secret/bank")))[0] == 403
+    assert (await refusal(post(client, "attach", bank="chats/nobody")))[0] == 404
+    assert (await refusal(post(client, "attach", bank="chats")))[0] == 422
+    assert (await refusal(post(client, "attach", name="chats/user3")))[0] == 400
+
+
+async def test_the_examples_client_shows_what_memory_does(server, run_example, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+    printed = await asyncio.to_thread(run_example, "vllm_openai_client.py")
+    without, with_memory = (float(found) for found in re.findall(r": perplexity (\d+\.\d\d)$", printed, re.M))
+    assert with_memory < without
+    assert "streamed with {'read': [{'bank': 'team/notes'" in printed
+    assert "a bank that isn't there: 404" in printed
+
+
+async def test_completions_with_stop_strings_and_several_answers(client):
+    ask = {"prompt": "Once upon a time, in a small village,", "n": 3, "max_tokens": 60, "stop": ["."], "logprobs": 1}
+    wish = {"write": "chats/user1", "read": ["chats/book"]}
+    answer = await client.completions.create(model=MODEL, **ask, extra_body={"memory": wish})
+    texts = [choice.text for choice in answer.choices]
     assert len(set(texts)) == 3
     assert not any("." in text for text in texts)
-    every = [score for choice in answer["choices"] for score in choice["logprobs"]["token_logprobs"]]
+    every = [score for choice in answer.choices for score in choice.logprobs.token_logprobs]
     assert sum(every) / len(every) > -4.5
+    assert answer.memory["read"][0]["bank"] == "chats/book"
