@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -141,20 +142,24 @@ def test_who_wrote_a_trace_may_change_its_tensors_afterwards(store: Store, spec:
     assert bank.write(make_trace(9)).duplicates == 9
 
 
-def test_a_new_process_finds_the_same_bytes(tmp_path: Path, store: Store, bank, make_trace):
-    bank.write(make_trace(21))
-    before = bank.digest()
-    bank.detach()
+def test_a_new_process_finds_the_same_bytes(tmp_path: Path, store: Store, spec: BankSpec, make_trace):
+    before = {}
+    for kind in KINDS:
+        bank = store.create(f"lab/{kind}", spec.model_copy(update={"kind": kind}))
+        bank.write(make_trace(21))
+        before[bank.name] = bank.digest()
+        bank.detach()
     store.close()
     code = (
-        "import sys, raymem\n"
+        "import json, sys, raymem\n"
         "with raymem.connect(sys.argv[1]) as store:\n"
-        "    bank = store.bank('lab/alice'); bank.attach(); print(bank.digest())\n"
+        "    banks = [store.bank(name) for name in sys.argv[2:]]\n"
+        "    [bank.attach() for bank in banks]\n"
+        "    print(json.dumps({bank.name: bank.digest() for bank in banks}))\n"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "memory")], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert found.stdout.strip() == before
+    command = [sys.executable, "-c", code, str(tmp_path / "memory"), *before]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(found.stdout) == before
 
 
 def test_closing_keeps_banks_attached_for_the_next_process(tmp_path: Path, store: Store, bank, make_trace):

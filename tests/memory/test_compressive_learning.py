@@ -49,8 +49,8 @@ def trained(windows: torch.Tensor, missed, seed: int, steps: int = 60):
     return conv
 
 
-@pytest.mark.timeout(600)
-def test_a_trained_convolution_keeps_more_of_a_real_model_s_attention_than_pooling(figure):
+def compared(seeds: int) -> tuple[float, dict[str, float]]:
+    """Attention lost on unseen text to a trained convolution, the median over seeds, and to the untrained ways."""
     from pydoc_data.topics import topics
 
     attention, longest = Attention(), sorted(topics, key=lambda name: -len(topics[name]))
@@ -63,10 +63,22 @@ def test_a_trained_convolution_keeps_more_of_a_real_model_s_attention_than_pooli
         return attention_reconstruction_loss(compress, windows[:, OLD:], windows[:, :OLD], fixed)
 
     ways = {name: compressor(name, RATIO, attention.width) for name in ("mean", "max", "subsample")}
-    convolutions = [trained(training, missed, seed) for seed in range(3)]
+    convolutions = [trained(training, missed, seed) for seed in range(seeds)]
     with torch.no_grad():
-        found = sorted(missed(conv, held_out).item() for conv in convolutions)[1]
+        found = sorted(missed(conv, held_out).item() for conv in convolutions)[seeds // 2]
         others = {name: missed(compress, held_out).item() for name, compress in ways.items()}
+    return found, others
+
+
+@pytest.mark.timeout(600)
+def test_a_trained_convolution_keeps_more_of_a_real_model_s_attention_than_pooling():
+    found, others = compared(1)
+    assert found <= 0.95 * min(others.values()), others
+
+
+@pytest.mark.slow
+def test_in_most_seeds_it_keeps_more(figure):
+    found, others = compared(3)
     figure(
         "compressive",
         "attention lost to a trained 4:1 convolution on unseen text",
