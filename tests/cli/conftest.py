@@ -27,6 +27,8 @@ def store(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         mean = torch.full((2, WIDTH), 0.5)
         opened.put_calibration(Calibration(model=content_hash(model), layers=(3, 5), mean_LD=mean, ranges=ranges))
     monkeypatch.setenv("RAYMEM_STORE", str(folder))
+    # each command opens the store anew, and none of them is killed
+    monkeypatch.setenv("RAYMEM_COLD__SYNC", "none")
     return folder
 
 

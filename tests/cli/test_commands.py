@@ -100,6 +100,8 @@ def test_doctor_sees_a_store_that_can_not_be_written(raymem, tmp_path):
 def test_doctor_asks_the_store_and_says_what_is_not_there(raymem, uri, says, monkeypatch):
     # nothing answers there, as where a machine has no credentials
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    # on a busy machine importing takes longer than a user should wait
+    monkeypatch.setattr("raymem.cli.doctor._ANSWER_S", 120.0)
     monkeypatch.setenv("RAYMEM_STORE", "elsewhere")
     said = raymem("doctor", "--store", uri, "--json")
     found = next(finding for finding in said.json["findings"] if finding["name"] == "store")

@@ -102,10 +102,23 @@ HALVES = {
 }
 
 
-@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES.keys())
-def test_a_crowd_that_sends_halves_silences_nobody_and_fills_no_log(gateway, half):
+# what waits for a head, what waits for a body, and what was answered before its body came
+CROWDS = [
+    ("nothing", "half a line", "half a head"),
+    ("half a body", "half a chunk", "half an upload"),
+    ("half a refused body",),
+]
+
+
+def test_every_half_is_in_a_crowd():
+    assert sorted(itertools.chain(*CROWDS)) == sorted(HALVES)
+
+
+@pytest.mark.parametrize("halves", CROWDS, ids=", ".join)
+def test_a_crowd_that_sends_halves_silences_nobody_and_fills_no_log(gateway, halves):
+    sent = itertools.islice(itertools.cycle(HALVES[half] for half in halves), CROWD)
     with ExitStack() as crowd:
-        callers = [crowd.enter_context(dial(gateway, half)) for _ in range(CROWD)]
+        callers = [crowd.enter_context(dial(gateway, half)) for half in sent]
         for _ in range(5):
             start = time.perf_counter()
             assert httpx.get(f"{gateway.url}/healthz", timeout=10).status_code == 200
@@ -132,8 +145,9 @@ def test_a_caller_that_dribbles_is_told_that_it_is_too_slow(gateway):
 
 
 def test_a_caller_that_sends_steadily_has_all_the_time_it_needs(gateway):
-    with dial(gateway, post("/v1/merge", f"{JSON}Content-Length: 60000\r\nConnection: close\r\n")) as caller:
-        for _ in range(30):
+    with dial(gateway, post("/v1/merge", f"{JSON}Content-Length: 40000\r\nConnection: close\r\n")) as caller:
+        # twice as long as a silent caller has
+        for _ in range(20):
             caller.sendall(b" " * 2000)
             time.sleep(0.1)
         assert heard(caller).startswith(b"HTTP/1.1 422")
