@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
-from raymem.errors import Corrupt, InvalidSpec
+from raymem.errors import Corrupt, InvalidSpec, Unsupported
 
 # no bank sees as many rows
 ROWS_END = 2**53
@@ -145,6 +145,22 @@ class Found:
     vectors_QkV: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Which rows of a bank a model's attention may see: positions in its journal, int64, oldest first.
+
+    `fine_N` are seen as they are: all of them, or the best pieces for a question. Every `ratio` consecutive ones of the
+    older `coarse_M` become one, whatever the question, so that all who attend to the bank see the same; `coarse_M` is
+    empty where a kind compresses nothing. `next_N` is the index of the fine row linked behind each, -1 where there is
+    none; None where a kind has no links.
+    """
+
+    fine_N: Tensor
+    coarse_M: Tensor
+    ratio: int = 1
+    next_N: Tensor | None = None
+
+
 class Memory(nn.Module, ABC):
     """One mechanism; its parameters are the learned ones only, its state is a value handed in and out.
 
@@ -183,6 +199,22 @@ class Memory(nn.Module, ABC):
     def lookup(self, state: Any, queries_QK: Tensor, k: int) -> Found:
         """Read without changing the state."""
 
+    def shown(self, state: Any, pos_N: Tensor) -> Shown:
+        """Which rows the policy of this kind lets attention see.
+
+        Args:
+            state: of one bank.
+            pos_N: int64, the journal positions of all rows that the bank was given (`EncodedRows.pos_N`), in order. A
+                merged state counts rows by their age: its newest row is the last of these.
+
+        Raises:
+            Unsupported: the kind keeps no rows.
+        """
+        raise Unsupported(
+            f"a {self.kind} bank keeps no rows that attention could see, only what it learned of them: mix it "
+            "(bank.read), or attend to a bank of another kind"
+        )
+
     @abstractmethod
     def merge(self, states: Sequence[Any]) -> Any:
         """One state of several of this spec, by the class's `merge_rule`; those given are left as they are.
@@ -210,6 +242,15 @@ class Memory(nn.Module, ABC):
     @abstractmethod
     def nbytes(self, state: Any) -> int:
         """Bytes the state holds; never more than the budget."""
+
+
+def positions_of(number_N: Tensor, count: int, pos_N: Tensor) -> Tensor:
+    """Journal positions of the rows with these numbers, the newest of `count` being the last of `pos_N`.
+
+    Rows older than all that `pos_N` tells are left out.
+    """
+    index_N = number_N.to(pos_N.device) - (count - len(pos_N))
+    return pos_N[index_N[index_N >= 0]]
 
 
 class Projection(nn.Module):

@@ -20,7 +20,18 @@ from torch.nn.functional import pad
 
 from raymem.errors import InvalidSpec
 from raymem.kernels.content_address import cosines
-from raymem.memory.base import ROWS_END, Dims, MergeRule, Options, Projection, State, StateSpec, TensorSpec
+from raymem.memory.base import (
+    ROWS_END,
+    Dims,
+    MergeRule,
+    Options,
+    Projection,
+    Shown,
+    State,
+    StateSpec,
+    TensorSpec,
+    positions_of,
+)
 from raymem.memory.compressors import CompressorName, compressor
 from raymem.memory.eviction import EvictionOptions
 from raymem.memory.key_reservoir import joined_scopes
@@ -208,6 +219,20 @@ class Compressive(StateMemory):
         """One bank's coarse slots in use, oldest first."""
         total = int(state["kept"][bank]) * (self.block // self.how.ratio)
         return torch.arange(max(0, total - self.coarse), total) % max(1, self.coarse)
+
+    def shown(self, state: State, pos_N: Tensor) -> Shown:
+        """Fine rows, and all rows of the blocks that are still in the coarse memory; see Memory.shown."""
+        count, number_R = int(state["count"]), self._fine_number(state)[0]
+        fine_N = positions_of(number_R[number_R >= 0].sort().values, count, pos_N)
+        step_S = torch.arange(self.block, device=number_R.device)
+        old_M = (self.coarse_blocks(state)[:, None] * self.block + step_S).flatten()
+        return Shown(fine_N, positions_of(old_M, count, pos_N), self.how.ratio)
+
+    def coarse_blocks(self, state: State, bank: int = 0) -> Tensor:
+        """Numbers, ascending, of one bank's blocks that the coarse memory has rows of; its rows came block by block."""
+        made, kept = self.block // self.how.ratio, int(state["kept"][bank])
+        first = max(0, kept * made - self.coarse) // made if self.coarse else kept
+        return torch.arange(first, kept, device=state["kept"].device)
 
     def merge(self, states: Sequence[State]) -> State:
         """Rows of all, interleaved by age, then evicted and compressed again where that is too much; see merging.py."""

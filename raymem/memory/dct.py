@@ -147,11 +147,9 @@ class Dct(Compressive):
         self.threshold = _THRESHOLDS[options.policy] if options.threshold is None else options.threshold
 
     def coarse_spec(self) -> StateSpec:
-        """One compressed slot; its block's number and what the policy keeps of it, where a policy makes room."""
-        spec = super().coarse_spec()
-        if self.rule is None:
-            return spec
-        return spec | {"number": TensorSpec((), torch.int64, low=-1, high=ROWS_END)} | policy_spec(self.rule)
+        """One compressed slot, its block's number, and what the policy keeps of it, where a policy makes room."""
+        spec = super().coarse_spec() | {"number": TensorSpec((), torch.int64, low=-1, high=ROWS_END)}
+        return spec if self.rule is None else spec | policy_spec(self.rule)
 
     def coarse_order(self, state: State, bank: int) -> Tensor:
         """See Compressive."""
@@ -159,6 +157,12 @@ class Dct(Compressive):
             return super().coarse_order(state, bank)
         number_C = state["cmem_number"][bank]
         return number_C.argsort(stable=True)[int((number_C < 0).sum()) :]
+
+    def coarse_blocks(self, state: State, bank: int = 0) -> Tensor:
+        """See Compressive: those that the policy kept."""
+        number_C = state["cmem_number"][bank]
+        found: Tensor = torch.unique(number_C[number_C >= 0])
+        return found
 
     def fixed_spec(self) -> StateSpec:
         """Counters of blocks `seen` and `kept`, and the log."""
@@ -174,7 +178,7 @@ class Dct(Compressive):
     def start(self, banks: int) -> State:
         """Empty FIFOs and an empty log."""
         own = super().start(banks)
-        return own | {name: own[name] - 1 for name in ("log_block", "cmem_number") if name in own}
+        return own | {name: own[name] - 1 for name in ("log_block", "cmem_number")}
 
     def admit(self, state: State, blocks: Blocks) -> State:
         """Decide block by block, each with the coarse memory that the ones before it left."""
@@ -228,6 +232,8 @@ class Dct(Compressive):
         score_B = self._score(known).detach()
         afford_B = state["kept"] < self.dct.keep_rate * (state["seen"] + 1)
         keep_B = (score_B >= self.threshold) & afford_B & real_B
+        number_BGM = state["seen"][:, None, None].expand(block["token"].shape[:3])
+        block = block | {"number": number_BGM}
         if self.rule is None or not self.coarse:
             after, taken = self.stored(state, block, keep_B[:, None]), self._next_slots(state, keep_B)
         else:
@@ -260,8 +266,7 @@ class Dct(Compressive):
         seen, (bank, place) = make_room(rule, kept, entries, keep_B)
         slot_M = place[:, None] * self.made + torch.arange(self.made, device=place.device)
         fresh = {f"policy_{name}": column.repeat_interleave(self.made, 1) for name, column in seen.items()}
-        rows = {name: column[bank, 0] for name, column in block.items() if name not in ("number", *fresh)}
-        rows["number"] = state["seen"][bank, None].expand(-1, self.made)
+        rows = {name: column[bank, 0] for name, column in block.items() if name not in fresh}
         where = (bank[:, None].expand_as(slot_M), slot_M)
         after = {f"cmem_{name}": put(held[name], where, column) for name, column in rows.items()}
         after |= {f"cmem_{name}": column for name, column in fresh.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 from raymem.errors import Unsupported
 from raymem.kernels.content_address import content_address
 from raymem.kernels.link_update import link_update
-from raymem.memory.base import ROWS_END, Dims, MergeRule, Options, State, StateSpec, TensorSpec
+from raymem.memory.base import ROWS_END, Dims, MergeRule, Options, Shown, State, StateSpec, TensorSpec, positions_of
 from raymem.memory.eviction import EvictionOptions, Places, policy_spec
 from raymem.memory.slots import CountedSlotOptions, RingMemory
 from raymem.memory.state import Batch
@@ -246,6 +246,24 @@ class Dnc(RingMemory):
         # the slot written after the one that was just overwritten has lost its predecessor
         oldest_B1 = ((state["count"] + batch.length_B) % self.slots)[:, None]
         return own | {"before": before.scatter(1, oldest_B1, -1)}
+
+    def numbers(self, state: State) -> Tensor:
+        """See SlotMemory."""
+        return super().numbers(state) if self.rule is None else state["arrival"]
+
+    def shown(self, state: State, pos_N: Tensor) -> Shown:
+        """The rows whose slots are in use, each with the one that its link leads on to; see Memory.shown."""
+        number_N, before_N = self.numbers(state)[0], state["before"][0].long()
+        slot_M = number_N.argsort()[int((number_N < 0).sum()) :]
+        held_M = positions_of(number_N[slot_M], int(state["count"]), pos_N)
+        # rows that `pos_N` doesn't tell are the oldest
+        slot_M = slot_M[len(slot_M) - len(held_M) :]
+        index_N = torch.full_like(number_N, -1).scatter(0, slot_M, torch.arange(len(slot_M), device=slot_M.device))
+        linked_M = torch.nonzero(before_N[slot_M] >= 0)[:, 0]
+        from_M = index_N[before_N[slot_M[linked_M]]]
+        next_M = torch.full_like(held_M, -1)
+        next_M[from_M[from_M >= 0]] = linked_M[from_M >= 0]
+        return Shown(held_M, held_M[:0], next_N=next_M)
 
     def replay(
         self, state: State, queries_BQK: Tensor, steps: int, direction: Literal["forward", "backward"] = "forward"

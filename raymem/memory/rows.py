@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from raymem.errors import Corrupt, InvalidInput, InvalidSpec
-from raymem.memory.base import Dims, EncodedRows, Found, Memory, Options, State, StateSpec, TensorSpec, check_state
+from raymem.memory.base import (
+    Dims,
+    EncodedRows,
+    Found,
+    Memory,
+    Options,
+    Shown,
+    State,
+    StateSpec,
+    TensorSpec,
+    check_state,
+)
 from raymem.memory.eviction import make_room, policy_part, policy_spec, survivors
 from raymem.memory.policies import Entries, Policy
 
@@ -171,6 +182,11 @@ class RowMemory(Memory):
 
     def _looked_at(self, columns: State, rule: Policy) -> Tensor:
         return self.units(columns) if rule.by_content else columns["pos"].new_zeros(len(columns["pos"]), 0).float()
+
+    def shown(self, state: RowState, pos_N: Tensor) -> Shown:
+        """The rows held; see Memory.shown."""
+        held_N = state.held()["pos"].sort().values
+        return Shown(held_N, held_N[:0])
 
     def forget(self, state: RowState, positions: Tensor) -> RowState:
         """The state without the rows at these journal positions, exactly; the others keep their order and values."""

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize, pad
 
 from raymem.errors import InvalidSpec, InvalidTrace
 from raymem.kernels.content_address import cosines
-from raymem.memory.base import Dims, Options, Projection, Seed, State, StateSpec, TensorSpec
+from raymem.memory.base import Dims, Options, Projection, Seed, Shown, State, StateSpec, TensorSpec, positions_of
 from raymem.memory.eviction import Places, make_room, policy_part
 from raymem.memory.policies import Entries, Policy
 from raymem.memory.quantize import STORED, KeyDtype, pack
@@ -99,6 +99,16 @@ class SlotMemory(StateMemory):
         blended = log_BQN.exp() @ state["value"] if "value" in state else log_BQN[..., :0]
         return blended, pad(token_BQN.gather(-1, slot), spare, value=-1), pad(best, spare, value=float("-inf"))
 
+    def shown(self, state: State, pos_N: Tensor) -> Shown:
+        """The rows whose slots are in use; see Memory.shown."""
+        number_N = self.numbers(state)[0]
+        held_N = positions_of(number_N[number_N >= 0].sort().values, int(state["count"]), pos_N)
+        return Shown(held_N, held_N[:0])
+
+    def numbers(self, state: State) -> Tensor:
+        """Number `[B, N]` of the row in each slot, counted from 0 since the bank's first; negative in free slots."""
+        return state["arrival"]
+
     def log_weights(self, state: State, queries_BQK: Tensor) -> Tensor:
         """Logarithm `[B, Q, N]` of the read weighting, -inf where a slot is free.
 
@@ -156,6 +166,11 @@ class RingMemory(SlotMemory):
         columns = {name: column[bank_M, row_M] for name, column in rows_of(batch, self.dims).items()}
         columns["key"] = narrowed(columns["key"], state["key"].dtype)
         return {name: put(state[name], (bank_M, slot_M), column) for name, column in columns.items()}
+
+    def numbers(self, state: State) -> Tensor:
+        """See SlotMemory: the ring says which row each slot has."""
+        last_B1 = state["count"][:, None] - 1
+        return last_B1 - (last_B1 - torch.arange(self.slots, device=last_B1.device)) % self.slots
 
     def places(self, count_B: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Bank, row and slot of each row that is real and not overwritten within the batch."""
