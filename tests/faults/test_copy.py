@@ -2,11 +2,11 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faultkit import preloaded
 
 import raymem
 from raymem import Settings
@@ -26,11 +26,7 @@ with raymem.connect(sys.argv[1], settings=Settings()) as store:
 
 
 def _elsewhere(path: Path, seq: int) -> subprocess.CompletedProcess[str]:
-    tests = str(Path(__file__).parents[1])
-    code = f"import sys; sys.path.insert(0, {tests!r})\n{WRITES}"
-    return subprocess.run(
-        [sys.executable, "-c", code, str(path), str(seq)], capture_output=True, text=True, timeout=60, check=False
-    )
+    return preloaded.run(WRITES, str(path), str(seq))
 
 
 def test_a_copy_of_a_hot_store_is_a_store_of_its_own(tmp_path: Path, tiny: Any):

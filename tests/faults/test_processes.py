@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faultkit import preloaded
 
 import raymem
 from raymem import AsyncStore, Settings
 from raymem.errors import ConfigError, RaymemError, StoreClosed
 
 SETTINGS = Settings()
-TESTS = Path(__file__).parents[1]
 HEAD = """
 import asyncio, os, sys, threading
 import conftest, raymem
@@ -36,14 +36,7 @@ def row(seq):
 
 
 def _run(script: str, path: Path) -> subprocess.CompletedProcess[str]:
-    code = HEAD + textwrap.dedent(script)
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-    )
+    return preloaded.run(HEAD + textwrap.dedent(script), str(path))
 
 
 def _rows(path: Path, name: str = "lab/a") -> int:
@@ -223,10 +216,12 @@ async def main():
     bank = await store.create("lab/a", tiny.spec())
     for seq in range(160):
         await bank.write(row(seq), durable=False)
+    # takes longer than the rest of the script
+    await bank.write(tiny.trace(1840, seq=160), durable=False)
 """
     ran = _run(script + ASYNC[how], tmp_path / "m")
     assert ran.returncode == 0, ran.stderr
-    assert _rows(tmp_path / "m") == 160
+    assert _rows(tmp_path / "m") == 2000
 
 
 def test_a_store_belongs_to_its_loop_and_says_so(tmp_path: Path, tiny: Any):

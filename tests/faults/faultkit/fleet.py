@@ -6,13 +6,19 @@ import itertools
 import json
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-KIT = Path(__file__).parents[1]
+from faultkit.preloaded import KIT, Forked
+
+_OWNER = """
+import asyncio, sys
+from faultkit import owner
+sys.stdout = sys.stderr
+asyncio.run(owner.main(*sys.argv[1:]))
+"""
 
 
 class Dead(Exception):
@@ -30,7 +36,7 @@ class Refused(Exception):
 class Process:
     """One owner: commands by pipe, answers in any order."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | Forked) -> None:
         self._process = process
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
@@ -43,7 +49,6 @@ class Process:
     async def start(cls, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> "Process":
         """Start one; it opens the store with the first command."""
         path = os.pathsep.join([str(KIT), str(KIT.parents[1]), os.environ.get("PYTHONPATH", "")])
-        # what it says when it is killed half-way is of interest only where the checker finds something
         with log.open("a") as file:
             return cls(
                 await asyncio.create_subprocess_exec(
@@ -135,8 +140,9 @@ class Fleet:
         return old
 
     async def _start(self) -> Process:
-        command = [sys.executable, "-m", "faultkit.owner", *self._arguments]
-        process = await Process.start(command, self.plans / "owners.log", {})
+        # what it says when it is killed half-way is of interest only where the checker finds something
+        with (self.plans / "owners.log").open("a") as log:
+            process = Process(await Forked.start(_OWNER, list(self._arguments), log))
         self._all.append(process)
         await process.ready.wait()
         return process
