@@ -20,12 +20,12 @@ import sys; sys.path.insert(0, sys.argv[2])
 import conftest, psutil, raymem
 from raymem import Settings, Trace
 tiny = conftest.Tiny()
-rows = tiny.trace(2400)
+rows = tiny.trace(1300)
 with raymem.connect(sys.argv[1], settings=Settings(cold={"sync": "none"})) as store:
     store.put_calibration(tiny.calibration)
     bank = store.create("lab/a", tiny.spec())
-    for seq in range(2400):
-        if seq == 900:
+    for seq in range(1300):
+        if seq == 600:
             before = psutil.Process().memory_info().rss
         bank.write(Trace(rows.hidden[seq:seq+1], rows.tokens[seq:seq+1], "s", "r", seq, time=1.0))
     print(psutil.Process().memory_info().rss - before)
@@ -43,7 +43,7 @@ def test_many_small_writes_leave_memory_flat(tmp_path: Path):
     )
     # LanceDB's caches without a limit took 43 kB a write; the rows' own log and state take about 4, and what is
     # allocated once may come late
-    assert int(ran.stdout) / 1500 < 20 * 1024
+    assert int(ran.stdout) / 700 < 20 * 1024
 
 
 def test_names_that_no_bank_has_are_forgotten(cold, bank_spec, make_trace):

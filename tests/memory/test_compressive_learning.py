@@ -35,7 +35,7 @@ class Attention:
         return Projections(*(matrix.repeat_interleave(heads // len(matrix), 0) for matrix in split))
 
 
-def trained(windows: torch.Tensor, missed, seed: int, steps: int = 60):
+def trained(windows: torch.Tensor, missed, seed: int, steps: int):
     """A convolution, which starts as mean pooling, after a few steps on the attention-reconstruction loss."""
     generator = torch.Generator().manual_seed(seed)
     conv = compressor("conv", RATIO, windows.shape[2])
@@ -49,7 +49,7 @@ def trained(windows: torch.Tensor, missed, seed: int, steps: int = 60):
     return conv
 
 
-def compared(seeds: int) -> tuple[float, dict[str, float]]:
+def compared(seeds: int, steps: int) -> tuple[float, dict[str, float]]:
     """Attention lost on unseen text to a trained convolution, the median over seeds, and to the untrained ways."""
     from pydoc_data.topics import topics
 
@@ -63,7 +63,7 @@ def compared(seeds: int) -> tuple[float, dict[str, float]]:
         return attention_reconstruction_loss(compress, windows[:, OLD:], windows[:, :OLD], fixed)
 
     ways = {name: compressor(name, RATIO, attention.width) for name in ("mean", "max", "subsample")}
-    convolutions = [trained(training, missed, seed) for seed in range(seeds)]
+    convolutions = [trained(training, missed, seed, steps) for seed in range(seeds)]
     with torch.no_grad():
         found = sorted(missed(conv, held_out).item() for conv in convolutions)[seeds // 2]
         others = {name: missed(compress, held_out).item() for name, compress in ways.items()}
@@ -72,13 +72,13 @@ def compared(seeds: int) -> tuple[float, dict[str, float]]:
 
 @pytest.mark.timeout(600)
 def test_a_trained_convolution_keeps_more_of_a_real_model_s_attention_than_pooling():
-    found, others = compared(1)
+    found, others = compared(1, 40)
     assert found <= 0.95 * min(others.values()), others
 
 
 @pytest.mark.slow
 def test_in_most_seeds_it_keeps_more(figure):
-    found, others = compared(3)
+    found, others = compared(3, 60)
     figure(
         "compressive",
         "attention lost to a trained 4:1 convolution on unseen text",

@@ -341,7 +341,7 @@ def deflated(file: BankFile, name: str, path: Path) -> None:
             if each != name:
                 archive.writestr(zipfile.ZipInfo(each), data)
         with archive.open(name, "w", force_zip64=True) as out:
-            for _ in range(600):
+            for _ in range(300):
                 out.write(bytes(2**20))
 
 
@@ -353,7 +353,7 @@ def compressed(file: BankFile, codec: str, path: Path) -> None:
 
 
 def erased(file: BankFile, path: Path) -> None:
-    text = base64.b64encode(zlib.compress(bytes(600 * 2**20), 1))
+    text = base64.b64encode(zlib.compress(bytes(300 * 2**20), 1))
     rows = file.rows
     file.rows = rows.replace_schema_metadata({**rows.schema.metadata, b"raymem.holes": text})
     file.write(path)
@@ -393,7 +393,7 @@ BOMBS = {
 
 
 def test_nothing_grows_on_its_way_in(files, tmp_path):
-    """Each of these is under 70 MB, and would be up to 1.2 GB or never end."""
+    """Each of these is under 70 MB, and would be 160 MB to 600 MB or never end."""
     (tmp_path / "bombs").mkdir()
     for name, make in BOMBS.items():
         make(files["spalm"].copy(), tmp_path / "bombs" / name)
