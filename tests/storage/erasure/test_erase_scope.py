@@ -46,7 +46,10 @@ def assert_reads_alike(one: Bank, other: Bank, queries: torch.Tensor) -> None:
 
 
 # which rows go is found in the journal, whatever the kind
-@pytest.mark.parametrize(("kind", "scope"), [*((kind, "rows") for kind in kinds()), ("spalm", "run"), ("titans", "run")])
+SCOPES = [*((kind, "rows") for kind in kinds()), ("spalm", "run"), ("titans", "run")]
+
+
+@pytest.mark.parametrize(("kind", "scope"), SCOPES)
 def test_the_bank_is_as_if_these_rows_had_never_been(store, tiny, kind, scope):
     bank, never = store.create("lab/a", tiny.spec(kind)), store.create("lab/never", tiny.spec(kind))
     fill(bank, tiny, (0, 33))
