@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from faultkit import made
 from faultkit.s3 import s3_server
-from faultkit.schedule import Schedule
+from faultkit.schedule import PLACES, Schedule
 
 import raymem
 from raymem.errors import NotOwner, StorageError
@@ -82,7 +82,8 @@ def test_a_bucket_that_is_not_there_is_said(bucket: str):
 
 def test_no_fault_over_a_bucket_loses_or_doubles_a_row(bucket: str, tmp_path: Path):
     schedule = Schedule(f"{bucket}/faults", tmp_path / "scratch", seed=6)
-    outcome = asyncio.run(schedule.run(3))
+    # a bucket has no folder to sync
+    outcome = asyncio.run(schedule.run(3, places=[place for place in PLACES if place["op"] != "sync"]))
     print(outcome)
     outcome.verdict.require()
     assert outcome.verdict.acknowledged > 50
