@@ -21,9 +21,18 @@ from raymem.errors import BankDetached, BankNotFound, ConfigError, Conflict, Not
 from raymem.host.backend import OwnerVerb, shard_info
 from raymem.host.host import Limiter, caller
 from raymem.partition.backend import PartitionedBackend
-from raymem.rows import Trace
+from raymem.rows import AttendedRows, Trace
 from raymem.storage.store import ColdStore, Entry
-from raymem.types import Ack, DrainReport, MigrationReport, Readout, ShardInfo
+from raymem.types import (
+    Ack,
+    AttendedExtent,
+    AttendQuery,
+    DrainReport,
+    MemoryTokens,
+    MigrationReport,
+    Readout,
+    ShardInfo,
+)
 
 
 class RayBackend(PartitionedBackend):
@@ -124,6 +133,21 @@ class RayBackend(PartitionedBackend):
         with self._limiter.admit(asks, hidden_QLD.nbytes):
             found = await call(name, "read", pack(hidden_QLD), k, start, asks, as_of)
         return unpack_fields(Readout, found)
+
+    async def attend_part(self, name: str, query: AttendQuery, as_of: str | float | None) -> MemoryTokens:
+        """Choose rows of a part, or of what it was."""
+        asks = caller.get() or self._self
+        with self._limiter.admit(asks, query.nbytes):
+            # a first call reads the bank's states, which takes as long as loading it
+            found = await self._router.call(name, "attend", pack_fields(query), asks, as_of)
+        return unpack_fields(MemoryTokens, found)
+
+    async def put_rows_part(self, name: str, rows: AttendedRows) -> AttendedExtent:
+        """Keep keys and values of rows."""
+        asks = caller.get() or self._self
+        with self._limiter.admit(asks, rows.nbytes):
+            kept: AttendedExtent = await self._router.call(name, "put_rows", pack_fields(rows), asks)
+        return kept
 
     async def ask(self, name: str, verb: OwnerVerb, *args: Any) -> Any:
         """Run a verb of the shard that has a part."""

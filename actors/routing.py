@@ -21,7 +21,7 @@ from raymem.storage.store import ColdStore, Entry
 
 T = TypeVar("T")
 # only the bank's owner answers these, however long it takes
-_SERVED = {"write", "read", "digest"}
+_SERVED = {"write", "read", "attend", "digest"}
 # the directory only saves a read of the catalog, so no call waits long for it
 _DIRECTORY_S = 5.0
 # after so long without an answer, the catalog is asked whether the bank has another owner

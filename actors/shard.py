@@ -19,9 +19,9 @@ from raymem.config import Settings
 from raymem.errors import NotShared, RaymemError, Unavailable
 from raymem.host.handover import MovingHost, Yielded
 from raymem.logs import get_logger
-from raymem.rows import Trace
+from raymem.rows import AttendedRows, Trace
 from raymem.storage.store import ColdStore
-from raymem.types import Ack, EraseReceipt, MigrationReport, Selection
+from raymem.types import Ack, AttendedExtent, AttendQuery, EraseReceipt, MigrationReport, Selection
 
 log = get_logger("raymem.shard")
 # applying so few rows takes no longer than the handover itself
@@ -82,6 +82,18 @@ class Shard:
         """Read a bank, or what it was; return its Readout packed by `pack_fields`."""
         host = await self._hot(name)
         return pack_fields(await host.read(name, unpack(hidden_QLD), k, start, as_of=as_of, caller=caller))
+
+    async def attend(
+        self, name: str, query: dict[str, Any], caller: str, as_of: str | float | None = None
+    ) -> dict[str, Any]:
+        """Choose rows of a bank, or of what it was, by a query that `pack_fields` packed; so is what is returned."""
+        host = await self._hot(name)
+        return pack_fields(await host.attend(name, unpack_fields(AttendQuery, query), as_of=as_of, caller=caller))
+
+    async def put_rows(self, name: str, rows: dict[str, Any], caller: str) -> AttendedExtent:
+        """Keep keys and values of rows that `pack_fields` packed."""
+        host = await self._hot(name)
+        return await host.put_rows(name, unpack_fields(AttendedRows, rows), caller=caller)
 
     async def mark(self, name: str, tag: str) -> dict[str, int]:
         """As `Host.mark`."""

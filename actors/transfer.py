@@ -1,4 +1,5 @@
-"""Traces and readouts between processes of one Ray cluster: tensors go as byte arrays, which Ray moves without copying.
+"""Traces, readouts and attended rows between processes of one Ray cluster: tensors go as byte arrays, which Ray moves
+without copying.
 
 They are bytes with dtype and shape beside them, see `raymem.tensors`.
 """
@@ -11,11 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from torch import Tensor
 
-from raymem.rows import Trace
+from raymem.rows import AttendedRows, Trace
 from raymem.tensors import dtype_name, from_bytes, to_bytes
-from raymem.types import Readout
+from raymem.types import AttendQuery, MemoryTokens, Readout
 
-T = TypeVar("T", Trace, Readout)
+T = TypeVar("T", Trace, Readout, AttendQuery, AttendedRows, MemoryTokens)
+Fields = Trace | Readout | AttendQuery | AttendedRows | MemoryTokens
 
 
 class Packed(NamedTuple):
@@ -36,14 +38,14 @@ def unpack(packed: Packed) -> Tensor:
     return from_bytes(packed.data.copy(), packed.dtype, packed.shape)
 
 
-def pack_fields(value: Trace | Readout) -> dict[str, Any]:
-    """A trace or readout as a dict with its tensors packed."""
+def pack_fields(value: Fields) -> dict[str, Any]:
+    """One of these as a dict with its tensors packed."""
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return {name: pack(item) if isinstance(item, Tensor) else item for name, item in fields.items()}
 
 
 def unpack_fields(cls: type[T], fields: dict[str, Any]) -> T:
-    """The trace or readout that `pack_fields` was given."""
+    """What `pack_fields` was given."""
     unpacked: dict[str, Any] = {
         name: unpack(item) if isinstance(item, Packed) else item for name, item in fields.items()
     }

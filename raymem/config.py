@@ -54,6 +54,8 @@ class ColdSettings(_Section):
     Owners look for expired rows every `expire_s` seconds. With `expire_scope` "run", all rows of a run from its first
     expired one on are erased, as they were computed with it in context. The sweeper deletes a table that the catalog
     doesn't name when nothing was written to it for `sweep_age_s`; this must be longer than the longest import takes.
+
+    Keys and values beside a bank's journal, which models attend to, take `attended_bytes` at most.
     """
 
     sync: Literal["disk", "none"] | None = None
@@ -65,6 +67,7 @@ class ColdSettings(_Section):
     settle_bytes: int = Field(default=4 * 2**20, ge=1)
     settle_s: float = Field(default=60.0, gt=0)
     log_bytes: int = Field(default=64 * 2**20, ge=0)
+    attended_bytes: int = Field(default=2**30, ge=0)
 
 
 class HostSettings(_Section):

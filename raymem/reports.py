@@ -6,6 +6,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class AttendedExtent:
+    """How many rows of a bank have keys and values beside the journal, and the bytes of these."""
+
+    rows: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
 class MigrationReport:
     """What a migration did: from where to where, rows moved, and for how long writes paused and the whole took."""
 

@@ -11,15 +11,16 @@ import hashlib
 import hmac
 import json
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from raymem.errors import FingerprintMismatch, InvalidInput, InvalidSpec
+from raymem.errors import FingerprintMismatch, InvalidInput, InvalidSpec, InvalidTrace
 from raymem.inputs import (
     COUNT_END,
+    MOST_ATTENDED,
     Check,
     Label,
     bank_name,
@@ -28,11 +29,13 @@ from raymem.inputs import (
     label,
     moment,
     named,
+    numbers,
     shown,
     text,
     whole,
 )
 from raymem.inputs import shorten as shorten
+from raymem.reports import AttendedExtent as AttendedExtent
 from raymem.reports import DrainReport as DrainReport
 from raymem.reports import FileCheck as FileCheck
 from raymem.reports import MergeReport as MergeReport
@@ -244,6 +247,48 @@ class Readout:
         return [RowRef(*self.sources[int(source)], seq, pos, part) for source, seq, pos, part in found if pos >= 0]
 
 
+ChoiceMethod = Literal["fused", "states", "bm25", "even", "recent"]
+
+
+@dataclass(frozen=True)
+class AttendQuery:
+    """What rows of a bank are chosen by, and how many.
+
+    `hidden_QLD` are states of the text before the tokens that are predicted, in the bank's layers and dtype, `tokens_Q`
+    its token ids (int64); "states" needs the first, "bm25" the second, "fused" takes what is there. `layer` is the one
+    whose states are compared, the bank's middle one by default. Without `fetch` no keys and values are fetched.
+    """
+
+    hidden_QLD: Tensor | None
+    tokens_Q: Tensor | None = None
+    rows: int = 512
+    layer: int | None = None
+    method: ChoiceMethod = "fused"
+    fetch: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors carried."""
+        return sum(0 if tensor is None else tensor.nbytes for tensor in (self.hidden_QLD, self.tokens_Q))
+
+    def checked(self, dtype: torch.dtype) -> AttendQuery:
+        """The same as banks take it; see `Trace.checked`. Whether the states fit a bank is for its owner.
+
+        Raises:
+            InvalidInput, InvalidTrace, TooLarge: naming the field and the value.
+        """
+        methods = get_args(ChoiceMethod)
+        if not isinstance(self.method, str) or self.method not in methods:
+            raise InvalidInput(f"method is {shown(self.method)}; it is one of {', '.join(methods)}")
+        tokens_Q = None if self.tokens_Q is None else numbers("tokens", self.tokens_Q, torch.int64)
+        if tokens_Q is not None and tokens_Q.dim() != 1:
+            raise InvalidTrace(f"tokens are {list(tokens_Q.shape)}; give one id a query: [Q]")
+        hidden_QLD = None if self.hidden_QLD is None else numbers("queries", self.hidden_QLD, dtype)
+        rows = named("rows", whole, self.rows, 1, MOST_ATTENDED)
+        layer = None if self.layer is None else named("layer", count, self.layer)
+        return replace(self, hidden_QLD=hidden_QLD, tokens_Q=tokens_Q, rows=rows, layer=layer)
+
+
 @dataclass(frozen=True)
 class MemoryTokens:
     """What a model attends to: N rows of a bank, in the order of their slots 0 to N - 1.
@@ -254,7 +299,8 @@ class MemoryTokens:
 
     `keys_LNHd` and `values_LNHd` are of all attention layers; keys are position-free: turned back to position 0. They
     are None where the bank keeps none: then they are rebuilt from the journal's tokens. int8 rows have
-    `key_scales_LNH` and `value_scales_LNH` (float32). `partition_N` says whose journal `pos_N` counts in.
+    `key_scales_LNH` and `value_scales_LNH` (float32). `partition_N` says whose journal `pos_N` counts in. What one
+    partition answers also has the states `states_ND` that its rows were chosen by.
     """
 
     pos_N: Tensor
@@ -269,6 +315,7 @@ class MemoryTokens:
     key_scales_LNH: Tensor | None = None
     value_scales_LNH: Tensor | None = None
     partition_N: Tensor | None = None
+    states_ND: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pos_N)
@@ -291,6 +338,9 @@ class BankInfo:
 
     A partitioned bank has a line for each of its `partitions` and is hot when all of them are; its rows and bytes are
     their sums, a tag's position is the rows that all had together.
+
+    `attended_rows` have keys and values beside the journal, of `attended_bytes`: counted where the bank is asked for
+    its info, and 0 in what other verbs answer.
     """
 
     name: str
@@ -306,6 +356,8 @@ class BankInfo:
     pinned: bool = False
     ttl_s: float | None = None
     partitions: tuple[BankInfo, ...] = ()
+    attended_rows: int = 0
+    attended_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,13 @@ from raymem.serving.auth import DOCS, Auth
 from raymem.serving.intake import SLOW_AT_ONCE, Budget, Transfers
 from raymem.serving.metrics import Counted, Metrics
 from raymem.serving.recall import RecallModel
-from raymem.serving.routes import banks, rows, store
-from raymem.serving.schemas import ReadBody, WriteBody
+from raymem.serving.routes import attend, banks, rows, store
+from raymem.serving.schemas import AttendBody, ReadBody, WriteBody
 
 Opener = Callable[[], Awaitable[AsyncStore]]
 _REF = "#/components/schemas/{model}"
+# bodies whose content type a route reads itself
+_BODIES = (WriteBody, ReadBody, AttendBody)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 code, pre { font: 14px/1.4 ui-monospace, monospace } pre { overflow: auto; background: #8881; padding: .5rem }
@@ -64,7 +66,7 @@ def create_app(store_or_opener: AsyncStore | Opener, settings: Settings | None =
     app.state.turns = Locks(lambda: asyncio.Semaphore(SLOW_AT_ONCE))
     # Auth checks the key, before any body is read; this only describes it in OpenAPI
     keyed = [Depends(HTTPBearer(auto_error=False, description="One of gateway.api_keys."))]
-    for router in (banks.router, banks.history, rows.router, store.router):
+    for router in (banks.router, banks.history, rows.router, attend.router, store.router):
         app.include_router(router, dependencies=keyed)
     app.include_router(store.probes)
     errors.install(app)
@@ -94,8 +96,7 @@ def _lifespan(store_or_opener: AsyncStore | Opener) -> Any:
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        # FastAPI doesn't know bodies whose content type a route reads itself
-        _, extra = models_json_schema([(WriteBody, "validation"), (ReadBody, "validation")], ref_template=_REF)
+        _, extra = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REF)
         found["components"]["schemas"] |= extra["$defs"]
         app.openapi_schema = found
     return app.openapi_schema

@@ -29,7 +29,7 @@ from raymem.inputs import (
 )
 from raymem.rows import Trace
 from raymem.tensors import from_bytes
-from raymem.types import DTYPES, BankSpec, Fingerprint, Readout
+from raymem.types import DTYPES, AttendQuery, BankSpec, ChoiceMethod, Fingerprint, MemoryTokens, Readout
 
 Token = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 Number = Annotated[float, Strict()]
@@ -177,6 +177,59 @@ class ReadAnswer(BaseModel):
             neighbours=[_neighbours(readout, query) for query in queries],
             partial=readout.partial,
             missing=list(readout.missing),
+        )
+
+
+class AttendBody(_Request):
+    """What rows to attend to are chosen by: hidden states [Q, L, D] of a text's last tokens, its token ids, or both.
+
+    `as_of` chooses among what the bank was at a tag or a time.
+    """
+
+    hidden: Floats3 | None = None
+    tokens: Annotated[list[Token], Field(fail_fast=True)] | None = None
+    rows: Count = 512
+    layer: Count | None = None
+    method: ChoiceMethod = "fused"
+    as_of: AsOf = None
+
+    def query(self, fingerprint: Fingerprint) -> AttendQuery:
+        """What a bank is asked."""
+        hidden = None if self.hidden is None else _hidden(self.hidden, fingerprint)
+        tokens = None if self.tokens is None else torch.tensor(self.tokens, dtype=torch.int64)
+        return AttendQuery(hidden, tokens, self.rows, self.layer, self.method)
+
+
+class AttendedRow(BaseModel):
+    """A row to attend to: its token, who wrote it, its place in the journal (-1: a mechanism made it of several)."""
+
+    token: int
+    stream: str
+    run: str
+    seq: int
+    pos: int
+    partition: int | None = None
+
+
+class AttendAnswer(BaseModel):
+    """The rows that were chosen, in the order of their slots, and the relevance of the best match."""
+
+    relevance: float
+    rows: list[AttendedRow]
+
+    @classmethod
+    def of(cls, memory: MemoryTokens) -> AttendAnswer:
+        """Rows for people."""
+        parts = [None] * len(memory) if memory.partition_N is None else memory.partition_N.tolist()
+        columns = (memory.tokens_N, memory.source_N, memory.seq_N, memory.pos_N)
+        found = zip(*(column.tolist() for column in columns), parts, strict=True)
+        return cls(
+            relevance=memory.relevance,
+            rows=[
+                AttendedRow(token=token, stream=stream, run=run, seq=seq, pos=pos, partition=part)
+                for token, source, seq, pos, part in found
+                for stream, run in [memory.sources[source]]
+            ],
         )
 
 

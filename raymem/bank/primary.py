@@ -22,11 +22,12 @@ from torch import Tensor
 from raymem.bank.replica import Replica, Wanted
 from raymem.errors import RaymemError, SequenceConflict, StoreClosed
 from raymem.logs import get_logger
-from raymem.rows import JournalRows, Trace, concat
+from raymem.rows import AttendedRows, JournalRows, Trace, concat
+from raymem.storage.attended import Attended
 from raymem.storage.history import materialise
 from raymem.storage.journal.log import Log, Part
 from raymem.storage.store import ColdStore, Entry
-from raymem.types import Ack, Readout
+from raymem.types import Ack, AttendedExtent, AttendQuery, MemoryTokens, Readout
 
 # a write of so few bytes takes less time than a hop to a thread, and is applied together with others
 SMALL_BYTES = 64 * 2**10
@@ -64,6 +65,7 @@ class BankCounters:
     commits: int = 0
     reads: int = 0
     queries: int = 0
+    attends: int = 0
     refused: int = 0
 
 
@@ -205,6 +207,7 @@ class Primary(Replica):
         self.unsaved_bytes = 0
         self.unsaved_since: float | None = None
         self.apply_queue = ApplyQueue()
+        self._attended: Attended | None = None
         self._entering = threading.Lock()
 
     @classmethod
@@ -234,6 +237,9 @@ class Primary(Replica):
         with self.lock:
             self.encoder, self.state = replica.encoder, replica.state
             self.pos, self.snapshot_pos = replica.pos, replica.snapshot_pos
+        with self._holding:
+            # with the rows that are gone
+            self._held, self.held_bytes = {}, 0
         self.unsaved_bytes = 0
         self.own(entry)
 
@@ -321,8 +327,8 @@ class Primary(Replica):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the mechanism's state, and of the rows that wait for it."""
-        return self.memory.nbytes(self.state) + self.apply_queue.waiting.nbytes
+        """Bytes of the mechanism's state, of the rows that wait for it, and of the states that choosing compares."""
+        return self.memory.nbytes(self.state) + self.apply_queue.waiting.nbytes + self.held_bytes
 
     @property
     def end(self) -> int:
@@ -341,6 +347,21 @@ class Primary(Replica):
         self.counters.reads += 1
         self.counters.queries += len(hidden_QLD)
         return readout
+
+    def attend(self, query: AttendQuery, wanted: Wanted = lambda: True) -> MemoryTokens:
+        """As `Replica.attend`, of all that is committed; counted."""
+        self.apply_queued()
+        chosen = super().attend(query, wanted)
+        self.counters.attends += 1
+        return chosen
+
+    def put_rows(self, rows: AttendedRows, most_bytes: int) -> AttendedExtent:
+        """Keep keys and values of rows that are in the journal; see `Attended.put`."""
+        if self._attended is None or self._attended.entry != self.entry:
+            # it remembers which files are synced
+            self._attended = self.cold.attended(self.entry)
+        there = self.journal.positions(rows.stream, rows.run, rows.seq, rows.seq + len(rows))
+        return self._attended.put(rows, there, most_bytes)
 
     def digest(self) -> str:
         """As `Replica.digest`, of all that is committed."""

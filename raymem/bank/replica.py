@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from raymem.bank.held import HeldRows, HeldStates, chosen_layer, fetched
 from raymem.encode.encoder import assemble
 from raymem.encode.keys import ContextRows
 from raymem.errors import Corrupt, StoreClosed, TooLarge
@@ -25,7 +26,7 @@ from raymem.rows import JournalRows
 from raymem.storage.catalog import part_of
 from raymem.storage.store import ColdStore, Entry
 from raymem.tensors import to_bytes
-from raymem.types import BankSpec, Readout
+from raymem.types import AttendQuery, BankSpec, MemoryTokens, Readout
 
 # what encoding makes of so many bytes, some five times as much, stays in the processor's cache: thrice as fast
 _PIECE_BYTES = 2**20
@@ -66,6 +67,10 @@ class Replica:
         self.memory.to(self.device).requires_grad_(False)
         self.journal = cold.journal(entry)
         self.lock = threading.Lock()
+        # states that choosing rows compares, by layer, once asked for, and their bytes
+        self.held_bytes = 0
+        self._held: dict[int, HeldStates] = {}
+        self._holding = threading.Lock()
         self.pos = 0
         self.snapshot_pos = 0
         # a partition's rows are blended with those of the others
@@ -169,6 +174,31 @@ class Replica:
             vectors_QkV=_cpu(found.vectors_QkV) if self._keeps_vectors else None,
         )
 
+    def attend(self, query: AttendQuery, wanted: Wanted = lambda: True) -> MemoryTokens:
+        """Choose the rows that a model is to attend to, of those that the mechanism still has.
+
+        The first call reads one layer's states from the journal and keeps them; later ones read what has come since.
+
+        Raises:
+            StoreClosed: it is no longer `wanted`.
+            InvalidInput: another layer, or nothing to choose by. InvalidTrace, NonFinite: the states don't fit.
+            TooLarge: the keys and values of so many rows don't fit into one answer.
+        """
+        layer = chosen_layer(query, self.spec.fingerprint)
+        if query.hidden_QLD is not None:
+            check_hidden(query.hidden_QLD, self.spec.fingerprint)
+        rows, query_QD = self._choosable(query, layer, wanted)
+        chosen, _ = rows.choose(query, query_QD, self.spec.kind)
+        if not self._keeps_vectors:
+            chosen = replace(chosen, states_ND=None)
+        return fetched(self.cold, [self.entry], chosen) if query.fetch else chosen
+
+    def attend_bytes(self, query: AttendQuery) -> int:
+        """About how many bytes the states that a query is compared with will take more than now."""
+        fingerprint = self.spec.fingerprint
+        states = self._held.get(chosen_layer(query, fingerprint))
+        return max(0, HeldStates.row_bytes(fingerprint.width) * self.pos - (0 if states is None else states.nbytes))
+
     def tensors(self) -> State:
         """The whole state as named tensors on the CPU: the encoder's and the mechanism's."""
         encoder, _ = self.encoder.dump()
@@ -194,8 +224,27 @@ class Replica:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the mechanism's state holds."""
-        return self.memory.nbytes(self.state)
+        """Bytes of the mechanism's state, and of the states that choosing rows compares."""
+        return self.memory.nbytes(self.state) + self.held_bytes
+
+    def _choosable(self, query: AttendQuery, layer: int, wanted: Wanted) -> tuple[HeldRows, Tensor | None]:
+        """The rows that attention may see, and a query's states as they are compared with theirs."""
+        span = self.spec.key.window if self.spec.key.function == "span" else 1
+        with self._holding, torch.no_grad():
+            states = self._held.get(layer)
+            if states is None:
+                states = self._held[layer] = HeldStates(self.calibration, layer)
+            states.follow(self.journal, self.pos, wanted)
+            with self.lock, self._here:
+                # what came meanwhile is little, and the state must know no row that is not here
+                states.follow(self.journal, self.pos, wanted)
+                rows = states.rows(self.pos)
+                given_N = rows.encoded(span)
+                shown = self.memory.shown(self.state, given_N.to(self.device))
+            self.held_bytes = sum(each.nbytes for each in self._held.values())
+        stay_N = torch.cat([shown.fine_N, shown.coarse_M]).cpu()
+        query_QD = None if query.hidden_QLD is None else states.unit(query.hidden_QLD)
+        return rows.without(given_N[~torch.isin(given_N, stay_N)], span), query_QD
 
     def _restore(self, pos: int, tensors: State, meta: dict[str, object]) -> None:
         parts: dict[str, State] = {"memory": {}, "encoder": {}}

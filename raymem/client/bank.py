@@ -43,12 +43,16 @@ from raymem.inputs import (
     shown,
 )
 from raymem.logs import get_logger
-from raymem.rows import Trace
+from raymem.rows import AttendedRows, Trace
 from raymem.types import (
     DTYPES,
     Ack,
+    AttendedExtent,
+    AttendQuery,
     BankInfo,
+    ChoiceMethod,
     EraseReceipt,
+    MemoryTokens,
     MigrationReport,
     Readout,
     RebalanceReport,
@@ -359,11 +363,61 @@ class AsyncBank:
                 had all rows before the first that was stamped later.
             allow_partial: take an answer without those partitions that don't give theirs in time, `Readout.missing`.
         """
-        dtype = torch.float32 if isinstance(queries, Tensor) else await self._dtype()
-        asked = numbers("queries", queries, dtype)
+        asked = numbers("queries", queries, await self._dtype_of(queries))
         return await self._handle.backend.read(
             self.name, asked, k, start, cast(str | float | None, as_of), allow_partial
         )
+
+    async def attend(
+        self,
+        queries: Tensor | None,
+        tokens: Tensor | None = None,
+        rows: int = 512,
+        *,
+        layer: int | None = None,
+        method: ChoiceMethod = "fused",
+        as_of: AnyAsOf = None,
+        fetch: Flag = True,
+    ) -> MemoryTokens:
+        """Choose the rows that a model is to attend to while it goes on from a text.
+
+        Keys and values come with them where the bank keeps those of all (`put_rows`). Where it doesn't, rebuild them
+        from the runs' tokens: `raymem.lm.rebuilding`.
+
+        Args:
+            queries: hidden states [Q, L, D] of the text's last tokens, as in `read`; None to choose by tokens alone.
+            tokens: their ids [Q].
+            rows: how many; fewer come where fewer are held.
+            layer: whose states are compared, one of the bank's; the middle one by default.
+            method: "fused" sums what states and BM25 over token ids say; "states", "bm25", "even" or "recent" alone.
+            as_of: as in `read`.
+            fetch: whether to fetch keys and values.
+
+        Raises:
+            InvalidInput: another layer, or nothing to choose by. InvalidTrace, NonFinite: states that don't fit.
+            Unsupported: the bank's kind holds no rows.
+        """
+        dtype = torch.float32 if queries is None else await self._dtype_of(queries)
+        query = AttendQuery(queries, tokens, rows, layer, method, fetch).checked(dtype)
+        return await self._handle.backend.attend(self.name, query, cast(str | float | None, as_of))
+
+    async def put_rows(self, rows: AttendedRows, *, int8: Flag = True) -> AttendedExtent:
+        """Keep keys and values of rows that were written, for a model to attend to; durable when this returns.
+
+        Rows whose keys and values are kept already get these instead.
+
+        Args:
+            rows: of one run.
+            int8: round floats to int8 with a scale a head; otherwise to bfloat16. A bank keeps one of the two.
+
+        Raises:
+            InvalidInput: a row that was not written. InvalidTrace, NonFinite: tensors that can't be these.
+            FingerprintMismatch: other layers, heads, width, RoPE or dtype than the bank's, naming them.
+            TooLarge: more than `cold.attended_bytes`. In each case nothing was kept.
+        """
+        if not isinstance(rows, AttendedRows):
+            raise InvalidTrace(f"rows are {shown(rows)}; give raymem.AttendedRows")
+        return await self._handle.backend.put_rows(self.name, rows.checked(int8=int8))
 
     async def attach(self, node: Label | None = None) -> BankInfo:
         """Load the bank from the cold store, on `node` if one is named."""
@@ -481,6 +535,9 @@ class AsyncBank:
         """Let rows expire that are older than `ttl_s` seconds, or none; the owner erases them in batches."""
         return await self._handle.backend.set_ttl(self.name, ttl_s)
 
+    async def _dtype_of(self, states: object) -> torch.dtype:
+        return torch.float32 if isinstance(states, Tensor) else await self._dtype()
+
     async def _dtype(self) -> torch.dtype:
         # what arrays and lists are cast to; a tensor is taken in its own or refused
         return DTYPES[(await self.info()).spec.fingerprint.dtype]
@@ -515,6 +572,8 @@ class Bank(Blocking[AsyncBank]):
     info = blocking(AsyncBank.info)
     write = blocking(AsyncBank.write)
     read = blocking(AsyncBank.read)
+    attend = blocking(AsyncBank.attend)
+    put_rows = blocking(AsyncBank.put_rows)
     attach = blocking(AsyncBank.attach)
     detach = blocking(AsyncBank.detach)
     migrate = blocking(AsyncBank.migrate)

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import httpx
 import torch
@@ -24,13 +24,16 @@ from raymem.errors import BackendUnavailable, InvalidInput, Overloaded, RaymemEr
 from raymem.inputs import named
 from raymem.memory.learned import Learned
 from raymem.retry import retrying
-from raymem.rows import Trace
+from raymem.rows import AttendedRows, Trace
 from raymem.types import (
     Ack,
+    AttendedExtent,
+    AttendQuery,
     BankInfo,
     BankSpec,
     DrainReport,
     EraseReceipt,
+    MemoryTokens,
     MergeReport,
     MigrationReport,
     Readout,
@@ -41,9 +44,11 @@ from raymem.types import (
     SweepReport,
 )
 
+N = TypeVar("N", Readout, MemoryTokens)
 _INFO = TypeAdapter(BankInfo)
 _INFOS = TypeAdapter(list[BankInfo])
 _ACK = TypeAdapter(Ack)
+_EXTENT = TypeAdapter(AttendedExtent)
 _RECEIPT = TypeAdapter(EraseReceipt)
 _RECEIPTS = TypeAdapter(list[EraseReceipt])
 _SWEEP = TypeAdapter(SweepReport)
@@ -122,17 +127,17 @@ class HttpBackend:
     ) -> Readout:
         """Read a bank, in tensors both ways."""
         asked = {"hidden": hidden_QLD, "k": k, "start": start, "as_of": as_of, "allow_partial": allow_partial}
-        body = wire.pack(asked, self._max_bytes)
-        headers = {"Content-Type": routes.MSGPACK, "Accept": routes.MSGPACK}
-        answer = await self._call(routes.READ, name, content=body, headers=headers)
-        try:
-            found = wire.unpack(answer, self._max_bytes)
-        except InvalidInput as error:
-            # the caller did nothing wrong
-            raise BackendUnavailable(f"{self._client.base_url} answered a read with this: {error.message}") from error
-        if not isinstance(found, Readout):
-            raise BackendUnavailable(f"{self._client.base_url} answered a read with a {type(found).__name__}")
-        return found
+        return await self._asked(routes.READ, name, asked, Readout)
+
+    async def attend(self, name: str, query: AttendQuery, as_of: str | float | None) -> MemoryTokens:
+        """Choose rows to attend to, in tensors both ways."""
+        return await self._asked(routes.ATTEND, name, {"query": query, "as_of": as_of}, MemoryTokens)
+
+    async def put_rows(self, name: str, rows: AttendedRows) -> AttendedExtent:
+        """Keep keys and values of rows."""
+        body = await asyncio.to_thread(wire.pack, rows, self._max_bytes)
+        answer = await self._call(routes.PUT_ROWS, name, content=body, headers={"Content-Type": routes.MSGPACK})
+        return _EXTENT.validate_json(answer)
 
     async def recall(
         self, name: str, text: str, k: int, as_of: str | None = None, allow_partial: bool = False
@@ -225,7 +230,7 @@ class HttpBackend:
             size = path.stat().st_size
             with path.open("rb") as file:
                 headers = {"Content-Type": routes.BYTES, "Content-Length": str(size)}
-                answer = await self._call(routes.IMPORT, name, content=_Pieces(file), headers=headers)
+                answer = await self._call(routes.IMPORT, name, content=_FileBytes(file), headers=headers)
         except OSError as error:
             raise InvalidInput(f"can't read {path}: {error}") from error
         return _INFO.validate_json(answer)
@@ -313,6 +318,20 @@ class HttpBackend:
         headers = {"Content-Type": kind}
         return _ACK.validate_json(await self._call(routes.WRITE, name, content=body, params=params, headers=headers))
 
+    async def _asked(self, route: Route, name: str, question: dict[str, Any], noun: type[N]) -> N:
+        """A question in tensors, and the noun that answers it."""
+        body = wire.pack(question, self._max_bytes)
+        headers = {"Content-Type": routes.MSGPACK, "Accept": routes.MSGPACK}
+        answer = await self._call(route, name, content=body, headers=headers)
+        try:
+            found = wire.unpack(answer, self._max_bytes)
+        except InvalidInput as error:
+            # the caller did nothing wrong
+            raise BackendUnavailable(f"{self._client.base_url} answered with this: {error.message}") from error
+        if not isinstance(found, noun):
+            raise BackendUnavailable(f"{self._client.base_url} answered {route.path} with a {type(found).__name__}")
+        return found
+
     async def _json(self, route: Route, name: str = "", **request: Any) -> dict[str, Any]:
         found: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(await self._call(route, name, **request))
         return found
@@ -363,7 +382,7 @@ def _retry_after_s(said: str) -> float:
     return float(said) if said.isdecimal() else 1.0
 
 
-class _Pieces:
+class _FileBytes:
     """A file's bytes, from its beginning each time that they are sent."""
 
     def __init__(self, file: BinaryIO) -> None:

@@ -19,9 +19,18 @@ from raymem.host.backend import OwnerVerb, detached, shard_info
 from raymem.host.host import Host, caller
 from raymem.host.lease import Watch
 from raymem.partition.backend import PartitionedBackend
-from raymem.rows import Trace
+from raymem.rows import AttendedRows, Trace
 from raymem.storage.store import ColdStore, Entry, LeaseTable
-from raymem.types import Ack, DrainReport, MigrationReport, Readout, ShardInfo
+from raymem.types import (
+    Ack,
+    AttendedExtent,
+    AttendQuery,
+    DrainReport,
+    MemoryTokens,
+    MigrationReport,
+    Readout,
+    ShardInfo,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -70,6 +79,14 @@ class LocalBackend(PartitionedBackend):
     async def read_part(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
         """Read a part, or what it was."""
         return await self._owned(self.host.read, name, hidden_QLD, k, start, as_of=as_of, caller=caller.get())
+
+    async def attend_part(self, name: str, query: AttendQuery, as_of: str | float | None) -> MemoryTokens:
+        """Choose rows of a part, or of what it was."""
+        return await self._owned(self.host.attend, name, query, as_of=as_of, caller=caller.get())
+
+    async def put_rows_part(self, name: str, rows: AttendedRows) -> AttendedExtent:
+        """Keep keys and values of rows."""
+        return await self._owned(self.host.put_rows, name, rows, caller=caller.get())
 
     async def migrate_part(self, name: str, to: str) -> MigrationReport:
         """There is one node here: a move to it moves nothing."""

@@ -22,9 +22,19 @@ from torch import Tensor
 from raymem.client.wire_limits import MOST_DEEP, check_arrow, check_msgpack, check_traces
 from raymem.errors import Corrupt, InvalidInput, InvalidTrace, RaymemError, TooLarge
 from raymem.inputs import TIME_END, shown
-from raymem.rows import JournalRows, Trace, is_journal
+from raymem.rows import AttendedRows, JournalRows, Trace, is_journal
 from raymem.tensors import TENSOR_DTYPES, dtype_name, from_bytes, is_dense, to_bytes
-from raymem.types import Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout
+from raymem.types import (
+    Ack,
+    AttendQuery,
+    BankInfo,
+    BankSpec,
+    Fingerprint,
+    KeySpec,
+    MemoryTokens,
+    MigrationReport,
+    Readout,
+)
 
 MAX_BYTES = 2**30
 
@@ -34,7 +44,11 @@ _ERROR = "RaymemError"
 # in the schema's metadata: the fingerprint of the rows, as JSON
 _MADE_BY = b"raymem.fingerprint"
 _NOUNS: dict[str, type[Any]] = {
-    noun.__name__: noun for noun in (Ack, BankInfo, BankSpec, Fingerprint, KeySpec, MigrationReport, Readout, Trace)
+    noun.__name__: noun
+    for noun in (
+        *(Ack, AttendedRows, AttendQuery, BankInfo, BankSpec, Fingerprint, KeySpec, MemoryTokens, MigrationReport),
+        *(Readout, Trace),
+    )
 }
 _FIELDS = {name: typing.get_type_hints(noun) for name, noun in _NOUNS.items()}
 _PLAIN = (type(None), bool, int, float, str, bytes)

@@ -12,13 +12,24 @@ from torch import Tensor
 from raymem.config import Settings
 from raymem.errors import BankDetached, Conflict, NotOwner, RaymemError
 from raymem.logs import get_logger
-from raymem.rows import Trace
+from raymem.rows import AttendedRows, Trace
 from raymem.storage.catalog import Line
 from raymem.storage.erasure.erase import record_forks
 from raymem.storage.erasure.reach import inherited
 from raymem.storage.history import materialise_cold
 from raymem.storage.store import ColdStore, Entry
-from raymem.types import Ack, DrainReport, EraseReceipt, MigrationReport, Readout, Selection, ShardInfo
+from raymem.types import (
+    Ack,
+    AttendedExtent,
+    AttendQuery,
+    DrainReport,
+    EraseReceipt,
+    MemoryTokens,
+    MigrationReport,
+    Readout,
+    Selection,
+    ShardInfo,
+)
 
 log = get_logger("raymem.host.backend")
 _REMOVALS = 8
@@ -72,6 +83,14 @@ class Hosts(ABC):
     @abstractmethod
     async def read_part(self, name: str, hidden_QLD: Tensor, k: int, start: int, as_of: str | float | None) -> Readout:
         """Read a part, or what it was."""
+
+    @abstractmethod
+    async def attend_part(self, name: str, query: AttendQuery, as_of: str | float | None) -> MemoryTokens:
+        """Choose the rows of a part, or of what it was, that a model is to attend to."""
+
+    @abstractmethod
+    async def put_rows_part(self, name: str, rows: AttendedRows) -> AttendedExtent:
+        """Keep keys and values of rows beside a part's journal."""
 
     @abstractmethod
     async def migrate_part(self, name: str, to: str) -> MigrationReport:

@@ -28,10 +28,10 @@ from raymem.host.owed import Owed
 from raymem.host.ownership import Locks, Ownership
 from raymem.host.point_in_time import PointInTimeCache
 from raymem.logs import get_logger
-from raymem.rows import Trace
+from raymem.rows import AttendedRows, Trace
 from raymem.storage.assignment import AssignmentCache
 from raymem.storage.store import ColdStore, Entry
-from raymem.types import Ack, EraseReceipt, Readout, Selection
+from raymem.types import Ack, AttendedExtent, AttendQuery, EraseReceipt, MemoryTokens, Readout, Selection
 
 log = get_logger("raymem.host.host")
 _TICK_S = 1.0
@@ -272,6 +272,44 @@ class Host:
         if clock() >= lease.deadline:
             raise self._silent(name, lease)
         return readout
+
+    async def attend(
+        self, name: str, query: AttendQuery, *, as_of: str | float | None = None, caller: str = ""
+    ) -> MemoryTokens:
+        """Choose the rows of a bank, or of what it was, that a model is to attend to; runs beside writers.
+
+        Raises:
+            NotOwner: the lease ran out meanwhile, so the answer may be old.
+            TooLarge: there is no memory for the states that the rows are chosen by.
+        """
+        owner, lease, turn = self._owner(name), self.ownership.lease, self._turns[caller]
+        with self._limiter.admit(caller, query.nbytes):
+            async with turn:
+                replica = owner.primary if as_of is None else await self._past_of(owner, as_of)
+                if as_of is None and (more := replica.attend_bytes(query)):
+                    await self._memory.make(name, replica.nbytes + more)
+                try:
+                    chosen = await self._readers.run(replica.attend, query, self._wanted)
+                finally:
+                    if owner.primary.standing is Standing.LOST:
+                        owner.stop()
+        if clock() >= lease.deadline:
+            raise self._silent(name, lease)
+        return chosen
+
+    async def put_rows(self, name: str, rows: AttendedRows, *, caller: str = "") -> AttendedExtent:
+        """Keep keys and values of rows, after the writes queued so far; see `raymem.storage.attended`.
+
+        Raises:
+            Overloaded: the caller has too much in flight. NotOwner: the lease ran out meanwhile; try again.
+            InvalidInput, FingerprintMismatch, TooLarge: refused, nothing kept.
+        """
+        owner, lease = self._owner(name), self.ownership.lease
+        with self._limiter.admit(caller, rows.nbytes):
+            kept = await owner.call(lambda: owner.primary.put_rows(rows, self.settings.cold.attended_bytes))
+        if clock() >= lease.deadline:
+            raise self._silent(name, lease)
+        return kept
 
     async def mark(self, name: str, tag: str) -> dict[str, int]:
         """Tag a bank's position after the writes queued so far; return all tags."""

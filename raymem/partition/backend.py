@@ -15,20 +15,17 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from raymem.bank.held import HeldStates, chosen_layer, fetched
 from raymem.bank.merge import merge_banks
-from raymem.bank.replica import learned_of
 from raymem.config import Settings
-from raymem.encode.calibration import Calibration
-from raymem.encode.encoder import assemble
 from raymem.errors import (
     BackendUnavailable,
     BankDetached,
     BankNotFound,
-    CalibrationNotFound,
     Conflict,
     Corrupt,
     InvalidInput,
@@ -40,13 +37,13 @@ from raymem.errors import (
     Unavailable,
     Unsupported,
 )
-from raymem.host.backend import Hosts, detached
+from raymem.host.backend import detached
 from raymem.memory import keeps_rows
-from raymem.memory.learned import Learned
 from raymem.partition.assignment import Assignments
-from raymem.partition.gather import combine, merge_readouts, one_receipt
+from raymem.partition.content import ContentVerbs
+from raymem.partition.gather import combine, merge_memories, merge_readouts, one_receipt
 from raymem.partition.rebalance import Mover
-from raymem.rows import Trace
+from raymem.rows import AttendedRows, Trace
 from raymem.storage.catalog import Catalog, part_of, part_prefix
 from raymem.storage.export.export import export_bank
 from raymem.storage.export.imports import import_bank
@@ -57,9 +54,12 @@ from raymem.storage.sweeper import sweep
 from raymem.storage.tables.tables import BANK_TABLE
 from raymem.types import (
     Ack,
+    AttendedExtent,
+    AttendQuery,
     BankInfo,
     BankSpec,
     EraseReceipt,
+    MemoryTokens,
     MergeReport,
     MigrationReport,
     Readout,
@@ -75,6 +75,14 @@ T = TypeVar("T")
 _HOLD_S = 5.0
 _PAUSE_S = 0.01
 _TRIES = 20
+
+
+class _Answers(NamedTuple, Generic[T]):
+    """What the parts of a bank answered, by their numbers, as it was laid out then; those that did not are missing."""
+
+    layout: Layout
+    found: dict[int, T]
+    missing: list[int]
 
 
 def telling(backend: B) -> B:
@@ -117,7 +125,7 @@ def _what_went(catalog: Catalog, error: RaymemError) -> RaymemError | None:
 
 
 @telling
-class PartitionedBackend(Hosts):
+class PartitionedBackend(ContentVerbs):
     """Every verb on banks; those on the hosts themselves are left to the kinds of hosts."""
 
     def __init__(self, cold: ColdStore, settings: Settings) -> None:
@@ -137,7 +145,7 @@ class PartitionedBackend(Hosts):
         """
         if not 1 <= partitions <= MOST:
             raise InvalidInput(f"partitions is {partitions}; a bank has 1 to {MOST}")
-        checked = await asyncio.to_thread(self._complete, spec)
+        checked = await asyncio.to_thread(self.completed, spec)
         if partitions > 1 and not keeps_rows(spec.kind):
             raise Unsupported(
                 f"a {spec.kind} bank is one bounded state that every row changes, so it can't be in {partitions} "
@@ -147,9 +155,16 @@ class PartitionedBackend(Hosts):
         return await self.attach(name, None)
 
     async def info(self, name: str) -> BankInfo:
-        """One bank's line."""
+        """One bank's line, with the keys and values beside its journal."""
         _, parts = await self._look(name)
-        return await self._info(name, parts)
+        hot = await self.hot_bytes() if any(part.state == "hot" for part in parts) else {}
+        lines = await asyncio.to_thread(self._lines, parts, hot)
+        extents = await asyncio.to_thread(lambda: [self.cold.attended(part).extent() for part in parts])
+        counted = [
+            dataclasses.replace(line, attended_rows=extent.rows, attended_bytes=extent.bytes)
+            for line, extent in zip(lines, extents, strict=True)
+        ]
+        return counted[0] if counted[0].name == name else combine(name, counted)
 
     async def banks(self, prefix: str) -> list[BankInfo]:
         """The lines of banks whose names begin with `prefix`, by name."""
@@ -242,12 +257,51 @@ class PartitionedBackend(Hosts):
                 return await self.read_part(name, hidden_QLD, k, start, as_of)
             except Partitioned:
                 layout = await self._partitioned(name)
+        asked = await self._ask_parts(
+            layout, lambda part: self.read_part(part, hidden_QLD, k, start, as_of), as_of, allow_partial
+        )
+        return await asyncio.to_thread(merge_readouts, asked.found, asked.layout.entry.spec, k, asked.missing)
+
+    async def attend(self, name: str, query: AttendQuery, as_of: str | float | None) -> MemoryTokens:
+        """Choose the rows of a bank, or of what it was, that a model is to attend to; pieces of all parts compete."""
+        layout = self._layouts.get(name)
+        if layout is None:
+            try:
+                return await self.attend_part(name, query, as_of)
+            except Partitioned:
+                layout = await self._partitioned(name)
+        # of most that each chooses the keys and values would be fetched for nothing
+        one = dataclasses.replace(query, fetch=False)
+        asked = await self._ask_parts(layout, lambda part: self.attend_part(part, one, as_of), as_of, False)
+
+        def together() -> MemoryTokens:
+            spec = asked.layout.entry.spec
+            calibration = self.cold.calibrations.load(spec.fingerprint.calibration)
+            chosen = merge_memories(asked.found, query, HeldStates(calibration, chosen_layer(query, spec.fingerprint)))
+            return fetched(self.cold, self._partitions.entries(asked.layout), chosen) if query.fetch else chosen
+
+        return await asyncio.to_thread(together)
+
+    async def put_rows(self, name: str, rows: AttendedRows) -> AttendedExtent:
+        """Keep keys and values of rows beside the journal of the part that their stream lives in."""
+        layout, _ = await self._look(name)
+        part = await asyncio.to_thread(self._partitions.part_of, layout, rows.stream)
+        return await _as_one(name, self.put_rows_part(part, rows))
+
+    async def _ask_parts(
+        self,
+        layout: Layout,
+        call: Callable[[str], Awaitable[T]],
+        as_of: str | float | None,
+        allow_partial: bool,
+    ) -> _Answers[T]:
+        """Ask all parts at once, again where streams moved meanwhile."""
         wait_s = self.settings.host.partial_s if allow_partial else None
 
-        async def ask(part: str) -> Readout:
+        async def ask(part: str) -> T:
             try:
                 async with asyncio.timeout(wait_s):
-                    return await self.read_part(part, hidden_QLD, k, start, as_of)
+                    return await call(part)
             except TimeoutError:
                 raise BackendUnavailable(f"no answer within {wait_s:g} s") from None
 
@@ -257,10 +311,9 @@ class PartitionedBackend(Hosts):
             answers = await asyncio.gather(*map(ask, layout.parts), return_exceptions=True)
             # a stream that moved meanwhile may have been in neither of two partitions when each was asked
             if await asyncio.to_thread(self._partitions.stands, layout):
-                found, missing = _answered(layout, answers, allow_partial)
-                return await asyncio.to_thread(merge_readouts, found, layout.entry.spec, k, missing)
-            layout = await self._partitioned(name)
-        raise Overloaded(f"streams of bank {name} move faster than it can be read; try again", retry_after_s=1.0)
+                return _answered(layout, answers, allow_partial)
+            layout = await self._partitioned(layout.name)
+        raise Overloaded(f"streams of bank {layout.name} move faster than it can be read; try again", retry_after_s=1.0)
 
     def _check_past(self, layout: Layout, as_of: str | float) -> None:
         """Refuse a time before rows were moved, which their new partition had later than they were written."""
@@ -450,51 +503,6 @@ class PartitionedBackend(Hosts):
         _require_partitions(layout)
         return await _as_one(name, Mover(self, layout).run())
 
-    async def put_calibration(self, calibration: Calibration) -> str:
-        """Keep a calibration; return its hash.
-
-        Raises:
-            InvalidInput: no keys can be made with it, naming the field and its value.
-        """
-        blob = calibration.check().to_bytes()
-        put = self.cold.calibrations.put
-        await asyncio.to_thread(put, calibration.hash, calibration.model, calibration.layers, blob)
-        return calibration.hash
-
-    async def calibration(self, content: str, layers: tuple[int, ...]) -> Calibration:
-        """The store's calibration for a model's content hash and layers."""
-        found = await asyncio.to_thread(self.cold.calibrations.find, content, layers)
-        if found is None:
-            raise _no_calibration(content, layers)
-        return found
-
-    async def put_params(self, learned: Learned) -> str:
-        """Keep weights; return their name.
-
-        Raises:
-            InvalidSpec: no bank of their kind could use them.
-        """
-        return await asyncio.to_thread(self.cold.params.put, learned.check().kind, learned.to_bytes())
-
-    async def params(self, params: str) -> Learned:
-        """Weights by their name."""
-        return Learned.from_bytes(await asyncio.to_thread(self.cold.params.get, params), params)
-
-    def _complete(self, spec: BankSpec) -> BankSpec:
-        """A spec that was checked, with the store's calibration if it names none."""
-        fingerprint = spec.fingerprint
-        calibrations = self.cold.calibrations
-        # the model may have been calibrated under an earlier release's hash of it
-        known = (calibrations.find(content, fingerprint.layers) for content in fingerprint.content_hashes())
-        calibration = (
-            calibrations.sound(fingerprint.calibration) if fingerprint.calibration else next(filter(None, known), None)
-        )
-        if calibration is None:
-            raise _no_calibration(fingerprint.model, fingerprint.layers)
-        spec = spec.model_copy(update={"fingerprint": fingerprint.model_copy(update={"calibration": calibration.hash})})
-        assemble(spec, calibration, learned_of(self.cold, spec))
-        return spec
-
     async def _look(self, name: str) -> tuple[Layout, list[Entry]]:
         """A bank's layout, and what the catalog says of its parts."""
         entry = await asyncio.to_thread(self.cold.catalog.get, name)
@@ -561,13 +569,11 @@ async def _as_one(name: str, work: Awaitable[T]) -> T:
         raise detached(name) from None
 
 
-def _answered(
-    layout: Layout, answers: Sequence[Readout | BaseException], allow_partial: bool
-) -> tuple[dict[int, Readout], list[int]]:
-    found = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Readout)}
+def _answered(layout: Layout, answers: Sequence[T | BaseException], allow_partial: bool) -> _Answers[T]:
+    found = {index: answer for index, answer in enumerate(answers) if not isinstance(answer, BaseException)}
     failed = {index: answer for index, answer in enumerate(answers) if isinstance(answer, BaseException)}
     if found and allow_partial and all(isinstance(error, Unavailable) for error in failed.values()):
-        return found, list(failed)
+        return _Answers(layout, found, list(failed))
     for index, error in failed.items():
         if isinstance(error, BankDetached):
             raise detached(layout.name)
@@ -575,7 +581,7 @@ def _answered(
             about = {**error.details, "partition": index}
             raise type(error)(f"partition {index} of bank {layout.name}: {error.message}", **about) from error
         raise error
-    return found, []
+    return _Answers(layout, found, [])
 
 
 def _require_partitions(layout: Layout) -> None:
@@ -584,11 +590,3 @@ def _require_partitions(layout: Layout) -> None:
             f"bank {layout.name} is not partitioned; create one with partitions=N (`raymem bank create --partitions "
             "N`) and write the streams there"
         )
-
-
-def _no_calibration(model: str, layers: tuple[int, ...]) -> CalibrationNotFound:
-    numbers = ",".join(map(str, layers))
-    return CalibrationNotFound(
-        f"no calibration for {model} layers {numbers} in this store; make one: "
-        f"`raymem calibrate --model {model} --layers {numbers}`, with the same --store"
-    )

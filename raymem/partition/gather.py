@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from raymem.bank.held import HeldColumns, HeldRows, HeldStates
 from raymem.memory import blend
 from raymem.storage.erasure.reach import LISTED, beyond
 from raymem.storage.history import common_tags
-from raymem.types import BankInfo, BankSpec, EraseReceipt, FileCheck, Readout
+from raymem.types import AttendQuery, BankInfo, BankSpec, EraseReceipt, FileCheck, MemoryTokens, Readout
 
 Columns = dict[str, Tensor]
 
@@ -51,6 +52,32 @@ def merge_readouts(answers: Mapping[int, Readout], spec: BankSpec, k: int, missi
     )
 
 
+def merge_memories(answers: Mapping[int, MemoryTokens], query: AttendQuery, states: HeldStates) -> MemoryTokens:
+    """The rows that a query chooses among those that each partition chose: their pieces compete with one another.
+
+    A row on its way between two partitions may be in both answers: it counts once.
+
+    Args:
+        answers: of partitions, by their numbers; at least one, with the states of their rows.
+        query: what they were asked.
+        states: how states are compared in this bank.
+    """
+    sources: dict[tuple[str, str], int] = {}
+    parts, partitions = [], []
+    for index, answer in sorted(answers.items()):
+        assert answer.states_ND is not None
+        number_S = torch.tensor([sources.setdefault(name, len(sources)) for name in answer.sources], dtype=torch.int64)
+        run_N = number_S[answer.source_N]
+        parts.append(HeldColumns(answer.states_ND, answer.tokens_N, run_N, answer.seq_N, answer.pos_N))
+        partitions.append(torch.full_like(answer.pos_N, index))
+    columns = HeldColumns(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    first_N = _firsts(columns.run_T, columns.seq_T)
+    rows = HeldRows(HeldColumns(*(column[first_N] for column in columns)), list(sources))
+    query_QD = None if query.hidden_QLD is None else states.unit(query.hidden_QLD)
+    chosen, place_N = rows.choose(query, query_QD, next(iter(answers.values())).kind)
+    return dataclasses.replace(chosen, partition_N=torch.cat(partitions)[first_N][place_N], states_ND=None)
+
+
 def combine(name: str, parts: Sequence[BankInfo]) -> BankInfo:
     """The line of a bank, from those of its partitions in their order."""
     nodes = {part.node for part in parts}
@@ -63,6 +90,8 @@ def combine(name: str, parts: Sequence[BankInfo]) -> BankInfo:
         node=nodes.pop() if len(nodes) == 1 else None,
         rows=sum(part.rows for part in parts),
         bytes=sum(part.bytes for part in parts),
+        attended_rows=sum(part.attended_rows for part in parts),
+        attended_bytes=sum(part.attended_bytes for part in parts),
         tags=common_tags([part.tags for part in parts]),
         created=min(part.created for part in parts),
         pinned=all(part.pinned for part in parts),
@@ -100,6 +129,17 @@ def one_receipt(name: str, id: str, receipts: Sequence[EraseReceipt]) -> EraseRe
     # what no count says of each partition, then the counts of all together
     own = [words for receipt in meant for words in receipt.out_of_reach if words not in beyond(receipt)]
     return dataclasses.replace(together, out_of_reach=(*beyond(together), *dict.fromkeys(own)))
+
+
+def _firsts(run_N: Tensor, seq_N: Tensor) -> Tensor:
+    """The places of rows but those of a run and number that came before, in the order of their runs."""
+    seen, kept = set[tuple[int, int]](), list[int]()
+    for place, row in enumerate(zip(run_N.tolist(), seq_N.tolist(), strict=True)):
+        if row not in seen:
+            seen.add(row)
+            kept.append(place)
+    kept_N = torch.tensor(kept, dtype=torch.int64)
+    return kept_N[run_N[kept_N].argsort(stable=True)]
 
 
 def _sum(checks: Sequence[FileCheck]) -> FileCheck:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,7 @@ from raymem.storage.journal.tombstones import Tombstones
 from raymem.storage.tables.disk import FolderSync, reading, writing
 from raymem.storage.tables.tables import Tables, attended_table
 from raymem.tensors import from_bytes, to_bytes
+from raymem.types import AttendedExtent
 
 PIECE_ROWS = 32
 Ints = NDArray[np.int64]
@@ -60,13 +61,6 @@ _READ_BYTES = 32 * 2**20
 # a reader that opened a version this long ago may still read it to the end
 _KEEP_VERSIONS = timedelta(seconds=10)
 _log = get_logger(__name__)
-
-
-class Extent(NamedTuple):
-    """How many rows have keys and values, and the bytes of these."""
-
-    rows: int = 0
-    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,26 +163,26 @@ class Attended:
         self._what = f"keys and values of {entry.name}"
         self._sync: FolderSync | None = tables.folder_sync(self._name)
 
-    def extent(self, upto: int = COUNT_END) -> Extent:
+    def extent(self, upto: int = COUNT_END) -> AttendedExtent:
         """How many rows before position `upto` have keys and values, inherited ones too, and their bytes."""
         tables = list(self._found(upto))
         none = np.zeros(0, dtype=np.int64)
         kept = np.unique(np.concatenate([none, *(table.pos_R[table.pos_R < end] for table, end in tables)]))
-        return Extent(len(kept), len(kept) * max((table.format.row_bytes for table, _ in tables), default=0))
+        return AttendedExtent(len(kept), len(kept) * max((table.format.row_bytes for table, _ in tables), default=0))
 
     def count(self, gone: Tombstones) -> int:
         """How many of the bank's own keys and values are of rows at these positions."""
         table = self._open(self.entry)
         return 0 if table is None else int(gone.has(table.pos_R).sum())
 
-    def get(self, pos_N: Tensor) -> dict[str, Tensor] | None:
+    def get(self, pos_N: Tensor, most_bytes: int = 2**30) -> dict[str, Tensor] | None:
         """Keys and values of rows at these positions [N] int64, in their order; None unless all have them.
 
         Returns:
             `keys` and `values` [L, N, H, d], int8 or bfloat16; with int8 `key_scales` and `value_scales` [L, N, H].
 
         Raises:
-            Corrupt: a piece doesn't match its checksum.
+            Corrupt: a piece doesn't match its checksum. TooLarge: they would take more than `most_bytes`.
         """
         wanted, found = pos_N.numpy(), dict[str, Tensor]()
         missing, form = np.ones(len(wanted), dtype=bool), None
@@ -197,6 +191,8 @@ class Attended:
             if form not in (None, table.format) or not (at_N >= 0).any():
                 continue
             form = table.format
+            if len(wanted) > (most := most_bytes // form.row_bytes):
+                raise TooLarge(f"{len(wanted)} rows of {form.row_bytes} bytes each; attend to {most} at once at most")
             slots = defaultdict[int, list[int]](list)
             for slot in np.flatnonzero(at_N >= 0):
                 slots[int(table.record_R[at_N[slot]])].append(int(slot))
@@ -206,7 +202,7 @@ class Attended:
             missing &= at_N < 0
         return None if missing.any() or not found else found
 
-    def put(self, rows: AttendedRows, positions: dict[int, int], most_bytes: int) -> Extent:
+    def put(self, rows: AttendedRows, positions: dict[int, int], most_bytes: int) -> AttendedExtent:
         """Keep what `AttendedRows.checked` gave, in one commit, durable when it returns; rows that are there go.
 
         Args:

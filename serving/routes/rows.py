@@ -37,9 +37,9 @@ from raymem.types import Ack, Readout
 router = APIRouter(tags=["rows"], route_class=Intake)
 # a row's number in its run, as the journal keeps it
 Seq = Annotated[int, Query(ge=0, lt=2**63)]
-_MOMENTS = (str, int, float, type(None))
+MOMENTS = (str, int, float, type(None))
 # a trace has three dozen, and as many more as its fingerprint has layers
-_MOST_ITEMS = 1024
+MOST_ITEMS = 1024
 # a neighbour in JSON takes ten times what a number does; one answer blocks the interpreter for at most half a second
 _MOST_NEIGHBOURS, _MOST_NUMBERS = 2**16, 2**20
 
@@ -57,17 +57,17 @@ class _ReadQuery(NamedTuple):
     allow_partial: bool
 
 
-def _body(model: type[Any], *others: str) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    content = {routes.JSON: {"schema": schema}, **{other: _BINARY for other in others}}
-    return {"requestBody": {"required": True, "content": content}}
+def binary_body(model: type[Any] | None, *others: str) -> dict[str, Any]:
+    """For OpenAPI: a body that a route reads itself, JSON of a model, if one is named, or bytes of other types."""
+    schema = {} if model is None else {routes.JSON: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
+    return {"requestBody": {"required": True, "content": schema | {other: _BINARY for other in others}}}
 
 
 @serve(
     router,
     routes.WRITE,
     *(BankNotFound, BankDetached, FingerprintMismatch, SequenceConflict, InvalidTrace, NonFinite, StorageError),
-    openapi_extra=_body(WriteBody, routes.MSGPACK, routes.ARROW),
+    openapi_extra=binary_body(WriteBody, routes.MSGPACK, routes.ARROW),
 )
 async def write(bank: BankDep, settings: SettingsDep, request: Request, durable: bool = True) -> Ack:
     """Write a trace (JSON, msgpack) or many (an Arrow stream); durable when answered, unless `durable=false`.
@@ -91,7 +91,7 @@ async def write(bank: BankDep, settings: SettingsDep, request: Request, durable:
     routes.READ,
     *(BankNotFound, BankDetached, FingerprintMismatch, InvalidTrace, NonFinite, TagNotFound),
     response_model=ReadAnswer,
-    openapi_extra=_body(ReadBody, routes.MSGPACK),
+    openapi_extra=binary_body(ReadBody, routes.MSGPACK),
 )
 async def read(bank: BankDep, settings: SettingsDep, request: Request) -> Response:
     """Read with consecutive hidden states of one context, `as_of` a tag or time what the bank was then.
@@ -136,16 +136,16 @@ async def _read_traces(request: Request, bank: AsyncBank, max_bytes: int) -> lis
         InvalidInput: another content type, or a body that is not of it.
         Corrupt: a checksum or length in the message that does not hold.
     """
-    kind = _content_type(request, routes.JSON, routes.MSGPACK, routes.ARROW)
+    kind = content_type(request, routes.JSON, routes.MSGPACK, routes.ARROW)
     data = await request.body()
     if kind == routes.ARROW:
         return await read_aside(len(data), wire.traces_from_arrow, data, max_bytes)
     if kind == routes.MSGPACK:
-        trace = await read_aside(len(data), wire.unpack, data, max_bytes, _MOST_ITEMS)
+        trace = await read_aside(len(data), wire.unpack, data, max_bytes, MOST_ITEMS)
         if not isinstance(trace, Trace):
             raise InvalidInput(f"the message holds a {type(trace).__name__}; a write takes a Trace")
         return [trace]
-    body = await read_aside(len(data), _parse, WriteBody, data)
+    body = await read_aside(len(data), parse_body, WriteBody, data)
     return [await read_aside(len(data), body.trace, (await bank.info()).spec.fingerprint)]
 
 
@@ -156,11 +156,11 @@ async def _read_query(request: Request, bank: AsyncBank, max_bytes: int) -> _Rea
         InvalidInput: another content type, or a body that is not of it.
         TooLarge: see `_answer_readout`.
     """
-    kind = _content_type(request, routes.JSON, routes.MSGPACK)
+    kind = content_type(request, routes.JSON, routes.MSGPACK)
     data = await request.body()
     if kind == routes.MSGPACK:
-        return _query(await read_aside(len(data), wire.unpack, data, max_bytes, _MOST_ITEMS))
-    body = await read_aside(len(data), _parse, ReadBody, data)
+        return _query(await read_aside(len(data), wire.unpack, data, max_bytes, MOST_ITEMS))
+    body = await read_aside(len(data), parse_body, ReadBody, data)
     queries = await read_aside(len(data), body.queries, (await bank.info()).spec.fingerprint)
     if not _wants_tensors(request):
         # refused before the work is done
@@ -195,14 +195,24 @@ def _require_json(neighbours: int, size: int) -> None:
         )
 
 
-def _content_type(request: Request, *known: str) -> str:
+def content_type(request: Request, *known: str) -> str:
+    """The type of a request's body, one of those known.
+
+    Raises:
+        InvalidInput: another.
+    """
     given = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if given not in known:
         raise unreadable(given, *known)
     return given
 
 
-def _parse(model: type[M], data: bytes) -> M:
+def parse_body(model: type[M], data: bytes) -> M:
+    """A body of JSON with tensors in it.
+
+    Raises:
+        InvalidInput, TooLarge: it is none of the model, or too complex.
+    """
     check_json(data, ROWS)
     try:
         return model.model_validate_json(data)
@@ -220,7 +230,7 @@ def _query(message: object) -> _ReadQuery:
             message.get("allow_partial", False),
         )
         integers = type(found.k) is int and type(found.start) is int and type(found.allow_partial) is bool
-        if isinstance(found.hidden_QLD, Tensor) and integers and type(found.as_of) in _MOMENTS:
+        if isinstance(found.hidden_QLD, Tensor) and integers and type(found.as_of) in MOMENTS:
             return found
     raise InvalidInput(
         "a read takes a map of hidden (tensor), k and start (integers), as_of (a tag or a time) and allow_partial"

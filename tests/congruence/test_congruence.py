@@ -10,7 +10,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from raymem import Ack, AsyncStore, Bank, BankInfo, Calibration, EraseReceipt, MigrationReport, Readout, Store, Trace
+from raymem import (
+    Ack,
+    AsyncStore,
+    AttendedRows,
+    Bank,
+    BankInfo,
+    Calibration,
+    EraseReceipt,
+    MemoryTokens,
+    MigrationReport,
+    Readout,
+    Store,
+    Trace,
+)
 from raymem.client.store import AsyncBank
 from raymem.errors import RaymemError
 from raymem.memory import kinds
@@ -141,6 +154,26 @@ alike("Bank.read", "no neighbour")(lambda on: on.bank.read(on.tiny.trace(2).hidd
 alike("Bank.read", "before the start")(lambda on: on.bank.read(on.tiny.trace(2).hidden, 4, start=-1))
 alike("Bank.read", "another dtype")(lambda on: on.bank.read(on.tiny.trace(2).hidden.float(), 4))
 alike("Bank.read", "a state that is not finite")(lambda on: on.bank.read(_not_finite(on).hidden, 4))
+step("Bank.attend", "states that were written")(lambda on: _attend(on, 40))
+alike("Bank.attend", "tokens alone")(lambda on: on.bank.attend(None, on.tiny.trace(9, seq=33).tokens, 40))
+alike("Bank.attend", "more rows than there are")(lambda on: _attend(on, 5000))
+alike("Bank.attend", "spread evenly, of another layer")(lambda on: _attend(on, 20, method="even", layer=5))
+alike("Bank.attend", "no row")(lambda on: _attend(on, 0))
+alike("Bank.attend", "a layer that the bank lacks")(lambda on: _attend(on, 20, layer=4))
+alike("Bank.attend", "by no method")(lambda on: _attend(on, 20, method="best"))
+alike("Bank.attend", "nothing to choose by")(lambda on: on.bank.attend(None))
+alike("Bank.attend", "a state that is not finite")(lambda on: on.bank.attend(_not_finite(on).hidden))
+alike("Bank.attend", "of no bank")(lambda on: on.other("none").attend(on.tiny.trace(2).hidden))
+alike("Bank.put_rows", "of a run")(lambda on: on.bank.put_rows(_kv(60)))
+alike("Bank.put_rows", "in place of some")(lambda on: on.bank.put_rows(_kv(20, 50)))
+alike("Bank.put_rows", "that were not written")(lambda on: on.bank.put_rows(_kv(5, 9000)))
+alike("Bank.put_rows", "of other heads")(lambda on: on.bank.put_rows(_kv(5, heads=1)))
+alike("Bank.put_rows", "in another dtype")(lambda on: on.bank.put_rows(_kv(5), int8=False))
+alike("Bank.put_rows", "that are none")(lambda on: on.bank.put_rows(on.tiny.trace(3)))
+alike("Bank.put_rows", "to no bank")(lambda on: on.other("none").put_rows(_kv(5)))
+alike("Bank.attend", "with keys and values")(lambda on: _attend(on, 40))
+alike("Bank.attend", "without fetching them")(lambda on: _attend(on, 40, fetch=False))
+alike("Bank.info", "with keys and values")(lambda on: on.bank.info())
 alike("Bank.tokens", "of a run")(lambda on: on.bank.tokens("s", "r", 10, 20).tolist())
 alike("Bank.tokens", "past a run's end")(lambda on: on.bank.tokens("s", "r", 70, 200).tolist())
 alike("Bank.tokens", "of no run")(lambda on: on.bank.tokens("s", "none", 0, 9).tolist())
@@ -149,6 +182,8 @@ step("Bank.tag", "names the position")(lambda on: on.bank.tag("before"))
 alike("Bank.tag", "refuses an empty name")(lambda on: on.bank.tag(""))
 alike("Bank.tags", "lists them")(lambda on: on.bank.tags())
 step("Bank.read", "as of a tag")(lambda on: on.bank.read(on.tiny.trace(7).hidden, 4, as_of="before"))
+alike("Bank.attend", "as of a tag")(lambda on: _attend(on, 40, as_of="before"))
+alike("Bank.attend", "as of no tag and no time")(lambda on: _attend(on, 40, as_of="never"))
 alike("Bank.read", "as of a time before all rows")(lambda on: on.bank.read(on.tiny.trace(7).hidden, 4, as_of=0.5))
 alike("Bank.read", "as of no tag and no time")(lambda on: on.bank.read(on.tiny.trace(7).hidden, 4, as_of="never"))
 step("Store.fork", "at a position")(lambda on: on.store.fork(on.bank.name, f"{on.kind}/fork", 50).info())
@@ -206,6 +241,10 @@ alike("Bank.read", "partitions")(lambda on: on.other("parts").read(on.tiny.trace
 alike("Bank.read", "partitions, or some")(
     lambda on: on.other("parts").read(on.tiny.trace(3).hidden, 5, allow_partial=True)
 )
+alike("Bank.put_rows", "of partitions")(
+    lambda on: [on.other("parts").put_rows(_kv(21 + number, stream=f"s{number}")) for number in range(3)]
+)
+alike("Bank.attend", "partitions")(lambda on: on.other("parts").attend(on.tiny.trace(7).hidden, rows=60))
 alike("Bank.tag", "of partitions")(lambda on: on.other("parts").tag("now"))
 alike("Bank.read", "partitions as of a tag")(lambda on: on.other("parts").read(on.tiny.trace(3).hidden, 5, as_of="now"))
 alike("Bank.write", "to partitions after a tag")(lambda on: on.other("parts").write(on.tiny.trace(9, stream="late")))
@@ -254,6 +293,8 @@ alike("Bank.detach", "a cold bank")(lambda on: on.bank.detach())
 alike("Bank.detach", "no bank")(lambda on: on.other("none").detach())
 alike("Bank.write", "a cold bank")(lambda on: on.bank.write(on.tiny.trace(2)))
 alike("Bank.read", "a cold bank")(lambda on: on.bank.read(on.tiny.trace(2).hidden))
+alike("Bank.attend", "a cold bank")(lambda on: _attend(on, 40))
+alike("Bank.put_rows", "to a cold bank")(lambda on: on.bank.put_rows(_kv(5)))
 alike("Bank.digest", "of a cold bank")(lambda on: on.bank.digest())
 alike("Bank.migrate", "a cold bank")(lambda on: on.bank.migrate(on.store.nodes()[0]))
 alike("Bank.attach", "to no node")(lambda on: on.bank.attach("nowhere"))
@@ -261,6 +302,7 @@ alike("Bank.attach", "no bank")(lambda on: on.other("none").attach())
 step("Bank.attach", "a cold bank")(lambda on: on.bank.attach(on.store.nodes()[0]))
 step("Bank.digest", "after it slept")(lambda on: on.bank.digest())
 step("Bank.read", "after it slept")(lambda on: on.bank.read(on.tiny.trace(7).hidden, 4))
+alike("Bank.attend", "after it slept")(lambda on: _attend(on, 40))
 step("Bank.export", "writes one file")(
     lambda on: on.bank.export(on.folder / "bank") == (on.folder / "bank").stat().st_size
 )
@@ -283,6 +325,7 @@ alike("Bank.erase", "of no bank")(lambda on: on.other("none").erase(stream="s"))
 step("Bank.info", "after an erasure")(lambda on: on.bank.info())
 step("Bank.read", "after an erasure")(lambda on: on.bank.read(on.tiny.trace(7).hidden, 4))
 step("Bank.digest", "after an erasure")(lambda on: on.bank.digest())
+alike("Bank.attend", "after an erasure")(lambda on: _attend(on, 40))
 step("Bank.write", "after an erasure")(lambda on: on.bank.write(on.tiny.trace(4, run="one")))
 step("Bank.receipts", "of a bank")(lambda on: on.bank.receipts())
 alike("Bank.receipts", "that forgot names")(
@@ -298,6 +341,16 @@ alike("Store.sweep", "only looks")(lambda on: on.store.sweep(dry_run=True).delet
 step("Store.delete", "a hot bank")(lambda on: on.store.delete(f"{on.kind}/copy"))
 alike("Store.delete", "no bank")(lambda on: on.store.delete(f"{on.kind}/copy"))
 alike("Bank.info", "of a bank that was deleted")(lambda on: on.other("copy").info())
+
+
+def _attend(on: On, rows: int, **options: Any) -> MemoryTokens:
+    asked = on.tiny.trace(9, seq=33)
+    return on.bank.attend(asked.hidden, asked.tokens, rows, **options)
+
+
+def _kv(count: int, seq: int = 0, *, stream: str = "s", heads: int = 2) -> AttendedRows:
+    keys, values = torch.randn(2, 3, 100, heads, 4, generator=torch.Generator().manual_seed(0))[:, :, :count]
+    return AttendedRows(stream, "r", seq, keys, values, rope="theta=10000")
 
 
 def _merge(on: On, name: str, *, rebuild: bool = False) -> Any:
@@ -353,10 +406,10 @@ def plain(outcome: Any, what: str) -> Any:
 def assert_same(got: Any, expected: Any, what: str) -> None:
     assert not isinstance(expected, Exception) or isinstance(expected, RaymemError), repr(expected)
     assert type(got) is type(expected), f"{got!r} is no {expected!r}"
-    if not isinstance(got, Readout):
+    if not isinstance(got, Readout | MemoryTokens):
         assert plain(got, what) == plain(expected, what)
         return
-    for field in dataclasses.fields(Readout):
+    for field in dataclasses.fields(got):
         mine, theirs = getattr(got, field.name), getattr(expected, field.name)
         if isinstance(theirs, torch.Tensor) and theirs.is_floating_point():
             # design.md §3: backend against backend within 1e-6 relative
@@ -364,7 +417,7 @@ def assert_same(got: Any, expected: Any, what: str) -> None:
         elif isinstance(theirs, torch.Tensor):
             assert torch.equal(mine, theirs), field.name
         else:
-            assert mine == theirs
+            assert mine == theirs, field.name
 
 
 @pytest.fixture(scope="module")
@@ -434,6 +487,12 @@ def test_the_steps_that_are_alike_for_all_kinds_do_what_they_say(outcome, kind):
         assert found["Store.merge", "of partitions"].rows == found["Store.import_", "of what was in partitions"] == 141
         assert found["Bank.rebalance", "moves streams"].streams == 1
         assert found["Store.banks", "has partitions as one"] == ["spalm/parts"]
+    if kind == "spalm":
+        assert found["Bank.attend", "with keys and values"].keys_LNHd.shape == (3, 40, 2, 4)
+        assert found["Bank.info", "with keys and values"].attended_rows == 70
+        assert_same(found["Bank.attend", "after it slept"], found["Bank.attend", "with keys and values"], "")
+        assert found["Bank.attend", "partitions"].partition_N.unique().tolist() == [0, 1]
+        assert found["Bank.attend", "after an erasure"].keys_LNHd is not None
     errors = {what: outcome for (_, what), outcome in found.items() if isinstance(outcome, RaymemError)}
     refused = {"a cold bank", "no bank", "to no node", "a row that is not finite", "other rows under the same names"}
     refused |= {"at no tag", "at no position", "a bank with forks", "as of no tag and no time"}

@@ -8,13 +8,13 @@ import torch
 
 from raymem.errors import Corrupt, FingerprintMismatch, InvalidInput, InvalidTrace, NonFinite, NotOwner, TooLarge
 from raymem.rows import AttendedRows
-from raymem.storage.attended import Attended, Extent
+from raymem.storage.attended import Attended
 from raymem.storage.erasure import erase as erasure
 from raymem.storage.history import fork_at, materialise
 from raymem.storage.journal.journal import Journal
 from raymem.storage.store import ColdStore
 from raymem.storage.tables.files import Files
-from raymem.types import Selection
+from raymem.types import AttendedExtent, Selection
 
 LAYERS, HEADS, WIDTH = 3, 2, 4
 ROW_BYTES = 2 * LAYERS * HEADS * (WIDTH + 4)
@@ -30,7 +30,7 @@ def made(
     return AttendedRows("s", run, seq, keys, values, rope="theta=10000", **other)
 
 
-Put = Callable[..., Extent]
+Put = Callable[..., AttendedExtent]
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def kept(store: ColdStore, journal: Journal, rows) -> Attended:
 
 @pytest.fixture
 def put(store: ColdStore, kept: Attended) -> Put:
-    def call(rows: AttendedRows, most: int = PLENTY, *, int8: bool = True, into: Attended = kept) -> Extent:
+    def call(rows: AttendedRows, most: int = PLENTY, *, int8: bool = True, into: Attended = kept) -> AttendedExtent:
         checked = rows.checked(int8=int8)
         journal = store.journal(into.entry)
         there = journal.positions(checked.stream, checked.run, checked.seq, checked.seq + len(checked))
@@ -58,9 +58,9 @@ def unpacked(found: dict[str, torch.Tensor], name: str = "key") -> torch.Tensor:
 
 
 def test_rows_come_back_by_position_in_the_order_asked(kept, put):
-    assert kept.extent() == (0, 0)
+    assert kept.extent() == AttendedExtent(0, 0)
     assert kept.get(torch.tensor([3])) is None
-    assert put(made(100)) == (100, 100 * ROW_BYTES)
+    assert put(made(100)) == AttendedExtent(100, 100 * ROW_BYTES)
     put(made(20, run="q", seed=1))
 
     found = kept.get(torch.tensor([99, 0, 110, 33]))
@@ -88,7 +88,7 @@ def test_bfloat16_is_kept_as_it_is(kept, put):
 def test_a_row_that_is_given_again_takes_the_place_of_the_one_there(kept, put):
     put(made(40))
     # within a piece, over its end, and one that is new
-    assert put(made(20, 30, seed=1)) == (50, 50 * ROW_BYTES)
+    assert put(made(20, 30, seed=1)) == AttendedExtent(50, 50 * ROW_BYTES)
     found = kept.get(torch.arange(50))
     first, second = made(50).checked(), made(50, seed=1).checked()
     assert torch.equal(found["keys"][:, :30], first.keys_LNHd[:, :30])
@@ -247,6 +247,6 @@ def test_a_call_that_died_before_its_commit_left_nothing_that_stands_in_the_way(
         patched.setattr("raymem.storage.attended._batch", die)
         with pytest.raises(SystemExit):
             put(made(10))
-    assert kept.extent() == (0, 0)
+    assert kept.extent() == AttendedExtent(0, 0)
     # not even its format stays
     assert put(made(10), int8=False).rows == 10
