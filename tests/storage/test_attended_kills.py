@@ -62,7 +62,6 @@ def tables(store) -> set[str]:
     [
         (f"{KEPT}._commit", "before", 64),
         (f"{KEPT}._make_durable", "before", 128),
-        (f"{KEPT}._tidy", "before", 128),
     ],
 )
 def test_a_call_that_was_killed_kept_all_or_nothing(die, folder, tiny, target, when, there):
@@ -81,7 +80,6 @@ def test_a_call_that_was_killed_kept_all_or_nothing(die, folder, tiny, target, w
 @pytest.mark.parametrize(
     ("target", "when", "erased"),
     [
-        (f"{TABLES}.fill", "before", False),
         (f"{KEPT}.rewrite", "after", False),
         # the switch has been made, the old table is still there
         (f"{TABLES}.drop", "before", True),
@@ -97,6 +95,7 @@ def test_an_erasure_that_was_killed_took_all_or_nothing(die, folder, target, whe
         assert receipt.status == ("complete" if erased else "undone")
         assert bank.info().attended_rows == (0 if erased else 64)
         assert len(tables(store)) == 1
-        receipt = bank.erase(stream="a")
+        if not erased:
+            receipt = bank.erase(stream="a")
         assert (receipt.status, receipt.proves, receipt.after.found) == ("complete", True, 0)
         assert bank.info().attended_rows == 0
