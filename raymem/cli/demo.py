@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from raymem.cli.options import FileOption
 
 
@@ -14,6 +16,8 @@ def demo(json_: FileOption = None) -> None:
 
         raymem demo --json figures.json
     """
+    # read when torch is imported; what its C++ says of memory would stand between the demo's own lines
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from raymem.cli.play import run
 
     run(json_)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,11 @@ LAYERS = (26,)
 MAX_TOKENS = 4096
 
 
-# the engine's start-up output would bury the demo's own lines; its errors are raised anyway
-_QUIET = {
-    "PYTHONWARNINGS": "ignore",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
+# read by torch and vLLM. the engine's start-up output would bury the demo's own lines; its errors are raised anyway
+_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    # in this process: two more would import torch and vLLM again, most of an engine's start
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -65,20 +66,22 @@ class Engine:
     """A vLLM engine that streams into the banks behind a gateway."""
 
     def __init__(self, model: Path, store: str) -> None:
-        for name, value in _QUIET.items():
+        for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from vllm import LLM
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from vllm import LLM
 
-        from raymem.serving.vllm.params import engine_args
+            from raymem.serving.vllm.params import engine_args
 
-        self._llm: Any = LLM(
-            model=str(model),
-            max_model_len=MAX_TOKENS,
-            dtype="bfloat16",
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **engine_args(store, LAYERS),
-        )
+            self._llm: Any = LLM(
+                model=str(model),
+                max_model_len=MAX_TOKENS,
+                dtype="bfloat16",
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **engine_args(store, LAYERS),
+            )
 
     def read(self, token_ids: list[int], bank: str, stream: str, think: int) -> None:
         """Let an agent read a text and generate `think` tokens; its hidden states stream into the bank meanwhile."""
@@ -95,7 +98,7 @@ class Engine:
         return sum(int(stats["streamed"]["traces_shed"]) for stats in self._llm.collective_rpc("memory_stats"))
 
     def close(self) -> None:
-        """End the engine's processes."""
+        """End the engine, whose queued rows are written first."""
         self._llm.llm_engine.engine_core.shutdown()
 
 
