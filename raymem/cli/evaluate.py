@@ -31,10 +31,16 @@ def lm(
         str,
         typer.Option(
             "--budget-mb",
-            help="What a bank may hold, in million bytes; none: each kind's default options and budget.",
+            help="What a bank may hold, in million bytes; by default 0.15, or 1 where rows are attended; none: each "
+            "kind's default options and budget.",
             metavar="NUMBER|none",
         ),
-    ] = "0.15",
+    ] = "default",
+    reads: Annotated[str, typer.Option("--reads", help="Ways of reading: mix, attend, both.", metavar="WAY,…")] = "mix",
+    rows: Annotated[
+        str, typer.Option("--rows", help="How many rows are attended at once; several, by comma.", metavar="N,…")
+    ] = "512",
+    refresh: Annotated[int, typer.Option("--refresh", help="Predicted tokens after which rows are chosen anew.")] = 32,
     max_docs: Annotated[int, typer.Option("--max-docs", help="The first documents, in name order.")] = 8,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="The first tokens of each document.")] = 4096,
     window: Annotated[int, typer.Option("--window", help="Tokens that are predicted together.")] = 256,
@@ -48,9 +54,14 @@ def lm(
     Banks of all kinds get the same bytes, and the options that make the most of them. `combined`, which comes with
     `all`, is several banks behind one gate.
 
+    `--reads mix,attend,both` also lets the model attend to rows of the banks, chosen from the tokens before, and
+    compares that with as many tokens of retrieved text.
+
     For example:
 
         raymem eval lm --text notes/ --kind spalm,titans --json out.json
+
+        raymem eval lm --text notes/ --kind spalm,compressive --reads mix,attend,both --rows 256,512
 
         raymem eval lm --text notes/ --kind all --budget-mb 1
 
@@ -66,8 +77,11 @@ def lm(
         "budget_mb": None if budget_mb == "none" else budget_mb,
         **{"max_docs": max_docs, "max_tokens": max_tokens, "window": window},
         "layers": parse_layers(layers) if layers else (),
+        **{"reads": tuple(reads.split(",")), "rows": tuple(rows.split(",")), "refresh": refresh},
     }
     settings = checked(EvalSettings, fields)
     with output.progress("reading, then predicting") as report:
         found = evaluate(settings, report)
     output.give(found.json_dict(), found.table(), json_)
+    for note in found.notes:
+        output.say(note)

@@ -10,20 +10,30 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from rich.table import Table
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from raymem import Bank, BankSpec, Store, connect
 from raymem.encode.fit import calibrate
 from raymem.lm.contenders import Contender, Size, ask, contenders, expanded
+from raymem.lm.figures import (
+    BaselineFigures,
+    EvalReport,
+    KindFigures,
+    Perplexity,
+    ReadFigures,
+    Sums,
+    by_document,
+    gap_closed,
+)
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.mixing import NEIGHBOURS, Mixer
 from raymem.lm.models import BUNDLED_MODEL, LanguageModel
-from raymem.lm.passes import Reading, Window, full_context_losses, losses, read, retrieval_losses
+from raymem.lm.passes import CHUNK_TOKENS, Reading, Window, full_context_losses, losses, read, retrieval_losses
+from raymem.lm.reads import BASELINES, AttendedReads
 from raymem.lm.text import WRITTEN_SHARE, find_documents
 from raymem.lm.trust import Trust
 from raymem.types import Fingerprint
@@ -31,14 +41,17 @@ from raymem.types import Fingerprint
 Progress = Callable[[int, int], None]
 # how deep in the model the states are taken: layer 26 of SmolLM2's 30
 DEPTH = 26 / 30
+_MIXED_BUDGET, _ATTENDED_BUDGET = 150_000, 1_000_000
 
 
 class EvalSettings(BaseModel):
     """What to measure.
 
     `kinds` are kinds of bank, `combined`, or `all`. A bank may hold `budget_mb` million bytes and has the options that
-    make the most of them; None leaves each kind its default options and budget. `layers` are 1-based;
-    by default the one at 87 % of the model's depth.
+    make the most of them; None leaves each kind its default options and budget. By default that is 0.15 where banks
+    are mixed alone, and 1 where rows are attended, whose keys and values take far more. `layers` are 1-based; by
+    default the one at 87 % of the model's depth. `reads` are the ways of reading; so many `rows` are attended at once,
+    chosen again for every `refresh` predicted tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,84 +59,34 @@ class EvalSettings(BaseModel):
     texts: tuple[Path, ...]
     model: str = BUNDLED_MODEL
     kinds: tuple[str, ...] = ("spalm", "titans")
-    budget_mb: float | None = Field(default=0.15, gt=0)
+    budget_mb: float | Literal["default"] | None = "default"
     max_docs: int = Field(default=8, ge=1)
     max_tokens: int = Field(default=4096, ge=64)
     window: int = Field(default=256, ge=2)
     layers: tuple[int, ...] = ()
     neighbours: int = Field(default=NEIGHBOURS, ge=1, le=4096)
+    reads: tuple[Literal["mix", "attend", "both"], ...] = Field(default=("mix",), min_length=1)
+    rows: tuple[Annotated[int, Field(ge=1, le=2**16)], ...] = Field(default=(512,), min_length=1)
+    refresh: int = Field(default=32, ge=1)
 
+    @field_validator("budget_mb")
+    @classmethod
+    def _positive(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, float | int) and not 0 < value < math.inf:
+            raise ValueError(f"a budget is more than 0 MB, not {value}")
+        return value
 
-class Perplexity(BaseModel):
-    """Perplexity over all predicted tokens."""
+    @property
+    def attended(self) -> bool:
+        """Whether rows are attended."""
+        return set(self.reads) != {"mix"}
 
-    model_config = ConfigDict(frozen=True)
-
-    ppl: float
-
-
-class KindFigures(Perplexity):
-    """One kind of bank: `gap_closed` is the share of the way from no memory to full context, in nats (None where
-    there is no way to go); `wrong_memory_ratio` is perplexity with the next document's bank over that without memory
-    (None for a single document); `bytes` is what a document's memory holds, on average, and `budget_bytes` what it may:
-    rows of a short document don't fill a large budget. `options` are those of each bank that remembers a document.
-    """
-
-    gap_closed: float | None
-    wrong_memory_ratio: float | None
-    bytes: int
-    budget_bytes: int
-    options: dict[str, dict[str, Any]]
-    write_rows_per_s: float
-    read_us_per_query: float
-
-
-class EvalReport(BaseModel):
-    """The figures of one evaluation."""
-
-    model_config = ConfigDict(frozen=True)
-
-    base: Perplexity
-    full_context: Perplexity
-    text_retrieval_2x128: Perplexity
-    text_retrieval_4x128: Perplexity
-    kinds: dict[str, KindFigures]
-    documents: tuple[str, ...]
-    predicted_tokens: int
-
-    def json_dict(self) -> dict[str, Any]:
-        """The figures as plain data."""
-        return self.model_dump(mode="json")
-
-    def table(self) -> Table:
-        """The figures for people."""
-        made = Table(
-            title=f"{len(self.documents)} documents, {self.predicted_tokens:,} tokens predicted", title_justify="left"
-        )
-        made.add_column("memory")
-        for name in ("perplexity", "gap\nclosed", "wrong\nmemory", "held of\nMB", "write\nrows/s", "read\nµs/query"):
-            made.add_column(name, justify="right")
-        plain = {
-            "none": self.base,
-            "retrieval 2×128": self.text_retrieval_2x128,
-            "retrieval 4×128": self.text_retrieval_4x128,
-        }
-        for name, found in plain.items():
-            made.add_row(name, f"{found.ppl:.2f}", _number(self._gap(found.ppl), ".2f"))
-        for kind, row in self.kinds.items():
-            cells = (_number(row.gap_closed, ".2f"), _number(row.wrong_memory_ratio, ".3f"), _megabytes(row))
-            speeds = (f"{row.write_rows_per_s:,.0f}", f"{row.read_us_per_query:,.0f}")
-            made.add_row(kind, f"{row.ppl:.2f}", *cells, *speeds, style="bold")
-        made.add_row("full context", f"{self.full_context.ppl:.2f}", _number(self._gap(self.full_context.ppl), ".2f"))
-        return made
-
-    def _gap(self, ppl: float) -> float | None:
-        return gap_closed(self.base.ppl, ppl, self.full_context.ppl)
-
-
-def gap_closed(base: float, found: float, full: float) -> float | None:
-    """The share of the way from one perplexity to another that was gone, in nats; None where there is none to go."""
-    return math.log(base / found) / math.log(base / full) if full < base else None
+    @property
+    def budget_bytes(self) -> int | None:
+        """What a bank may hold; None: each kind's default."""
+        if self.budget_mb == "default":
+            return _ATTENDED_BUDGET if self.attended else _MIXED_BUDGET
+        return None if self.budget_mb is None else round(self.budget_mb * 1e6)
 
 
 def evaluate(settings: EvalSettings, progress: Progress | None = None) -> EvalReport:
@@ -171,59 +134,135 @@ class Trial:
         self._mixer = Mixer()
         self._calibration = calibrate(model, layers)
         store.put_calibration(self._calibration)
-        self._losses: dict[str, list[Tensor]] = {}
+        # a window's losses with its document's number
+        self._losses: dict[str, list[tuple[int, Tensor]]] = {}
         self._seconds: dict[str, float] = {}
         rows = fingerprint(model, layers, self._calibration.hash)
         self._contenders = {contender.name: contender for contender in self._sized(rows)}
         self._banks = {contender.name: self._write(store, contender) for contender in self._contenders.values()}
+        self._bytes = {kind: self._held(kind) for kind in self._banks}
+        self._attended = AttendedReads(model, layers, readings, self._banks, self._mixer, settings)
 
     def predict(self, index: int) -> None:
         """Predict one document's windows in every way."""
         reading = self._readings[index]
         for window in reading.windows:
             logits_WV = torch.log_softmax(self._model.logits(window.final_Wd).float(), dim=-1)
-            self._keep("base", losses(logits_WV, window.targets_W))
-            self._keep("full", full_context_losses(self._model, reading, window))
-            for pieces in (2, 4):
+            self._keep(index, "base", losses(logits_WV, window.targets_W))
+            self._keep(index, "full", full_context_losses(self._model, reading, window))
+            for pieces in self._oracle_pieces():
                 found_W = retrieval_losses(self._model, reading, window, self._calibration, pieces)
-                self._keep(f"retrieval {pieces}", found_W)
+                self._keep(index, f"retrieval {pieces}", found_W)
             for kind, banks in self._banks.items():
-                self._keep(kind, self._with_memory(banks[index], window, logits_WV, kind))
+                self._keep(index, kind, self._with_memory(banks[index], window, logits_WV, kind))
                 if len(banks) > 1:
                     wrong = banks[(index + 1) % len(banks)]
-                    self._keep(f"{kind} wrong", self._with_memory(wrong, window, logits_WV, f"{kind} wrong"))
+                    self._keep(index, f"{kind} wrong", self._with_memory(wrong, window, logits_WV, f"{kind} wrong"))
+            if self._settings.attended:
+                for name, losses_W in self._attended.predict(index, window, logits_WV):
+                    self._keep(index, name, losses_W)
 
     def report(self) -> EvalReport:
         """The figures."""
+        sums, attended = self._sums(), self._settings.attended
         return EvalReport(
             base=Perplexity(ppl=self._ppl("base")),
             full_context=Perplexity(ppl=self._ppl("full")),
+            written=sums.closed(sums.written_D) if sums.written_D is not None else None,
             text_retrieval_2x128=Perplexity(ppl=self._ppl("retrieval 2")),
             text_retrieval_4x128=Perplexity(ppl=self._ppl("retrieval 4")),
-            kinds={kind: self._figures(kind) for kind in self._banks},
+            baselines=self._baselines(sums) if attended else {},
+            kinds={kind: self._figures(kind, sums) for kind in self._banks},
             documents=tuple(reading.name for reading in self._readings),
-            predicted_tokens=sum(len(part) for part in self._losses["base"]),
+            predicted_tokens=sums.tokens,
+            refresh=self._settings.refresh if attended else None,
+            notes=self._attended.notes if attended else (),
+        )
+
+    def _sums(self) -> Sums:
+        written_D = self._by_document("written") if "written" in self._losses else None
+        tokens = sum(len(part) for _, part in self._losses["base"])
+        return Sums(self._by_document("base"), self._by_document("full"), written_D, tokens)
+
+    def _baselines(self, sums: Sums) -> dict[str, BaselineFigures]:
+        """Every baseline at the most rows, and under `by_rows` at the other numbers."""
+        made = {}
+        for name in (*BASELINES, "text_oracle"):
+            found = {rows: self._baseline(name, rows, sums) for rows in sorted(self._settings.rows)}
+            there = {rows: figures for rows, figures in found.items() if figures is not None}
+            if there:
+                most = max(there)
+                others = {str(rows): figures for rows, figures in there.items() if rows != most}
+                made[name] = there[most].model_copy(update={"by_rows": others})
+        return made
+
+    def _baseline(self, name: str, rows: int, sums: Sums) -> BaselineFigures | None:
+        oracle = name == "text_oracle"
+        place = f"retrieval {_pieces(rows)}" if oracle else f"{name} {rows}"
+        if place not in self._losses:
+            return None
+        closed, mixed = sums.closed(self._by_document(place)), None
+        if f"{place} mixed" in self._losses:
+            mixed = sums.closed(self._by_document(f"{place} mixed"))
+        return BaselineFigures(
+            **closed.model_dump(),
+            tokens=_pieces(rows) * CHUNK_TOKENS if oracle else rows,
+            flattered=oracle,
+            mixed=mixed,
+            mixed_kind=self._attended.mixed_kind if mixed is not None else "",
+        )
+
+    def _reads(self, kind: str, sums: Sums) -> dict[str, ReadFigures]:
+        made: dict[str, ReadFigures] = {}
+        for way in self._settings.reads:
+            if way == "mix":
+                made[way] = self._read(kind, kind, 0, sums)
+            elif f"{kind} {way} {max(self._settings.rows)}" in self._losses:
+                found = {rows: self._read(kind, f"{kind} {way} {rows}", rows, sums) for rows in self._settings.rows}
+                most = max(found)
+                others = {str(rows): figures for rows, figures in sorted(found.items()) if rows != most}
+                made[way] = found[most].model_copy(update={"by_rows": others})
+        return made
+
+    def _read(self, kind: str, name: str, rows: int, sums: Sums) -> ReadFigures:
+        found_D = self._by_document(name)
+        texts = {each: f"{each} {rows}" for each in ("text_bm25", "text_embedder")}
+        others = {each: self._by_document(place) for each, place in texts.items() if place in self._losses}
+        wrong = f"{name} wrong"
+        mixing = self._bytes[kind]
+        # attended banks also hold the states that a choice compares
+        held = self._held(kind) - (mixing if f" attend {rows}" in name else 0) if rows else mixing
+        return ReadFigures(
+            **sums.closed(found_D).model_dump(),
+            wrong_memory_ratio=self._ppl(wrong) / self._ppl("base") if wrong in self._losses else None,
+            rows=rows,
+            bytes=round(held + (self._attended.bytes(kind) if rows else 0)),
+            over_text=sums.over(found_D, others),
         )
 
     def _sized(self, rows: Fingerprint) -> list[Contender]:
         settings = self._settings
-        budget = None if settings.budget_mb is None else round(settings.budget_mb * 1e6)
-        size = Size(budget, math.ceil(settings.max_tokens * WRITTEN_SHARE))
+        size = Size(settings.budget_bytes, math.ceil(settings.max_tokens * WRITTEN_SHARE))
         return contenders(settings.kinds, BankSpec(kind="spalm", fingerprint=rows), self._calibration, size)
 
-    def _figures(self, kind: str) -> KindFigures:
+    def _figures(self, kind: str, sums: Sums) -> KindFigures:
         banks, base, ppl, contender = self._banks[kind], self._ppl("base"), self._ppl(kind), self._contenders[kind]
-        rows, queries = sum(reading.split.written for reading in self._readings), len(torch.cat(self._losses[kind]))
+        rows, queries = sum(reading.split.written for reading in self._readings), sums.tokens
         return KindFigures(
             ppl=ppl,
             gap_closed=gap_closed(base, ppl, self._ppl("full")),
             wrong_memory_ratio=self._ppl(f"{kind} wrong") / base if len(banks) > 1 else None,
-            bytes=round(sum(bank.info().bytes for document in banks for bank in document) / len(banks)),
+            bytes=round(self._bytes[kind]),
             budget_bytes=contender.budget_bytes,
             options={spec.kind: dict(spec.options) for spec in contender.specs},
             write_rows_per_s=rows / self._seconds[f"{kind} write"],
             read_us_per_query=1e6 * self._seconds[kind] / queries,
+            reads=self._reads(kind, sums),
         )
+
+    def _held(self, kind: str) -> float:
+        banks = self._banks[kind]
+        return sum(bank.info().bytes for document in banks for bank in document) / len(banks)
 
     def _write(self, store: Store, contender: Contender) -> list[tuple[Bank, ...]]:
         started = time.perf_counter()
@@ -242,16 +281,19 @@ class Trial:
     def _count(self, name: str, started: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def _keep(self, name: str, losses_W: Tensor) -> None:
-        self._losses.setdefault(name, []).append(losses_W)
+    def _oracle_pieces(self) -> tuple[int, ...]:
+        return tuple({2, 4, *map(_pieces, self._settings.rows)}) if self._settings.attended else (2, 4)
+
+    def _keep(self, index: int, name: str, losses_W: Tensor) -> None:
+        self._losses.setdefault(name, []).append((index, losses_W))
+
+    def _by_document(self, name: str) -> Tensor:
+        return by_document(self._losses[name], len(self._readings))
 
     def _ppl(self, name: str) -> float:
-        return math.exp(float(torch.cat(self._losses[name]).mean()))
+        return math.exp(float(torch.cat([losses_W for _, losses_W in self._losses[name]]).mean()))
 
 
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _megabytes(row: KindFigures) -> str:
-    return f"{row.bytes / 1e6:.2f}/{row.budget_bytes / 1e6:.2f}"
+def _pieces(rows: int) -> int:
+    """How many whole chunks of text are as many tokens."""
+    return max(1, rows // CHUNK_TOKENS)

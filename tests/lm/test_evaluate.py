@@ -5,16 +5,23 @@ import math
 
 import pytest
 import torch
+from modelzoo import save_tiny
 from pydantic import ValidationError
 from rich.console import Console
 
 from raymem.errors import InvalidInput, InvalidSpec, ModelNotFound, NotFound
-from raymem.lm.evaluate import EvalSettings, evaluate, gap_closed
+from raymem.lm.evaluate import EvalSettings, evaluate
+from raymem.lm.figures import Sums, gap_closed
 
 FIGURES = {
     *("ppl", "gap_closed", "wrong_memory_ratio", "bytes", "budget_bytes", "options"),
-    *("write_rows_per_s", "read_us_per_query"),
+    *("write_rows_per_s", "read_us_per_query", "reads"),
 }
+READ = {
+    *("ppl", "gap_closed", "gap_closed_written", "interval", "wrong_memory_ratio", "rows", "bytes"),
+    *("over_text", "by_rows"),
+}
+BASELINES = {"recency", "text_bm25", "text_embedder", "text_oracle"}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +34,11 @@ def report(tmp_path_factory):
         text = topics[topic]
         (folder / name).write_text(text + "\n\n" + text[: len(text) // 3])
     calls = []
-    settings = EvalSettings(texts=(folder,), kinds=("spalm", "titans", "combined"), max_tokens=400, window=64)
+    settings = EvalSettings(
+        texts=(folder,),
+        **{"kinds": ("spalm", "titans", "combined"), "budget_mb": 0.15, "max_tokens": 400, "window": 64},
+        **{"reads": ("mix", "attend", "both"), "rows": (96,)},
+    )
     found = evaluate(settings, lambda done, total: calls.append((done, total)))
     return found, calls
 
@@ -39,7 +50,22 @@ def test_the_json_has_the_promised_fields(report):
     assert set(data["kinds"]) == {"spalm", "titans", "combined"}
     for figures in data["kinds"].values():
         assert set(figures) == FIGURES
-        assert all(math.isfinite(value) for name, value in figures.items() if name != "options")
+        assert all(math.isfinite(value) for name, value in figures.items() if name not in ("options", "reads"))
+    # banks that hold no rows, and several behind one gate, are mixed alone
+    assert {kind: set(figures["reads"]) for kind, figures in data["kinds"].items()} == {
+        "spalm": {"mix", "attend", "both"},
+        "titans": {"mix"},
+        "combined": {"mix"},
+    }
+    for way, figures in data["kinds"]["spalm"]["reads"].items():
+        assert set(figures) == READ
+        assert figures["rows"] == (0 if way == "mix" else 96)
+        assert figures["by_rows"] == {}
+    assert set(data["baselines"]) == BASELINES
+    for name, figures in data["baselines"].items():
+        assert figures["ppl"] > 1
+        assert figures["flattered"] == (name == "text_oracle")
+        assert (figures["mixed"] is not None) == name.startswith(("text_b", "text_e"))
 
 
 def test_what_is_remembered_helps_and_what_is_not_ones_own_does_not_hurt(report):
@@ -49,6 +75,26 @@ def test_what_is_remembered_helps_and_what_is_not_ones_own_does_not_hurt(report)
         assert figures.gap_closed > 0.02
         # the promise is 1.01 over whole documents; these are two of 400 tokens
         assert figures.wrong_memory_ratio < 1.05
+
+
+def test_rows_that_are_attended_help_and_those_of_another_text_do_little_harm(report):
+    found = report[0]
+    reads = found.kinds["spalm"].reads
+    assert found.written.ppl < found.base.ppl
+    for way in ("attend", "both"):
+        assert reads[way].gap_closed > 0.1
+        assert reads[way].wrong_memory_ratio < 1.05
+        assert 0 < reads[way].gap_closed_written
+        low, high = reads[way].interval
+        assert low <= reads[way].gap_closed <= high
+    assert reads["both"].gap_closed > reads["mix"].gap_closed
+    assert reads["mix"].ppl == pytest.approx(found.kinds["spalm"].ppl, rel=1e-6)
+    # keys and values of 300 rows: 30 layers, 3 heads of 64 and a scale
+    assert reads["attend"].bytes > 2 * 30 * 300 * 3 * (64 + 4)
+    assert reads["both"].bytes == pytest.approx(reads["attend"].bytes + reads["mix"].bytes, abs=2)
+    over = reads["both"].over_text
+    best = max((found.baselines[name] for name in ("text_bm25", "text_embedder")), key=lambda each: each.gap_closed)
+    assert over.gap_closed == pytest.approx(reads["both"].gap_closed - best.gap_closed)
 
 
 def test_every_bank_is_held_to_the_budget_and_says_what_it_is_made_of(report):
@@ -61,6 +107,22 @@ def test_every_bank_is_held_to_the_budget_and_says_what_it_is_made_of(report):
     assert len(report[0].kinds["combined"].options) > 1
 
 
+def test_several_numbers_of_rows_are_told_apart(tmp_path):
+    model = save_tiny(tmp_path / "model", max_position_embeddings=512)
+    for place in range(2):
+        (tmp_path / f"{place}.txt").write_text("A short text that is read byte by byte. " * 8)
+    sizes = {"max_tokens": 200, "window": 25, "rows": (8, 40), "refresh": 10, "budget_mb": None}
+    texts = (tmp_path / "0.txt", tmp_path / "1.txt")
+    found = evaluate(EvalSettings(texts=texts, model=str(model), kinds=("spalm",), reads=("attend",), **sizes))
+    assert set(found.kinds["spalm"].reads) == {"attend"}
+    read = found.kinds["spalm"].reads["attend"]
+    assert (read.rows, read.by_rows["8"].rows, set(read.by_rows)) == (40, 8, {"8"})
+    assert read.wrong_memory_ratio is not None
+    assert read.by_rows["8"].wrong_memory_ratio is None
+    for name in ("recency", "text_bm25", "text_embedder"):
+        assert (found.baselines[name].tokens, found.baselines[name].by_rows["8"].tokens) == (40, 8)
+
+
 def test_progress_ends_where_it_said(report):
     calls = report[1]
     assert calls[0] == (0, 4)
@@ -69,10 +131,11 @@ def test_progress_ends_where_it_said(report):
 
 
 def test_the_table_shows_every_kind_and_baseline(report):
-    console = Console(width=120, record=True)
+    console = Console(width=160, record=True)
     console.print(report[0].table())
     text = console.export_text()
-    for word in ("none", "retrieval 2×128", "full context", "spalm", "titans", "perplexity"):
+    words = ("none", "retrieval 2×128", "full context", "spalm", "titans", "perplexity", "spalm, both, 96 rows")
+    for word in (*words, "text bm25, 96 tokens", "all that was written, attended"):
         assert word in text
 
 
@@ -81,6 +144,24 @@ def test_the_table_shows_every_kind_and_baseline(report):
 )
 def test_the_gap_is_a_share_in_nats(base, found, full, share):
     assert gap_closed(base, found, full) == (None if share is None else pytest.approx(share))
+
+
+def test_an_interval_is_over_documents_and_none_of_one():
+    sums = Sums(torch.tensor([100.0, 200.0]), torch.tensor([50.0, 150.0]), None, 100)
+    assert sums.interval(torch.tensor([25.0, 25.0])) == (0.5, 0.5)
+    low, high = sums.interval(torch.tensor([50.0, 0.0]))
+    assert (low, high) == (0.0, 1.0)
+    assert Sums(*(torch.tensor([9.0]) for _ in range(3)), 5).interval(torch.tensor([1.0])) is None
+    # full context that may be no better leaves nothing to be a share of
+    assert Sums(torch.tensor([100.0, 90.0]), torch.tensor([90.0, 100.0]), None, 9).interval(torch.ones(2)) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "why"), [({"reads": ("look",)}, "reads"), ({"rows": (0,)}, "rows"), ({"budget_mb": 0}, "0 MB")]
+)
+def test_odd_ways_and_numbers_are_refused(tmp_path, field, why):
+    with pytest.raises(ValidationError, match=why):
+        EvalSettings(texts=(tmp_path,), **field)
 
 
 def test_an_unknown_kind_is_refused_with_what_there_is(tmp_path):
