@@ -20,8 +20,6 @@ PRIVATE = "lab/private"
 BANKS = {"lab/rows": "spalm", "lab/deltas": "titans", "lab/more": "spalm"}
 # rows of one run before the next one begins
 _RUN_ROWS = 600
-# between two writes of one writer: what is written while a lease runs out is also what has to be compared
-_PAUSE_S = 0.05
 # no fault may keep a bank away for longer
 _RECOVERY_S = 60.0
 _LEASE_S = 1.5
@@ -123,7 +121,7 @@ class Schedule:
                 async with self._gate.work():
                     await self._until_acknowledged(fleet, bank, (stream, run), seq, rows)
                 seq += rows
-                await asyncio.sleep(_PAUSE_S)
+                await asyncio.sleep(0.02)
 
     async def _until_acknowledged(self, fleet: Fleet, bank: str, run: tuple[str, str], seq: int, rows: int) -> None:
         self.ledger.send(bank, run, seq + rows)
