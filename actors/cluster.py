@@ -49,6 +49,8 @@ _LOCAL = {
     "RAY_health_check_period_ms": "500",
     "RAY_worker_niceness": "0",
 }
+# processes that show a cluster, resize it and repeat what its workers say: each imports for seconds as a node starts
+_LEFT_OUT = {"include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
 _joining = threading.Lock()
 _users = 0
 _ours = False
@@ -252,7 +254,7 @@ class LocalNodes:
         # Ray's own helper for several nodes on one machine; it writes to stderr what its processes say
         from ray.cluster_utils import Cluster
 
-        self._arguments = {"num_cpus": cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
+        self._arguments = {"num_cpus": cpus, "object_store_memory": object_store_bytes} | _LEFT_OUT
         self._cluster: Any = Cluster()
         self._nodes: dict[str, Any] = {}
 

@@ -541,15 +541,18 @@ class AttendedRows:
         )
 
 
-def to_int8(floats_NHd: Tensor) -> tuple[Tensor, Tensor]:
-    """Floats [..., d] as int8 and the float32 scales [...] by which these are multiplied to give them again."""
-    wide = floats_NHd.float()
-    scale = wide.abs().amax(-1) / 127
-    return (wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().to(torch.int8), scale
+def quantize_rows(rows_LNHd: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys or values in int8 and their scales `[L, N, H]` (float32), one a row and head.
+
+    An element is at most half a scale away from what it was, a scale being the head's largest element over 127.
+    """
+    scales_LNH = rows_LNHd.abs().amax(-1).float() / 127
+    steps_LNHd = rows_LNHd.float() / scales_LNH.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    return steps_LNHd.round_().clamp_(-127, 127).to(torch.int8), scales_LNH
 
 
 def _rounded(dense: dict[str, Tensor], *, int8: bool) -> dict[str, Tensor]:
     if not int8:
         return {name: tensor.to(torch.bfloat16) for name, tensor in dense.items()}
-    (keys, key_scales), (values, value_scales) = to_int8(dense["keys"]), to_int8(dense["values"])
+    (keys, key_scales), (values, value_scales) = quantize_rows(dense["keys"]), quantize_rows(dense["values"])
     return {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}

@@ -230,18 +230,8 @@ def full_rows(memory: MemoryTokens, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return keys_LNHd, dequantize(memory.values_LNHd, memory.value_scales_LNH, dtype)
 
 
-def quantize_rows(rows_LNHd: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys or values in int8 and their scales `[L, N, H]` (float32), one a row and head.
-
-    An element is at most half a scale away from what it was, a scale being the head's largest element over 127.
-    """
-    scales_LNH = rows_LNHd.abs().amax(-1).float() / 127
-    steps_LNHd = rows_LNHd.float() / scales_LNH.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-    return steps_LNHd.round_().clamp_(-127, 127).to(torch.int8), scales_LNH
-
-
 def dequantize(rows_LNHd: Tensor, scales_LNH: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `quantize_rows` made, in a float dtype."""
+    """What `raymem.rows.quantize_rows` made, in a float dtype."""
     return (rows_LNHd.float() * scales_LNH[..., None]).to(dtype)
 
 

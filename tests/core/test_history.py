@@ -9,6 +9,8 @@ from raymem import Bank, BankSpec, Readout, RowRef, Store
 from raymem.errors import BankExists, BankNotFound, Conflict, InvalidInput, SequenceConflict, TagNotFound
 
 KINDS = ["spalm", "titans", "larimar"]
+# the same for every kind
+one_kind = pytest.mark.parametrize("bank", ["spalm"], indirect=True)
 
 
 @pytest.fixture(params=KINDS)
@@ -25,6 +27,7 @@ def assert_same(got: Readout, expected: Readout) -> None:
     assert [got.rows(query) for query in queries] == [expected.rows(query) for query in queries]
 
 
+@one_kind
 def test_tags_are_listed_moved_and_forgotten(bank: Bank, make_trace):
     bank.write(make_trace(4))
     bank.tag("a")
@@ -74,6 +77,7 @@ def test_a_read_as_of_a_time_has_every_row_before_the_first_stamped_later(bank: 
         assert_same(bank.read(make_trace(5).hidden, as_of=asked), at[150.0])
 
 
+@one_kind
 def test_as_of_needs_a_tag_or_a_time(bank: Bank, make_trace):
     bank.tag("there")
     with pytest.raises(TagNotFound, match=r"no tag 'yesterday'.*\['there'\].*2026-01-31T12:00:00Z"):
@@ -183,6 +187,7 @@ def test_a_fork_takes_what_was_acknowledged_while_its_parent_is_written(store: S
         assert end <= fork.info().rows <= end + 3
 
 
+@one_kind
 def test_a_fork_knows_where_and_what_it_may_be(store: Store, bank: Bank, make_trace):
     bank.write(make_trace(5))
     bank.tag("five")

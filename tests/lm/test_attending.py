@@ -14,10 +14,10 @@ from raymem.lm.attending import (
     attend_pass,
     dequantize,
     probed_rope,
-    quantize_rows,
     rebuild,
 )
 from raymem.lm.models import LanguageModel
+from raymem.rows import quantize_rows
 
 _MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 48}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

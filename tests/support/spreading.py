@@ -14,7 +14,10 @@ DURATIONS: dict[str, float] = json.loads((ROOT / "tests" / "durations.json").rea
 # leave it broken
 SHARED = {
     "engine": ("tests/serving/test_vllm_sampling.py", "tests/serving/test_vllm_engine.py"),
-    "cluster": ("tests/congruence/test_congruence.py", "tests/fuzz/test_inputs.py", "tests/actors/test_ray.py"),
+    "cluster": (
+        *("tests/congruence/test_congruence.py", "tests/fuzz/test_inputs.py", "tests/actors/test_example.py"),
+        "tests/actors/test_ray.py",
+    ),
 }
 GROUPS = {file: group for group, files in SHARED.items() for file in files}
 SECONDS: Counter[str] = Counter()

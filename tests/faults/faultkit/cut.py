@@ -93,12 +93,9 @@ class CutSchedule:
         made.open_cold(self._uri)
         await self._sides.start([LEFT, RIGHT])
         await self._sides.lead(RIGHT)
-        for side in (LEFT, RIGHT):
-            await self._sides.ask(side, "connect", side)
-        for bank, (kind, node) in BANKS.items():
-            await self._sides.ask(LEFT, "create", bank, kind, node)
-        for bank in BANKS:
-            await self._sides.ask(RIGHT, "directory", bank, True)
+        await asyncio.gather(*(self._sides.ask(side, "connect", side) for side in (LEFT, RIGHT)))
+        await asyncio.gather(*(self._sides.ask(LEFT, "create", bank, *place) for bank, place in BANKS.items()))
+        await asyncio.gather(*(self._sides.ask(RIGHT, "directory", bank, True) for bank in BANKS))
         self._passed("started")
 
     async def _apart(self) -> None:

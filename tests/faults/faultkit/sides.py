@@ -101,11 +101,12 @@ class Sides:
         return client
 
     async def _start_node(self, name: str) -> None:
-        where = ["--head", f"--port={_PORT}", "--include-dashboard=false"]
+        where = ["--head", f"--port={_PORT}", "--include-dashboard=false", "--no-monitor"]
         if name != HEAD:
             where = [f"--address={self._address}"]
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", f"--labels=raymem-node={name}"]
         start += [f"--node-ip-address={self.net.addresses[name]}", "--object-store-memory=100000000", *where]
+        start += ["--include-log-monitor=false"]
         path = os.pathsep.join([str(KIT / "site"), str(KIT), str(KIT.parents[1]), os.environ.get("PYTHONPATH", "")])
         with (self._folder / f"{name}.log").open("a") as log:
             command = self.net.machines[name].command(*start)
