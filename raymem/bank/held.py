@@ -15,7 +15,9 @@ from torch.nn.functional import normalize
 
 from raymem.encode.calibration import Calibration
 from raymem.errors import InvalidInput, StoreClosed
-from raymem.memory.choice import SINKS, Held, choose
+from raymem.memory.base import Shown
+from raymem.memory.choice import SINKS, Held
+from raymem.memory.showing import Asked, choose_shown
 from raymem.rows import JournalRows
 from raymem.storage.journal.journal import Journal
 from raymem.storage.store import ColdStore, Entry
@@ -43,11 +45,12 @@ class HeldColumns(NamedTuple):
 
 
 class HeldRows:
-    """Rows that may be chosen."""
+    """Rows that may be chosen, and what their bank says of them."""
 
-    def __init__(self, columns: HeldColumns, sources: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, columns: HeldColumns, sources: Sequence[tuple[str, str]], shown: Shown | None = None) -> None:
         self._columns = columns
         self._sources = sources
+        self._shown = shown
 
     def encoded(self, span: int) -> Tensor:
         """Positions of those that the encoder has given to the mechanism, in that order; see `Encoder.push`.
@@ -61,14 +64,16 @@ class HeldRows:
         # the next row of its run completes a row
         return pos_T[done_N[pos_T[done_N + 1].argsort()]]
 
-    def without(self, evicted_M: Tensor, span: int) -> HeldRows:
-        """Those that are left without rows at these positions, and what these stood for; the first of each run stay."""
+    def left(self, given_N: Tensor, shown: Shown, span: int) -> HeldRows:
+        """Those that a bank shows, given which it got (see `encoded`), and what these stand for; runs' first stay."""
+        stay_N = torch.cat([shown.fine_N, shown.coarse_M]).cpu()
+        evicted_M = given_N[~torch.isin(given_N, stay_N)]
         if not len(evicted_M):
-            return self
+            return HeldRows(self._columns, self._sources, shown)
         _, _, run_T, seq_T, pos_T = self._columns
         _, span_T = torch.unique(torch.stack([run_T.long(), seq_T // span], 1), dim=0, return_inverse=True)
         gone_T = torch.isin(span_T, span_T[torch.isin(pos_T, evicted_M)]) & (seq_T >= SINKS)
-        return HeldRows(HeldColumns(*(column[~gone_T] for column in self._columns)), self._sources)
+        return HeldRows(HeldColumns(*(column[~gone_T] for column in self._columns)), self._sources, shown)
 
     def choose(self, query: AttendQuery, query_QD: Tensor | None, kind: str) -> tuple[MemoryTokens, Tensor]:
         """The rows that a query chooses, without keys and values, but with their states; and their places here [N].
@@ -81,7 +86,7 @@ class HeldRows:
         state_TD, token_T, run_T, seq_T, pos_T = self._columns
         tokens_Q = torch.zeros(0, dtype=torch.int64) if query.tokens_Q is None else query.tokens_Q
         held = Held(state_TD, token_T.long(), run_T.long(), pos_T)
-        choice = choose(held, query_QD, tokens_Q, query.rows, method=query.method)
+        choice = choose_shown(held, Asked(query.rows, query_QD, tokens_Q, query.method), kind, self._shown)
         used, source_N = torch.unique(run_T[choice.place_N], return_inverse=True)
         chosen = MemoryTokens(
             pos_N=choice.pos_N,

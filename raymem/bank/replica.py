@@ -242,9 +242,8 @@ class Replica:
                 given_N = rows.encoded(span)
                 shown = self.memory.shown(self.state, given_N.to(self.device))
             self.held_bytes = sum(each.nbytes for each in self._held.values())
-        stay_N = torch.cat([shown.fine_N, shown.coarse_M]).cpu()
         query_QD = None if query.hidden_QLD is None else states.unit(query.hidden_QLD)
-        return rows.without(given_N[~torch.isin(given_N, stay_N)], span), query_QD
+        return rows.left(given_N, shown, span), query_QD
 
     def _restore(self, pos: int, tensors: State, meta: dict[str, object]) -> None:
         parts: dict[str, State] = {"memory": {}, "encoder": {}}

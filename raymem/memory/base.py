@@ -178,6 +178,8 @@ class Memory(nn.Module, ABC):
     keeps_rows: ClassVar[bool] = False
     # whether a row can be taken out exactly; other kinds are replayed without it
     forgets: ClassVar[bool] = False
+    # how many consecutive rows a question shows attention together; 0: the same rows whatever the question
+    piece: ClassVar[int] = 32
     # the beginnings of its learned weights' names
     learns: ClassVar[tuple[str, ...]] = ()
 

@@ -93,6 +93,7 @@ class Compressive(StateMemory):
     merge_rule: ClassVar[MergeRule] = "approximate"
     options_type: ClassVar[type[Options]] = CompressiveOptions
     learns: ClassVar[tuple[str, ...]] = ("compress", "rule")
+    piece: ClassVar[int] = 0
 
     def __init__(self, dims: Dims, options: CompressiveOptions, budget_bytes: int) -> None:
         super().__init__(dims, options, budget_bytes, Projection(dims.key, options.key_dims, options.projection_seed))

@@ -205,6 +205,7 @@ class Dnc(RingMemory):
     merge_rule: ClassVar[MergeRule] = "refused"
     options_type: ClassVar[type[Options]] = DncOptions
     learns: ClassVar[tuple[str, ...]] = ("rule",)
+    piece: ClassVar[int] = 1
 
     def __init__(self, dims: Dims, options: DncOptions, budget_bytes: int) -> None:
         super().__init__(dims, options, budget_bytes)

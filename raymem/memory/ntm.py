@@ -136,6 +136,7 @@ class Ntm(RingMemory):
 
     kind: ClassVar[str] = "ntm"
     merge_rule: ClassVar[MergeRule] = "refused"
+    piece: ClassVar[int] = 1
 
     def __init__(self, dims: Dims, options: CountedSlotOptions, budget_bytes: int) -> None:
         super().__init__(dims, options, budget_bytes)

@@ -179,6 +179,41 @@ def test_rows_that_a_bank_has_evicted_are_not_attended(tiny, file_store):
     assert sum(row.stream == "b" for row in found.rows()) == 40
 
 
+@pytest.mark.parametrize("kind", ["compressive", "dct"])
+def test_a_kind_that_compresses_shows_all_askers_the_same_rows(tiny, file_store, kind):
+    options = {"fine": 40, "coarse": 80, "ratio": 4} | ({"policy": "keep"} if kind == "dct" else {})
+    made = file_store.create(f"attend/{kind}", tiny.spec(kind, **options))
+    made.write(tiny.talk("a", 500))
+    one, other = (made.attend(*query(tiny, "a", seq), rows=200) for seq in (20, 480))
+    assert torch.equal(one.pos_N, other.pos_N)
+    # every fourth of the 320 rows behind coarse ones, the fine ones, and what stands for no row of the mechanism
+    seqs = [row.seq for row in one.rows()]
+    assert seqs[:4] == [0, 1, 2, 3]
+    # of the fine ones two wait for their block, and the last row for the next token
+    assert seqs[-43:] == list(range(457, 500))
+    coarse = [seq for seq in seqs[4:] if seq < 457]
+    assert len(coarse) == 80
+    assert coarse == list(range(coarse[0], coarse[0] + 320, 4))
+    # a state that was loaded shows the same
+    made.detach()
+    made.attach()
+    assert torch.equal(made.attend(*query(tiny, "a", 20), rows=200).pos_N, one.pos_N)
+
+
+def test_a_tape_shows_what_followed_a_match_and_a_ring_does_not(tiny, file_store):
+    shown = {}
+    for kind in ("dnc", "ntm"):
+        made = file_store.create(f"attend/{kind}", tiny.spec(kind, slots=150))
+        made.write(tiny.talk("a", 400))
+        hidden, tokens = query(tiny, "a", 320, 1)
+        shown[kind] = [row.seq for row in made.attend(hidden, tokens, rows=12, method="states").rows()]
+        assert shown[kind][:4] == [0, 1, 2, 3]
+        assert min(shown[kind][4:]) >= 249
+        assert 320 in shown[kind]
+    assert set(range(320, 328)) <= set(shown["dnc"])
+    assert not set(range(320, 328)) <= set(shown["ntm"])
+
+
 @pytest.mark.parametrize("kind", ["titans", "larimar"])
 def test_a_kind_that_holds_no_rows_is_refused_by_name(tiny, file_store, kind):
     made = file_store.create(f"attend/{kind}", tiny.spec(kind))
