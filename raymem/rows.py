@@ -504,7 +504,8 @@ class AttendedRows:
         Raises:
             InvalidTrace, InvalidName, NonFinite, TooLarge: naming the field and the value.
         """
-        dense = {name: numbers(name, tensor, torch.float32) for name, tensor in self.tensors().items()}
+        given = {"keys": self.keys_LNHd, "values": self.values_LNHd} | self.tensors()
+        dense = {name: numbers(name, tensor, torch.float32) for name, tensor in given.items()}
         shape, dtype = dense["keys"].shape, dense["keys"].dtype
         if len(shape) != 4 or 0 in (shape[0], shape[2], shape[3]):
             raise InvalidTrace(f"keys are {list(shape)}; give [attention layers, rows, key/value heads, head width]")

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import raymem
-from raymem import Bank, Settings, Store
+from raymem import AttendedRows, Bank, Settings, Store
 from raymem.config import ColdSettings
 from raymem.errors import BackendUnavailable, BankNotFound, Corrupt, InvalidName, RaymemError, StorageError
 from raymem.types import Fingerprint
@@ -250,6 +250,14 @@ def try_trace(beside: Beside, field: str, value: object, durable: bool) -> None:
     innocent.result()
 
 
+def try_rows(beside: Beside, field: str, value: object, int8: bool) -> None:
+    keys, values = torch.ones(2, 3, 5, 2, 4)
+    rows = dataclasses.replace(AttendedRows("s", "r", 0, keys, values, rope="theta"), **{field: value})
+    innocent = beside.writer.submit(beside.write)
+    refused(lambda: beside.store.bank("lab/x").put_rows(rows, int8=int8))
+    innocent.result()
+
+
 def try_spec(beside: Beside, field: str, value: object) -> None:
     spec = beside.tiny.spec()
     refused(lambda: beside.store.create("lab/odd", spec.model_copy(update={field: value})))
@@ -259,6 +267,7 @@ def try_spec(beside: Beside, field: str, value: object) -> None:
 
 FIELDS = ("hidden", "tokens", "stream", "run", "seq", "values", "time", "fingerprint")
 SPEC = ("kind", "fingerprint", "key", "options", "budget_bytes", "params")
+ROWS_FIELDS = tuple(field.name for field in dataclasses.fields(AttendedRows))
 BACKENDS = [
     pytest.param("local", id="local"),
     pytest.param("http", id="http"),
@@ -289,9 +298,10 @@ def test_any_value_of_any_argument_is_taken_or_refused(beside: Beside):
 @pytest.mark.parametrize("beside", BACKENDS, indirect=True)
 def test_any_value_in_a_trace_or_a_spec_is_taken_or_refused(beside: Beside):
     @bounded(80)
-    @given(st.sampled_from(FIELDS), st.sampled_from(SPEC), VALUES, st.booleans())
-    def holds(field: str, of_spec: str, value: object, durable: bool) -> None:
+    @given(*map(st.sampled_from, (FIELDS, SPEC, ROWS_FIELDS)), VALUES, st.booleans())
+    def holds(field: str, of_spec: str, of_rows: str, value: object, durable: bool) -> None:
         try_trace(beside, field, value, durable)
+        try_rows(beside, of_rows, value, durable)
         try_spec(beside, of_spec, value)
 
     holds()

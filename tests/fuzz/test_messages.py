@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -12,9 +13,10 @@ from fuzzing import bounded, lasting, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymem import BankSpec, KeySpec, Trace, connect
-from raymem.client import routes, wire
+from raymem import AttendedRows, BankSpec, KeySpec, MemoryTokens, Trace, connect
+from raymem.client import attended_arrow, routes, wire
 from raymem.errors import Corrupt, InvalidInput
+from raymem.types import AttendQuery
 
 MIB = 2**20
 
@@ -47,6 +49,29 @@ DICTIONARY = [
     ),
     *(b"\x00" * 8, b"\xff" * 8, b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80", b"\xff\xff\xff\xff\xff\xff\xff\x7f"),
 ]
+
+
+def kept(trace: Trace) -> AttendedRows:
+    keys, values = torch.arange(2 * 3 * 5 * 2 * 4).float().reshape(2, 3, 5, 2, 4)
+    return AttendedRows(trace.stream, trace.run, 0, keys, values, rope="theta").checked()
+
+
+def chosen(trace: Trace) -> bytes:
+    found = MemoryTokens(*[torch.arange(5)] * 3, torch.zeros(5, dtype=torch.int64), (("s", "r"),), 0.5, "spalm")
+    rows = kept(trace)
+    tensors = {name: tensor for name, tensor in vars(rows).items() if isinstance(tensor, torch.Tensor)}
+    return attended_arrow.memory_to_arrow(replace(found, **tensors))
+
+
+# of attended rows: the message, and what reads it
+ATTENDED: dict[str, tuple[Callable[[Trace], bytes], Callable[[bytes], object]]] = {
+    "rows": (lambda trace: wire.pack(kept(trace)), lambda data: wire.unpack(data, MIB, 1024)),
+    "rows as Arrow": (
+        lambda trace: attended_arrow.rows_to_arrow(kept(trace)),
+        lambda data: [rows.checked() for rows in attended_arrow.rows_from_arrow(data, MIB)],
+    ),
+    "chosen": (chosen, lambda data: attended_arrow.memory_from_arrow(data, MIB)),
+}
 
 
 def mutated(good: bytes, chance: random.Random) -> bytes:
@@ -90,6 +115,18 @@ def test_no_mutation_gets_past_the_codecs_as_something_else(kind: str, seed: int
         pass
 
 
+@pytest.mark.parametrize("what", ATTENDED)
+@bounded(200)
+@given(seed=st.integers(0, 2**63))
+def test_no_mutation_of_attended_rows_gets_past_the_codecs(what: str, seed: int, good: Trace) -> None:
+    write, read = ATTENDED[what]
+    read(write(good))
+    try:
+        read(mutated(write(good), random.Random(seed)))
+    except (Corrupt, InvalidInput):
+        pass
+
+
 def test_mutated_bodies_are_refused_and_an_innocent_writer_loses_nothing(fuzzed: str, tiny: Any, good: Trace) -> None:
     chance = seeded(15)
     with connect(fuzzed) as store, httpx.Client(base_url=fuzzed) as attacker:
@@ -98,8 +135,16 @@ def test_mutated_bodies_are_refused_and_an_innocent_writer_loses_nothing(fuzzed:
         for number in lasting(150):
             kind = chance.choice(list(WRITES))
             body, path = mutated(WRITES[kind](good), chance), "write"
-            if chance.random() < 0.3:
-                kind, body, path = routes.MSGPACK, mutated(as_question(good), chance), "read"
+            match chance.randrange(6):
+                case 0:
+                    kind, body, path = routes.MSGPACK, mutated(as_question(good), chance), "read"
+                case 1:
+                    query = wire.pack({"query": AttendQuery(good.hidden, good.tokens, 4), "as_of": None})
+                    kind, body, path = routes.MSGPACK, mutated(query, chance), "attend"
+                case 2:
+                    kind = chance.choice([routes.MSGPACK, routes.ARROW])
+                    write = ATTENDED["rows" if kind == routes.MSGPACK else "rows as Arrow"][0]
+                    body, path = mutated(write(good), chance), "rows"
             url = f"/v1/banks/{theirs.name}/{path}"
             answer = attacker.post(url, content=body, headers={"Content-Type": kind})
             assert answer.status_code < 500, (answer.text, kind, body)
