@@ -1,14 +1,15 @@
 """The KV connector: streams hidden states of opted-in requests from a running vLLM engine to their banks.
 
 vLLM makes one beside the scheduler, which tracks the rows, and one in each worker, which copies the rows off the device
-and hands them to the sender. It loads nothing into the cache, and never waits for a bank.
+and hands them to the sender. Requests that attend to banks begin with rows that the workers keep. It never waits for a
+bank.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,9 +26,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from raymem.errors import ConfigError, InvalidInput, RaymemError, Unauthorized
 from raymem.logs import get_logger
 from raymem.serving.vllm import vllm_internals
+from raymem.serving.vllm.attend import Attender, AttendStep
 from raymem.serving.vllm.params import ConnectorConfig, write_target
-from raymem.serving.vllm.sender import Chunk, RowCopier, Sender, Sink, StreamCounters
+from raymem.serving.vllm.row_index import RowIndex
+from raymem.serving.vllm.row_store import RowStore
+from raymem.serving.vllm.row_watch import RowWatch
+from raymem.serving.vllm.sender import Chunk, RowCopier, Sender, Sink
 from raymem.serving.vllm.tracker import RunSlice, Tracker
+from raymem.serving.vllm.vllm_internals import AttentionGroup
 from raymem.types import Fingerprint
 
 log = get_logger("raymem.vllm")
@@ -40,22 +46,29 @@ _SHOWN = {
     "traces_shed": "Requests whose stream was cut short.",
     "requests_refused": "Requests to stream that were refused.",
     "retries": "Writes to banks that were tried again.",
+    "requests_attended": "Requests that attended to banks.",
+    "rows_attended": "Rows of banks that requests attended to.",
+    "choices_renewed": "Times that a running request's rows were chosen anew.",
+    "attends_refused": "Requests that attended to nothing though they asked.",
 }
 
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """What the scheduler's side tells the workers' in each step: the rows to send, and the requests it refused."""
+    """What the scheduler's side tells the workers' in each step: the rows to send and attend to, whom it refused."""
 
     slices: list[RunSlice] = field(default_factory=list)
     refused: list[tuple[str, RaymemError]] = field(default_factory=list)
+    rows: AttendStep = field(default_factory=AttendStep)
 
 
 class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
-    """Streams the layers that `extract_hidden_states` extracts into raymem banks, while requests run.
+    """Streams the layers that `extract_hidden_states` extracts into raymem banks, and lets requests attend to banks.
+
+    Without that speculative method requests can attend, and nothing streams.
 
     Raises:
-        ConfigError: the engine runs without that speculative method, or a setting is unknown.
+        ConfigError: a setting is unknown, or the model does not have these layers.
         Unsupported: this vLLM would sample garbage beside that method.
     """
 
@@ -63,19 +76,25 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self.layers = vllm_internals.streamed_layers(vllm_config)
         self.config = ConnectorConfig.parse(self._kv_transfer_config.kv_connector_extra_config)
-        if role is KVConnectorRole.WORKER:
-            vllm_internals.mend_vllm()
-        else:
-            self._say_policy()
-        self._group, self._block_size = vllm_internals.hidden_group(kv_cache_config)
+        self._group, self._block_size = vllm_internals.hidden_group(kv_cache_config) if self.layers else (0, 1)
         self._tracker = Tracker(self._group, self._block_size)
+        self._attention = vllm_internals.attention_group(vllm_config, kv_cache_config)
+        self._rows: RowStore | None = None
+        self._attender: Attender | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._say_policy()
+            self._attender = self._make_attender()
+        elif self.layers:
+            vllm_internals.mend_vllm()
+        # rows before the prompts of requests that run here
+        self.rows_before: dict[str, int] = {}
         self._refused: list[tuple[str, RaymemError]] = []
         self._fingerprint: Fingerprint | None = None
         self._hashing = threading.Lock()
         self._cache: Tensor | None = None
         self._copier: RowCopier | None = None
         self._finished: set[str] = set()
-        self._reported = StreamCounters()
+        self._reported: dict[str, int] = {}
         self.sender: Sender | None = None
 
     @property
@@ -89,6 +108,16 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         from raymem.serving.vllm.sink import StoreSink
 
         return StoreSink(self.config, self.require, self.made_by)
+
+    @property
+    def secret(self) -> str:
+        """What this engine's processes alone know of one another."""
+        return str(self._kv_transfer_config.engine_id)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a request, its answer included."""
+        return int(self._vllm_config.model_config.max_model_len)
 
     def made_by(self) -> Fingerprint:
         """Return what makes this engine's rows; the model is hashed once.
@@ -105,9 +134,20 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         """Refuse a bank of another model, other layers or another dtype.
 
         Raises:
+            FingerprintMismatch: naming every field that differs. ConfigError: this engine extracts no states.
+        """
+        if not self.layers:
+            raise vllm_internals.nothing_extracted(self._vllm_config)
+        bank.accept(self.made_by())
+
+    def require_model(self, bank: Fingerprint) -> None:
+        """Refuse a bank of another model; of which layers its states are says nothing about keys and values.
+
+        Raises:
             FingerprintMismatch: naming every field that differs.
         """
-        bank.accept(self.made_by())
+        made = vllm_internals.engine_fingerprint(self._vllm_config, bank.layers)
+        bank.accept(made.model_copy(update={"dtype": bank.dtype}))
 
     def cold_uri(self) -> str:
         """Return the cold store behind the store that is written to.
@@ -130,15 +170,31 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
     # on the scheduler's side
 
     def _say_policy(self) -> None:
-        allowed = {"write_banks": list(self.config.write_banks), "read_banks": list(self.config.read_banks)}
+        names = ("write_banks", "read_banks", "attend_banks")
+        allowed = {name: list(getattr(self.config, name)) for name in names}
         if any(allowed.values()):
             log.info("requests may touch these banks", **allowed)
         else:
-            log.warning(
-                "requests may touch no bank: name write_banks or read_banks in kv_connector_extra_config", **allowed
-            )
+            log.warning(f"requests may touch no bank: name {', '.join(names)} in kv_connector_extra_config", **allowed)
+
+    def _make_attender(self) -> Attender:
+        row_bytes = self._attention.row_bytes if isinstance(self._attention, AttentionGroup) else 1
+        ignored = vllm_internals.special_tokens(self._vllm_config)
+        index = RowIndex(self.config.rows_bytes, row_bytes, floor=self.config.attend_floor, ignored=ignored)
+        self._watch = RowWatch(index, self.config.follow_s)
+        return Attender(
+            self.config,
+            index,
+            self._attention,
+            longest=self.longest,
+            secret=self.secret,
+            scores=vllm_internals.scores_prompts(self._vllm_config),
+            follow=self._watch.start,
+        )
 
     def on_new_request(self, request: Any) -> None:
+        assert self._attender is not None, "asked on a worker's side"
+        before = self._attender.admit(request)
         try:
             target = write_target(request.kv_transfer_params)
             if target is None:
@@ -151,39 +207,75 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
                     "holds the model's own: send the request without it, or serve the merged model"
                 )
             self.config.check_write(target.bank)
-        except (InvalidInput, Unauthorized) as error:
+            if not self.layers:
+                raise vllm_internals.nothing_extracted(self._vllm_config)
+        except (InvalidInput, Unauthorized, ConfigError) as error:
             self._refused.append((request.request_id, error))
         else:
-            self._tracker.admit(request, target)
+            self._tracker.admit(request, target, before)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         refused, self._refused = self._refused, []
-        return StepMetadata(self._tracker.step(scheduler_output), refused)
+        assert self._attender is not None, "asked on a worker's side"
+        return StepMetadata(self._tracker.step(scheduler_output), refused, self._attender.step(scheduler_output))
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self._tracker.finish(request), None
+        assert self._attender is not None, "asked on a worker's side"
+        return self._tracker.finish(request), self._attender.finish(request)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self._tracker.finish(request), None
+        return self.request_finished_all_groups(request, (block_ids,))
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return 0, False
+        assert self._attender is not None, "asked on a worker's side"
+        return self._attender.claimed(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        pass
+        assert self._attender is not None, "asked on a worker's side"
+        self._attender.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     # in each worker
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
+        if not self.layers:
+            return
         width = int(self._vllm_config.model_config.get_hidden_size())
         self._cache = vllm_internals.hidden_cache(kv_caches, self._block_size, len(self.layers), width)
         if vllm_internals.writes_rows():
             self._copier = RowCopier(self._cache)
             self.sender = Sender(self.open_sink, self.config)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, StepMetadata)
+        rows = connector_metadata.rows
+        self.rows_before |= rows.begun
+        # here and not in `start_load_kv`, which runs after the pass unless a request begins
+        if rows.captures or rows.fills or rows.dropped or rows.loads:
+            self.row_store().begin(rows.captures, rows.fills, rows.dropped, rows.loads)
+
+    def row_store(self) -> RowStore:
+        """The rows that this worker keeps.
+
+        Raises:
+            Unsupported, UnsupportedModel: this engine can't attend to rows.
+        """
+        if self._rows is None:
+            if isinstance(self._attention, RaymemError):
+                raise self._attention
+            cache = vllm_internals.AttentionCache(self._vllm_config, self._attention.layer_names)
+            self._rows = RowStore(cache, vllm_internals.rope_of(self._vllm_config, cache.numbers))
+        return self._rows
+
+    def kept_rows(self) -> dict[str, int]:
+        """What this worker keeps of banks."""
+        return {} if self._rows is None else self._rows.stats()
+
     def wait_for_save(self) -> None:
+        if self._rows is not None:
+            self._rows.end()
         if self._copier is None or self.sender is None or not self.has_connector_metadata():
             return
         rows = self._get_connector_metadata()
@@ -196,6 +288,8 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         self._finished = set()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        for request in finished_req_ids:
+            self.rows_before.pop(request, None)
         # other ranks send nothing, so they track no runs
         if self.sender is not None:
             self._finished |= finished_req_ids
@@ -207,14 +301,19 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         return {part.run for part in rows.slices} & finished_req_ids or None, None
 
     def get_kv_connector_stats(self) -> RaymemStats | None:
-        if self.sender is None:
-            return None
-        now, before = self.sender.stats(), self._reported
+        now, before = self._counted(), self._reported
         self._reported = now
-        gained = {name: gain for name in _SHOWN if (gain := getattr(now, name) - getattr(before, name))}
+        gained = {name: gain for name in _SHOWN if (gain := now.get(name, 0) - before.get(name, 0))}
         return RaymemStats(data=gained) if gained else None
 
+    def _counted(self) -> dict[str, int]:
+        if self._attender is not None:
+            return asdict(self._attender.counters)
+        return {} if self.sender is None else asdict(self.sender.stats())
+
     def shutdown(self) -> None:
+        if self._attender is not None:
+            self._watch.close()
         if self.sender is not None:
             self.sender.close()
             self.sender = None

@@ -34,9 +34,9 @@ class ConnectorConfig(BaseModel):
     one write is tried again, `flush_s` how long a shutdown waits. `write_banks`, `read_banks` and `attend_banks` are
     the banks that requests may touch, as globs like `research/*`: none unless they are named, because requests may come
     from anyone who reaches the server. `rows_bytes` bounds the attended rows that each worker keeps, `follow_s` is how
-    long after an erasure its rows may still be attended. With `attach_on_use` a bank that requests may read or attend
-    is attached when one over HTTP first does, while the attached banks take less than `attached_bytes`, and callers may
-    attach and detach it.
+    long after an erasure its rows may still be attended, `attend_floor` the relevance from which on a bank is attended.
+    With `attach_on_use` a bank that requests may read or attend is attached when one over HTTP first does, while the
+    attached banks take less than `attached_bytes`, and callers may attach and detach it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +53,7 @@ class ConnectorConfig(BaseModel):
     attend_banks: Globs = ()
     rows_bytes: int = Field(default=2 * 2**30, ge=1)
     follow_s: float = Field(default=0.5, gt=0)
+    attend_floor: float = Field(default=0.4, ge=0, le=1)
     attach_on_use: bool = False
     attached_bytes: int = Field(default=4 * 2**30, ge=1)
 
@@ -266,7 +267,8 @@ def banks_to_attend(kv_transfer_params: Any) -> Attending | None:
 
 
 _WHERE = 'kv_transfer_params["raymem"]'
-_KEYS = {"bank", "stream", "read", "attend", "capture"}
+# the last two are for orders.py
+_KEYS = {"bank", "stream", "read", "attend", "order", "signature"}
 
 
 def _asked(kv_transfer_params: Any) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-from raymem.errors import ConfigError, RaymemError
+from raymem.errors import ConfigError, RaymemError, Unsupported
 from raymem.logs import get_logger
 from raymem.serving.vllm import vllm_internals
 from raymem.serving.vllm.connector import RaymemConnector
@@ -56,6 +56,40 @@ class MemoryReader:
     def detach_bank(self, name: str) -> bool:
         """Stop following a bank and free its memory; say whether it was attached."""
         return _memory_of(self).detach(name)
+
+    def rows_to_rebuild(self, name: str, store: str | None = None) -> dict[str, Any]:
+        """Plan the requests that make the rows of a bank which this engine does not keep yet.
+
+        `attach_rows` calls it, and sends them.
+
+        Raises:
+            BankNotFound, BankDetached: the bank is not there, or not attached to its store.
+            FingerprintMismatch: it is another model's.
+            ConfigError: the connector writes through a gateway, so the cold store must be named.
+            Unsupported, UnsupportedModel: this engine can't attend to rows, or a bank of this kind keeps none.
+        """
+        from raymem.serving.vllm.rebuild import plan
+
+        connector = _connector(alone=True)
+        worker: Any = self
+        vllm_internals.score_prompts_alone(worker.model_runner, connector.rows_before)
+        return plan(connector, check_bank_name(name), store)
+
+    def rows_kept(self, name: str, store: str | None, part: int) -> Any:
+        """Hand out the rows that this worker keeps of a bank, part by part; `rows_kept` of `attach.py` calls it.
+
+        Raises:
+            BankNotFound: the bank is not there. Unsupported: the rows are spread over several workers.
+        """
+        from raymem.serving.vllm.rebuild import kept_parts
+
+        return kept_parts(_connector(alone=True), check_bank_name(name), store, part)
+
+    def rows_to_release(self, name: str) -> dict[str, Any]:
+        """Make the request that lets this engine forget a bank's rows; `detach_rows` calls it, and sends it."""
+        from raymem.serving.vllm.rebuild import release
+
+        return release(_connector(alone=True), check_bank_name(name))
 
     def memory_stats(self) -> dict[str, Any]:
         """Return what was streamed, shed and mixed so far, and the position of each attached bank."""
@@ -116,6 +150,7 @@ class _WorkerMemory:
         return {
             "streamed": asdict(sender.stats()) if sender is not None else {},
             "read": read,
+            "rows": _connector().kept_rows(),
             "banks": {name: bank.stats() for name, bank in self._banks.items()},
         }
 
@@ -131,7 +166,7 @@ class _WorkerMemory:
             cache, group = connector.paged_states()
             return tap.earlier_states(request, start, stop, group, cache)
 
-        tap = vllm_internals.LogitsTap(self._worker.model_runner, change)
+        tap = vllm_internals.LogitsTap(self._worker.model_runner, change, connector.rows_before)
         self._mixer = memory = MemoryMixer(
             self._banks,
             Mixer().mix,
@@ -143,8 +178,13 @@ class _WorkerMemory:
         self._tap = tap
 
 
-def _connector() -> RaymemConnector:
+def _connector(alone: bool = False) -> RaymemConnector:
     group = get_kv_transfer_group() if has_kv_transfer_group() else None
+    if alone and not isinstance(group, RaymemConnector):
+        raise Unsupported(
+            f"this engine's KV connector is {type(group).__name__}; rows are attended where RaymemConnector is the "
+            "only one, because another one may claim the same tokens: start the engine with LLM(**engine_args(store))"
+        )
     # vLLM's MultiConnector keeps its connectors in `_connectors`
     for connector in (group, *getattr(group, "_connectors", ())):
         if isinstance(connector, RaymemConnector):

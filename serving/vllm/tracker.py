@@ -43,6 +43,8 @@ class RunSlice:
 class _TrackedRun:
     request: Request
     target: Target
+    # tokens before the prompt that no state is computed for
+    before: int = 0
     sent: int = 0
     blocks: list[int] = field(default_factory=list)
 
@@ -56,9 +58,9 @@ class Tracker:
         self._runs: dict[str, _TrackedRun] = {}
         self._ended: list[RunSlice] = []
 
-    def admit(self, request: Request, target: Target) -> None:
-        """Track a request from now on."""
-        self._runs[request.request_id] = _TrackedRun(request, target)
+    def admit(self, request: Request, target: Target, before: int = 0) -> None:
+        """Track a request from now on, whose first `before` tokens are rows of memory and not its own."""
+        self._runs[request.request_id] = _TrackedRun(request, target, before, sent=before)
 
     def step(self, scheduled: Any) -> list[RunSlice]:
         """List the rows that will stay in the cache when this `SchedulerOutput` has run."""
@@ -106,4 +108,5 @@ class Tracker:
         run.sent = end
         slots = [run.blocks[row // size] * size + row % size for row in range(start, end)]
         tokens = list(run.request.all_token_ids[start:end])
-        return [RunSlice(run.target.bank, run.target.stream, run.request.request_id, start, tokens, slots)]
+        seq = start - run.before
+        return [RunSlice(run.target.bank, run.target.stream, run.request.request_id, seq, tokens, slots)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from raymem.errors import ConfigError, ModelNotFound, Unsupported
+from raymem.errors import ConfigError, InvalidInput, ModelNotFound, RaymemError, Unsupported, UnsupportedModel
+from raymem.lm.attending import Rope
 from raymem.lm.identity import Changes, identity, tokenizer_identity
 from raymem.serving.vllm.params import METHOD
 from raymem.tensors import dtype_name
@@ -17,20 +19,14 @@ from raymem.types import DTYPES, Fingerprint
 
 
 def streamed_layers(vllm_config: Any) -> tuple[int, ...]:
-    """Return the layers that `extract_hidden_states` was asked for.
+    """Return the layers that `extract_hidden_states` was asked for; none for an engine that extracts nothing.
 
     Raises:
-        ConfigError: the engine runs without that speculative method, or with layers the model does not have.
+        ConfigError: they are layers the model does not have.
     """
     speculative = vllm_config.speculative_config
-    method = getattr(speculative, "method", None)
-    if method != METHOD:
-        raise ConfigError(
-            f"speculative_config's method is {method!r}, and RaymemConnector reads hidden states from {METHOD!r}: "
-            "start the engine with LLM(**raymem.serving.vllm.engine_args(store, layers=(26,))), or set "
-            f'speculative_config={{"method": "{METHOD}", "num_speculative_tokens": 1, "draft_model_config": '
-            '{"hf_config": {"eagle_aux_hidden_state_layer_ids": [26]}}}'
-        )
+    if getattr(speculative, "method", None) != METHOD:
+        return ()
     layers = tuple(getattr(speculative.draft_model_config.hf_config, "eagle_aux_hidden_state_layer_ids", None) or ())
     deepest = int(vllm_config.model_config.get_total_num_hidden_layers())
     if not layers or min(layers) < 1 or max(layers) > deepest or list(layers) != sorted(set(layers)):
@@ -38,6 +34,17 @@ def streamed_layers(vllm_config: Any) -> tuple[int, ...]:
             f"eagle_aux_hidden_state_layer_ids is {list(layers)}; choose distinct ascending layers from 1 to {deepest}"
         )
     return layers
+
+
+def nothing_extracted(vllm_config: Any) -> ConfigError:
+    """What to tell those who want hidden states of an engine that extracts none."""
+    method = getattr(vllm_config.speculative_config, "method", None)
+    return ConfigError(
+        f"speculative_config's method is {method!r}, and hidden states come from {METHOD!r}: start the engine with "
+        "LLM(**raymem.serving.vllm.engine_args(store, layers=(26,))), or set "
+        f'speculative_config={{"method": "{METHOD}", "num_speculative_tokens": 1, "draft_model_config": '
+        '{"hf_config": {"eagle_aux_hidden_state_layer_ids": [26]}}}'
+    )
 
 
 def hidden_group(kv_cache_config: Any) -> tuple[int, int]:
@@ -67,6 +74,249 @@ def hidden_cache(kv_caches: dict[str, Tensor], block_size: int, layers: int, wid
 
 def _is_hidden_layer(name: str) -> bool:
     return "cache_only_layers" in name
+
+
+class AttentionGroup(NamedTuple):
+    """The group of the paged cache that holds the attention layers' keys and values: `row_bytes` is one token's."""
+
+    number: int
+    block_size: int
+    row_bytes: int
+    layer_names: tuple[str, ...]
+
+
+def attention_group(vllm_config: Any, kv_cache_config: Any) -> AttentionGroup | RaymemError:
+    """Find where attended rows go; what to say where this model or engine can't attend to rows."""
+    try:
+        rope_of(vllm_config, ())
+        return _attention_group(vllm_config, kv_cache_config)
+    except (Unsupported, UnsupportedModel) as error:
+        return error
+
+
+def rope_of(vllm_config: Any, layers: Sequence[int]) -> Rope:
+    """How these layers of the engine's model, counted from 0, turn their keys by position.
+
+    Raises:
+        UnsupportedModel: not as attended rows need it.
+    """
+    rope = Rope.of(vllm_config.model_config.hf_config)
+    return replace(rope, frequencies_LF=rope.frequencies_LF[list(layers)])
+
+
+def _attention_group(vllm_config: Any, kv_cache_config: Any) -> AttentionGroup:
+    from vllm.model_executor.models.utils import extract_layer_index
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.request import Request
+
+    # a draft model's layers come after the model's own: rows are not theirs
+    depth = int(vllm_config.model_config.get_total_num_hidden_layers())
+    found = {
+        name: (number, getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec))
+        for number, group in enumerate(kv_cache_config.kv_cache_groups)
+        for name in group.layer_names
+        if not _is_hidden_layer(name) and extract_layer_index(name) < depth
+    }
+    numbers = {number for number, _ in found.values()}
+    kinds = {type(spec).__name__ for _, spec in found.values()}
+    windows = {spec.sliding_window for _, spec in found.values() if getattr(spec, "sliding_window", None)}
+    if kinds != {FullAttentionSpec.__name__} or windows or len(numbers) != 1:
+        raise Unsupported(
+            f"this model's cache is made of {sorted(kinds)} with windows {sorted(windows)}; rows are attended where "
+            "all layers have full attention: mix banks in with read=[…] instead"
+        )
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    if parallel.data_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
+        raise Unsupported(
+            "rows are kept by one engine whose ranks see all positions: start one without data or context parallelism"
+        )
+    if cache.cache_dtype not in ("auto", dtype_name(vllm_config.model_config.dtype)):
+        raise Unsupported(
+            f"the cache is kept in {cache.cache_dtype}; rows are attended as they were computed: "
+            "set kv_cache_dtype=auto"
+        )
+    missing = [name for name in ("update_block_hashes",) if not hasattr(Request, name)]
+    if missing:
+        raise Unsupported(f"vLLM's Request has no {', '.join(missing)}: this vLLM is another one than raymem knows")
+    specs = [spec for _, spec in found.values()]
+    row_bytes = sum(spec.page_size_bytes // spec.block_size for spec in specs)
+    return AttentionGroup(numbers.pop(), int(specs[0].block_size), int(row_bytes), tuple(found))
+
+
+def special_tokens(vllm_config: Any) -> frozenset[int]:
+    """The ids of a model's special tokens; none where the engine has no tokenizer."""
+    model = vllm_config.model_config
+    if model.skip_tokenizer_init:
+        return frozenset()
+    from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+    return frozenset(int(token) for token in cached_tokenizer_from_config(model).all_special_ids)
+
+
+def require_plain(request: Any) -> None:
+    """Refuse to put rows before a request for which that means something else.
+
+    Raises:
+        InvalidInput: saying what about it is in the way.
+    """
+    wrong = {
+        "a prompt of embeddings": request.prompt_token_ids is None or request.prompt_embeds is not None,
+        "images or sound in its prompt": bool(request.mm_features),
+        "a LoRA adapter, which changes keys and values": request.lora_request is not None,
+        "an input that goes on": bool(request.resumable),
+        "no text to generate": request.pooling_params is not None,
+    }
+    for what, found in wrong.items():
+        if found:
+            raise InvalidInput(f"a request with {what} attends to no bank: send a prompt of text or token ids")
+
+
+def put_before(request: Any, tokens: list[int]) -> None:
+    """Let a request of which nothing was computed begin with these tokens; `set_salt` goes with it."""
+    # the front end keeps the prompt as it was sent
+    request.prompt_token_ids = [*tokens, *request.prompt_token_ids]
+    request._all_token_ids[:0] = tokens
+    request.num_prompt_tokens += len(tokens)
+
+
+def set_salt(request: Any, salt: str) -> None:
+    """Let a request share blocks with those of the same salt alone."""
+    request.cache_salt = salt
+    request.block_hashes.clear()
+    request.update_block_hashes()
+
+
+def end_at_once(request: Any) -> None:
+    """Let a request end with its first token: vLLM lets no connector refuse one."""
+    request.max_tokens = 1
+
+
+def scores_prompts(vllm_config: Any) -> bool:
+    """Whether a prompt can be scored behind rows: `score_prompts_alone` knows this engine's runner."""
+    return not vllm_config.use_v2_model_runner
+
+
+def score_prompts_alone(runner: Any, rows_before: Mapping[str, int]) -> None:
+    """Leave rows of memory out of `prompt_logprobs`: nothing was computed for them, and vLLM would hand out noise."""
+    computed = getattr(runner, "_get_prompt_logprobs_dict", None)
+    if computed is None or getattr(computed, "raymem", False):
+        return
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        found = computed(*args, **kwargs)
+        for name, scores in found.items():
+            before = rows_before.get(name, 0)
+            if scores is not None and before:
+                found[name] = scores._replace(
+                    logprob_token_ids=scores.logprob_token_ids[before:],
+                    logprobs=scores.logprobs[before:],
+                    selected_token_ranks=scores.selected_token_ranks[before:],
+                )
+        return found
+
+    cut.raymem = True  # type: ignore[attr-defined]
+    runner._get_prompt_logprobs_dict = cut
+
+
+class AttentionCache:
+    """The paged keys and values of a worker's attention layers, written and seen through the backend's own update.
+
+    Args:
+        vllm_config: the engine's.
+        names: the layers of the attention group; those of other pipeline stages are left out.
+
+    Raises:
+        Unsupported: a layer's backend has no such update.
+    """
+
+    def __init__(self, vllm_config: Any, names: Sequence[str]) -> None:
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        self._parallel = vllm_config.parallel_config
+        layers = vllm_config.compilation_config.static_forward_context
+        found = sorted((extract_layer_index(name), layers[name]) for name in names if name in layers)
+        self.numbers = [number for number, _ in found]
+        self._layers = [layer for _, layer in found]
+        for layer in self._layers:
+            backend = layer.get_attn_backend()
+            if layer.head_size_v != layer.head_size:
+                raise Unsupported(f"heads of {layer.head_size} with values of {layer.head_size_v} can't be attended")
+            if backend.forward_includes_kv_cache_update or not hasattr(layer.impl, "do_kv_cache_update"):
+                raise Unsupported(
+                    f"attention backend {backend.get_name()} has no update of its cache apart from its forward pass: "
+                    "choose another one with attention_backend=…"
+                )
+        self._wanted_N: Tensor | None = None
+        self._index_N: Tensor | None = None
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._watching = False
+
+    def write(self, keys_LNHd: Tensor, values_LNHd: Tensor, slots_N: Tensor) -> None:
+        """Write turned keys, and values, of all layers into slots."""
+        for layer, keys_NHd, values_NHd in zip(self._layers, keys_LNHd, values_LNHd, strict=True):
+            cache = layer.kv_cache
+            here = [each.to(cache.device) for each in (keys_NHd, values_NHd, slots_N)]
+            layer.impl.do_kv_cache_update(layer, here[0], here[1], cache, here[2])
+
+    def own_share(self, rows_LNHd: Tensor) -> Tensor:
+        """Of a whole model's keys or values those of this rank's layers and heads."""
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+        heads, own = rows_LNHd.shape[2], self._layers[0].num_kv_heads
+        ranks = get_tensor_model_parallel_world_size()
+        # where there are more ranks than heads, several have the same one
+        first = get_tensor_model_parallel_rank() * max(heads, own) // ranks if heads != own else 0
+        return rows_LNHd[self.numbers][:, :, first : first + own]
+
+    def require_whole(self) -> None:
+        """Refuse where other ranks have some of the layers or heads.
+
+        Raises:
+            Unsupported: they do.
+        """
+        if self._parallel.tensor_parallel_size * self._parallel.pipeline_parallel_size > 1:
+            raise Unsupported("rows are spread over several workers; keep them from an engine of one")
+
+    def zeros(self, rows: int) -> Tensor:
+        """Keys or values `[L, N, H, d]` of no token."""
+        layer = self._layers[0]
+        return torch.zeros(len(self._layers), rows, layer.num_kv_heads, layer.head_size, dtype=layer.kv_cache.dtype)
+
+    def watch(self, slots_N: Tensor) -> None:
+        """Keep what the next pass writes into these slots."""
+        if not self._watching:
+            for place, layer in enumerate(self._layers):
+                layer.impl.do_kv_cache_update = self._watched(place, layer.impl.do_kv_cache_update)
+            self._watching = True
+        self._wanted_N, self._index_N, self._seen = slots_N, None, {}
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """Turned keys and values `[L, N, H, d]` of the watched slots, on the host; watching ends."""
+        self._wanted_N = None
+        seen, self._seen = self._seen, {}
+        assert len(seen) == len(self._layers), f"{len(seen)} of {len(self._layers)} layers wrote their cache"
+        pairs = [seen[place] for place in range(len(self._layers))]
+        return torch.stack([keys for keys, _ in pairs]), torch.stack([values for _, values in pairs])
+
+    def _watched(self, place: int, update: Callable[..., None]) -> Callable[..., None]:
+        def watched(layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slots_T: Tensor) -> None:
+            if self._wanted_N is not None:
+                rows_N = self._rows(slots_T)
+                self._seen[place] = key[rows_N].cpu(), value[rows_N].cpu()
+            update(layer, key, value, kv_cache, slots_T)
+
+        return watched
+
+    def _rows(self, slots_T: Tensor) -> Tensor:
+        """Which rows of this pass go to the watched slots; the same in all layers."""
+        if self._index_N is None:
+            assert self._wanted_N is not None
+            ascending_T, order_T = torch.sort(slots_T)
+            wanted_N = self._wanted_N.to(slots_T)
+            found_N = torch.searchsorted(ascending_T, wanted_N).clamp(max=len(slots_T) - 1)
+            assert torch.equal(ascending_T[found_N], wanted_N), "rows to keep are not in this pass"
+            self._index_N = order_T[found_N]
+        return self._index_N
 
 
 def mend_vllm() -> None:
@@ -186,21 +436,34 @@ class EngineStep:
     """What one forward pass of vLLM's V1 model runner computed, and for which requests.
 
     `states` are the extracted layers `[T, D]` each, `final_TD` the head's input, `positions_T` each row's place in
-    its context, `tokens_T` the input tokens (None for a model that is fed embeddings). Request i's rows are `starts[i]`
-    to `starts[i + 1]`; `sampled_N` are the rows that get logits.
+    its text, which begins after the rows of memory (`rows_before`, by request), `tokens_T` the input tokens (None for a
+    model that is fed embeddings). Request i's rows are `starts[i]` to `starts[i + 1]`; `sampled_N` are the rows that
+    get logits.
     """
 
     def __init__(
-        self, runner: Any, tokens_T: Tensor | None, positions_T: Tensor, final_TD: Tensor, states: list[Tensor]
+        self,
+        runner: Any,
+        tokens_T: Tensor | None,
+        positions_T: Tensor,
+        outputs: tuple[Tensor, Sequence[Tensor]],
+        rows_before: Mapping[str, int],
     ) -> None:
         count = int(runner.input_batch.num_reqs)
         self.requests: list[str] = list(runner.input_batch.req_ids[:count])
         self.starts: list[int] = runner.query_start_loc.np[: count + 1].tolist()
         self.tokens_T = tokens_T
-        self.positions_T = positions_T
-        self.final_TD = final_TD
-        self.states = states
+        self.positions_T = self._in_text(positions_T, rows_before)
+        self.final_TD, self.states = outputs
         self.sampled_N: Tensor | None = None
+
+    def _in_text(self, positions_T: Tensor, rows_before: Mapping[str, int]) -> Tensor:
+        shifted = [(place, rows) for place, name in enumerate(self.requests) if (rows := rows_before.get(name, 0))]
+        if shifted:
+            positions_T = positions_T.clone()
+        for place, rows in shifted:
+            positions_T[self.starts[place] : self.starts[place + 1]] -= rows
+        return positions_T
 
     def rows_of(self, head_input: Tensor) -> Tensor | None:
         """Find which rows a call of `compute_logits` is about; None when it is about none of this step's.
@@ -226,13 +489,17 @@ class LogitsTap:
     Args:
         runner: the worker's `model_runner`.
         change: gets the step, the rows and their logits, and returns the logits to use.
+        rows_before: rows of memory before the texts of running requests.
 
     Raises:
         Unsupported: this vLLM's runner is another one.
     """
 
-    def __init__(self, runner: Any, change: Callable[[EngineStep, Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, runner: Any, change: Callable[[EngineStep, Tensor, Tensor], Tensor], rows_before: Mapping[str, int]
+    ) -> None:
         _require_v1(runner)
+        self._rows_before = rows_before
         self._runner = runner
         self._change = change
         self._model = runner.model
@@ -252,9 +519,12 @@ class LogitsTap:
 
     def earlier_states(self, request: int, start: int, stop: int, group: int, cache: Tensor) -> Tensor:
         """Return the states `[n, L, D]` of a request's positions [start, stop) from the paged cache."""
-        table = self._runner.input_batch.block_table[group].get_numpy_array()[request]
-        size = cache.shape[2]
-        slots_n = torch.tensor([int(table[at // size]) * size + at % size for at in range(start, stop)])
+        batch = self._runner.input_batch
+        table = batch.block_table[group].get_numpy_array()[request]
+        size, before = cache.shape[2], self._rows_before.get(batch.req_ids[request], 0)
+        slots_n = torch.tensor(
+            [int(table[at // size]) * size + at % size for at in range(start + before, stop + before)]
+        )
         return cache[slots_n // size, :, slots_n % size]
 
     def _before_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -267,8 +537,9 @@ class LogitsTap:
     def _after_forward(self, _model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         # a runner that extracts no layers returns a bare tensor
         if isinstance(output, tuple) and len(output) == 2 and kwargs.get("positions") is not None:
-            final_TD, states = output
-            self._step = EngineStep(self._runner, kwargs.get("input_ids"), kwargs["positions"], final_TD, list(states))
+            self._step = EngineStep(
+                self._runner, kwargs.get("input_ids"), kwargs["positions"], output, self._rows_before
+            )
             self._step.sampled_N = self._sampled_N
 
     def _logits(self, head_input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:

@@ -7,7 +7,10 @@ import pytest
 MOST = 6
 STEP = re.compile(r"^(\d+)\. `(\w+)`, \[([\w./]+)\]\(\.\./\3\)[,:]", re.MULTILINE)
 NUMBERED = re.compile(r"^\d+\. ", re.MULTILINE)
-PATHS = ["A write", "A read", "An attach", "A detach", "A migration", "A state out of vLLM", "Memory while decoding"]
+PATHS = [
+    *("A write", "A read", "An attach", "A detach", "A migration"),
+    *("A state out of vLLM", "Memory while decoding", "Rows before a prompt"),
+]
 
 
 @pytest.fixture(scope="module")

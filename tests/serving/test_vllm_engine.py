@@ -276,17 +276,16 @@ def test_shutting_down_writes_what_is_still_queued(engine):
     assert tokens == inputs_of(output)
 
 
-def test_an_engine_without_the_speculative_method_is_refused_with_the_fix():
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+def test_an_engine_that_extracts_nothing_says_so_to_those_who_want_states():
     from vllm.engine.arg_utils import EngineArgs
 
-    from raymem.serving.vllm.connector import RaymemConnector
+    from raymem.serving.vllm import vllm_internals as vllm_internals
 
-    args = engine_args("./memory")
-    args |= {"speculative_config": None, "model": str(model_path(MODEL)), "max_model_len": 64}
+    args = engine_args("./memory", stream=False) | {"model": str(model_path(MODEL)), "max_model_len": 64}
     config = EngineArgs(**args).create_engine_config()
+    assert vllm_internals.streamed_layers(config) == ()
     with pytest.raises(ConfigError, match=r"method is None.*extract_hidden_states.*engine_args"):
-        RaymemConnector(config, KVConnectorRole.SCHEDULER, None)
+        raise vllm_internals.nothing_extracted(config)
 
 
 def test_layers_the_model_does_not_have_are_refused_by_name():

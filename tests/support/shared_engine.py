@@ -32,7 +32,23 @@ ROW_BYTES = len(LAYERS) * 576 * 2
 # more than any test has under way at once, whatever the disk does, but for the one with a stuck bank
 QUEUE_ROWS = 1000
 PARTS = Path(__file__).parents[1] / "serving" / "vllm_parts"
-NAMES = ("plain", "many", "again", "same", "tight", "edge", "late", "after", "last", "written", "read", "chat")
+NAMES = (
+    "plain",
+    "many",
+    "again",
+    "same",
+    "tight",
+    "edge",
+    "late",
+    "after",
+    "last",
+    "written",
+    "read",
+    "chat",
+    "seen",
+    "other-seen",
+    "erased",
+)
 BANKS = ("stuck/one", "secret/bank", *(f"lab/{name}" for name in NAMES))
 WINDOWS = {"lab/single": {"layers": (26,)}, "lab/window": {"layers": (26,), "function": "window", "window": 4}}
 
@@ -120,7 +136,14 @@ def started(folder: Path) -> Iterator[Engine]:
         patch.setattr(sys, "path", [str(PARTS), *sys.path])
         patch.setenv("STUCK_BANKS_GATE", str(gate))
         reads = ["lab/read", "lab/plain", *WINDOWS]
-        options = {"write_banks": ["lab/*", "stuck/*"], "read_banks": reads, "queue_bytes": QUEUE_ROWS * ROW_BYTES}
+        attends = [*(f"lab/{name}" for name in ("seen", "other-seen", "erased", "nowhere", "plain", "other"))]
+        options = {
+            "write_banks": ["lab/*", "stuck/*"],
+            "read_banks": reads,
+            "attend_banks": attends,
+            "attend_floor": 0,
+            "queue_bytes": QUEUE_ROWS * ROW_BYTES,
+        }
         args = engine_args(uri, layers=LAYERS, **options)
         args["kv_transfer_config"] |= {"kv_connector": "GatedConnector", "kv_connector_module_path": "gated_connector"}
         llm = LLM(

@@ -13,7 +13,11 @@ DURATIONS: dict[str, float] = json.loads((ROOT / "tests" / "durations.json").rea
 # files that share one vLLM engine, or the nodes of one Ray cluster, in the order in which they run. the last one may
 # leave it broken
 SHARED = {
-    "engine": ("tests/serving/test_vllm_sampling.py", "tests/serving/test_vllm_engine.py"),
+    "engine": (
+        "tests/serving/test_vllm_sampling.py",
+        "tests/serving/test_vllm_attend.py",
+        "tests/serving/test_vllm_engine.py",
+    ),
     "cluster": (
         *("tests/congruence/test_congruence.py", "tests/fuzz/test_inputs.py", "tests/actors/test_example.py"),
         "tests/actors/test_ray.py",

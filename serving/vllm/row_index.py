@@ -1,0 +1,255 @@
+"""Which rows of which banks the workers keep, and which of them a request attends to.
+
+It lives beside the scheduler, which is one, so that all ranks of an engine attend to the same rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from raymem.errors import BankNotFound, TooLarge
+from raymem.host.backend import detached
+from raymem.memory.choice import Held, choose
+from raymem.serving.vllm.orders import Order, listed
+
+# kinds whose rows don't depend on the question: agents that attend to the same bank share the same blocks
+_STATIC = frozenset({"compressive"})
+# BM25 has nothing to compare in fewer rows
+_FEWEST = 2
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Rows to attend to, in the order of their slots: row `offsets[i]` of chunk `chunks[i]`, of token `tokens[i]`.
+
+    A chunk of -1 is a row of zeros. `relevance` is that of the best match among the banks.
+    """
+
+    chunks: list[int]
+    offsets: list[int]
+    tokens: list[int]
+    relevance: float
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    @property
+    def key(self) -> str:
+        """The same for the same rows alone: chunks get their numbers once."""
+        return hashlib.sha256(f"{self.chunks} {self.offsets}".encode()).hexdigest()
+
+    def without(self, chunks: Collection[int]) -> Chosen:
+        """These rows, with others of them in the place of those that are gone; zeros where none is left."""
+        kept = [row for row in zip(self.chunks, self.offsets, strict=True) if row[0] not in chunks] or [(-1, 0)]
+        places = [
+            row if row[0] not in chunks else kept[at % len(kept)]
+            for at, row in enumerate(zip(self.chunks, self.offsets, strict=True))
+        ]
+        return Chosen([chunk for chunk, _ in places], [offset for _, offset in places], self.tokens, self.relevance)
+
+
+@dataclass
+class Chunk:
+    """Rows that one pass computes: their positions in the bank's journal, and their tokens."""
+
+    bank: str
+    pos_N: Tensor
+    tokens_N: Tensor
+    whole: bool = False
+
+
+@dataclass
+class KeptBank:
+    """One bank: where it is followed, whether it may be attended, and the chunks that the workers keep."""
+
+    store: str
+    id: str
+    kind: str
+    generation: int
+    live: bool = True
+    chunks: list[int] = field(default_factory=list)
+    held: Held | None = None
+    chunk_T: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    offset_T: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+
+class RowIndex:
+    """Says what workers keep, within a budget; safe to be changed while a scheduler asks.
+
+    Args:
+        budget_bytes: of the rows in each worker.
+        row_bytes: what one takes there.
+        floor: the relevance from which on a bank is attended.
+        ignored: tokens that say nothing about a question: the marks of a chat template.
+    """
+
+    def __init__(
+        self, budget_bytes: int, row_bytes: int, *, floor: float = 0.0, ignored: Collection[int] = frozenset()
+    ) -> None:
+        self._floor = floor
+        self._ignored = ignored
+        self._budget = budget_bytes
+        self._row_bytes = row_bytes
+        self._banks: dict[str, KeptBank] = {}
+        self._chunks: dict[int, Chunk] = {}
+        self._next = 0
+        self._dropped: list[int] = []
+        self._lock = threading.Lock()
+
+    def open(self, order: Order, tokens: Sequence[int]) -> int:
+        """Make room for the rows of an order whose tokens these are; return their chunk.
+
+        Raises:
+            TooLarge: they don't fit the budget.
+        """
+        pos_N, tokens_N = torch.tensor(listed(order.pos)), torch.tensor(tokens)
+        assert len(pos_N) == len(tokens_N), "a signed order whose rows and positions don't match"
+        with self._lock:
+            kept = sum(len(chunk.pos_N) for chunk in self._chunks.values())
+            if (kept + len(pos_N)) * self._row_bytes > self._budget:
+                raise TooLarge(
+                    f"{len(pos_N)} rows of bank {order.bank!r}, of {self._row_bytes} bytes each, don't fit beside the "
+                    f"{kept} that are kept: rows_bytes is {self._budget}; raise it in kv_connector_extra_config, or "
+                    "detach another bank's rows"
+                )
+            bank = self._banks.get(order.bank)
+            if bank is None or (bank.store, bank.id, bank.generation) != (order.store, order.id, order.generation):
+                self._release(order.bank)
+                bank = self._banks[order.bank] = KeptBank(order.store, order.id, order.kind, order.generation)
+            again = [at for at in bank.chunks if bool(torch.isin(self._chunks[at].pos_N, pos_N).any())]
+            self._drop(again)
+            self._next += 1
+            bank.chunks.append(self._next)
+            self._chunks[self._next] = Chunk(order.bank, pos_N, tokens_N)
+            return self._next
+
+    def complete(self, chunk: int) -> None:
+        """Offer the rows of a chunk, all of which the workers have by the time that a later step asks for them."""
+        with self._lock:
+            if found := self._chunks.get(chunk):
+                found.whole = True
+                self._banks[found.bank].held = None
+
+    def drop(self, chunks: Collection[int]) -> None:
+        """Forget chunks."""
+        with self._lock:
+            self._drop(chunks)
+
+    def release(self, name: str) -> bool:
+        """Forget a bank; say whether it was there."""
+        with self._lock:
+            return self._release(name)
+
+    def take_dropped(self) -> list[int]:
+        """Chunks that were forgotten since the last call."""
+        with self._lock:
+            dropped, self._dropped = self._dropped, []
+            return dropped
+
+    def followed(self) -> dict[str, KeptBank]:
+        """The banks by name."""
+        with self._lock:
+            return dict(self._banks)
+
+    def set_live(self, name: str, live: bool) -> None:
+        """Note whether a bank is attached to its store."""
+        with self._lock:
+            if bank := self._banks.get(name):
+                bank.live = live
+
+    def erased(self, name: str, generation: int, positions_E: Tensor) -> None:
+        """Forget the chunks with rows that were erased: what came after them in their pass has seen them."""
+        with self._lock:
+            bank = self._banks[name]
+            bank.generation = generation
+            self._drop([at for at in bank.chunks if bool(torch.isin(self._chunks[at].pos_N, positions_E).any())])
+
+    def choose(self, names: Sequence[str], rows: int, question: Sequence[int]) -> Chosen:
+        """Choose rows of banks, an equal share of each that has to do with the question; none where none has.
+
+        Args:
+            names: the banks, in the order of their slots.
+            rows: the most of all banks together.
+            question: token ids to which the rows should have something to say.
+
+        Raises:
+            BankNotFound, BankDetached: the engine keeps no rows of it, or its store has detached it.
+        """
+        question_Q = torch.tensor([token for token in question if token not in self._ignored], dtype=torch.int64)
+        with self._lock:
+            banks = [self._attendable(name) for name in names]
+            matches = [_relevance(self._held(bank), question_Q) for bank in banks]
+            asked = [bank for bank, match in zip(banks, matches, strict=True) if match >= self._floor]
+            shares = [rows // len(asked) + (place < rows % len(asked)) for place in range(len(asked))]
+            parts = [self._of_bank(bank, share, question_Q) for bank, share in zip(asked, shares, strict=True)]
+        chunks, offsets, tokens = (
+            [number for part in parts for number in part[column].tolist()] for column in range(3)
+        )
+        return Chosen(chunks, offsets, tokens, max(matches))
+
+    def _attendable(self, name: str) -> KeptBank:
+        bank = self._banks.get(name)
+        if bank is None:
+            raise BankNotFound(
+                f"this engine keeps no rows of bank {name!r}; attach them with "
+                "raymem.serving.vllm.attach_rows(llm, bank)"
+            )
+        if not bank.live:
+            raise detached(name)
+        return bank
+
+    def _of_bank(self, bank: KeptBank, rows: int, question_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Chunks, offsets and tokens of the rows to attend to."""
+        held = self._held(bank)
+        place_N = torch.arange(0)
+        if rows and len(held.pos_T):
+            place_N = choose(held, None, question_Q, rows, method="even" if bank.kind in _STATIC else "bm25").place_N
+        return bank.chunk_T[place_N], bank.offset_T[place_N], held.tokens_T[place_N]
+
+    def _held(self, bank: KeptBank) -> Held:
+        if bank.held is not None:
+            return bank.held
+        parts = [(at, self._chunks[at]) for at in bank.chunks if self._chunks[at].whole]
+        empty = [torch.zeros(0, dtype=torch.int64)]
+        pos_T = torch.cat(empty + [chunk.pos_N for _, chunk in parts])
+        order_T = torch.argsort(pos_T)
+        sizes_C = torch.tensor([len(chunk.pos_N) for _, chunk in parts], dtype=torch.int64)
+        numbers_C = torch.tensor([at for at, _ in parts], dtype=torch.int64)
+        chunk_T = torch.repeat_interleave(numbers_C, sizes_C)[order_T]
+        bank.chunk_T = chunk_T
+        bank.offset_T = torch.cat(empty + [torch.arange(size) for size in sizes_C.tolist()])[order_T]
+        tokens_T = torch.cat(empty + [chunk.tokens_N for _, chunk in parts])[order_T]
+        bank.held = Held(states_TD=None, tokens_T=tokens_T, run_T=chunk_T, pos_T=pos_T[order_T])
+        return bank.held
+
+    def _release(self, name: str) -> bool:
+        bank = self._banks.pop(name, None)
+        if bank is not None:
+            self._drop_chunks(bank.chunks)
+        return bank is not None
+
+    def _drop(self, chunks: Collection[int]) -> None:
+        for at in chunks:
+            if (chunk := self._chunks.get(at)) and (bank := self._banks.get(chunk.bank)):
+                bank.chunks.remove(at)
+                bank.held = None
+        self._drop_chunks(chunks)
+
+    def _drop_chunks(self, chunks: Collection[int]) -> None:
+        self._dropped += [at for at in chunks if self._chunks.pop(at, None)]
+
+
+def _relevance(held: Held, question_Q: Tensor) -> float:
+    """How much of a question a bank has words for, in [0, 1]: 1 where there is no question."""
+    if not len(question_Q):
+        return 1.0
+    if len(held.pos_T) < _FEWEST:
+        return 0.0
+    # of all rows but one: choosing all compares nothing
+    return choose(held, None, question_Q, len(held.pos_T) - 1, method="bm25").relevance

@@ -1,0 +1,223 @@
+"""Attended rows in a worker: keys and values that the engine computed once, and that requests attend to later.
+
+The scheduler's side decides what is captured, kept and shown, so that all ranks of an engine do the same; here lie the
+bytes. Rows are kept in chunks, one a pass that computed them, on the host.
+
+Shape legend: L attention layers, N rows, H key and value heads of this rank, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from raymem.errors import FingerprintMismatch
+from raymem.lm.attending import Rope
+from raymem.serving.vllm.orders import listed
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Rows of a chunk that this step computes: row `first + i` is the pass's token `positions[i]`, in `slots[i]`.
+
+    `pos` are the positions of the whole chunk in its bank's journal, as ranges, end exclusive.
+    """
+
+    bank: str
+    pos: list[tuple[int, int]]
+    chunk: int
+    rows: int
+    first: int
+    positions: list[int]
+    slots: list[int]
+
+
+@dataclass(frozen=True)
+class Load:
+    """A chunk whose rows this worker has read from their store, and holds under a name."""
+
+    bank: str
+    pos: list[tuple[int, int]]
+    chunk: int
+    staged: str
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Rows for the paged cache: row `offsets[i]` of chunk `chunks[i]` goes to slot `slots[i]`, position `first + i`.
+
+    A chunk of -1 is a row of zeros: what was chosen is gone.
+    """
+
+    request: str
+    first: int
+    slots: list[int]
+    chunks: list[int]
+    offsets: list[int]
+
+
+@dataclass
+class RowCounters:
+    """What a worker keeps, in rows and bytes, and what it did since the engine started."""
+
+    rows: int = 0
+    bytes: int = 0
+    rows_captured: int = 0
+    rows_loaded: int = 0
+    rows_filled: int = 0
+    fills: int = 0
+
+
+class PagedCache(Protocol):
+    """What fills and reads the engine's paged cache."""
+
+    def write(self, keys_LNHd: Tensor, values_LNHd: Tensor, slots_N: Tensor) -> None:
+        """Write turned keys, and values, of all layers into slots."""
+
+    def own_share(self, rows_LNHd: Tensor) -> Tensor:
+        """Of a whole model's keys or values those of this worker's layers and heads."""
+
+    def require_whole(self) -> None:
+        """Raise Unsupported where other workers have some of the layers or heads."""
+
+    def zeros(self, rows: int) -> Tensor:
+        """Keys or values of no token."""
+
+    def watch(self, slots_N: Tensor) -> None:
+        """Keep what the next pass writes into these slots."""
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """Turned keys and values `[L, N, H, d]` of the watched slots, on the host; watching ends."""
+
+
+class RowStore:
+    """The chunks of one worker.
+
+    Args:
+        cache: the engine's paged cache.
+        rope: turns keys back to position 0, and to the slots in which they are attended.
+    """
+
+    def __init__(self, cache: PagedCache, rope: Rope) -> None:
+        self._cache = cache
+        self._rope = rope
+        self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sources: dict[int, tuple[str, list[tuple[int, int]]]] = {}
+        self._staged: dict[str, tuple[Tensor, Tensor]] = {}
+        self._watched: list[Capture] = []
+        self._count = RowCounters()
+
+    def stage(self, name: str, keys_LNHd: Tensor, values_LNHd: Tensor) -> None:
+        """Hold rows from a bank's store, of the whole model, until an order says which chunk they are.
+
+        Raises:
+            FingerprintMismatch: another model's.
+        """
+        wanted = self._cache.zeros(keys_LNHd.shape[1])
+        own = [self._cache.own_share(rows).to(wanted.dtype) for rows in (keys_LNHd, values_LNHd)]
+        if own[0].shape != wanted.shape:
+            raise FingerprintMismatch(
+                f"the store's keys are {list(keys_LNHd.shape)}, and this worker has {list(wanted.shape)}: they are "
+                "another model's; forget them with detach_rows, or use another bank",
+                fields=["rows"],
+            )
+        self._staged[name] = own[0], own[1]
+
+    def begin(
+        self,
+        captures: Sequence[Capture],
+        fills: Sequence[Fill],
+        dropped: Sequence[int],
+        loads: Sequence[Load] = (),
+    ) -> None:
+        """Before a forward pass: take in what was staged, fill slots, forget chunks, watch for rows to keep."""
+        for load in loads:
+            self._load(load)
+        for fill in fills:
+            self._fill(fill)
+        for chunk in dropped:
+            self._drop(chunk)
+        if captures:
+            self._watched = list(captures)
+            self._cache.watch(torch.tensor([slot for part in captures for slot in part.slots]))
+
+    def end(self) -> None:
+        """After it: keep what was watched."""
+        if not self._watched:
+            return
+        captures, self._watched = self._watched, []
+        keys_LNHd, values_LNHd = self._cache.seen()
+        positions_N = torch.tensor([at for part in captures for at in part.positions])
+        keys_LNHd = self._rope.turn(keys_LNHd, -positions_N)
+        start = 0
+        for part in captures:
+            stop = start + len(part.slots)
+            self._keep(part, keys_LNHd[:, start:stop], values_LNHd[:, start:stop])
+            start = stop
+
+    def rows_of(self, bank: str) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Each chunk of a bank: positions in its journal, position-free keys, and values `[L, N, H, d]`.
+
+        Raises:
+            Unsupported: other workers have some of the layers or heads.
+        """
+        self._cache.require_whole()
+        for chunk, (name, pos) in list(self._sources.items()):
+            if name == bank:
+                yield listed(pos), *self._chunks[chunk]
+
+    def kept(self, bank: str) -> set[int]:
+        """The positions of a bank's journal whose rows are here."""
+        return {at for name, pos in self._sources.values() if name == bank for at in listed(pos)}
+
+    def stats(self) -> dict[str, int]:
+        """The counters."""
+        return asdict(self._count)
+
+    def _keep(self, part: Capture, keys_LnHd: Tensor, values_LnHd: Tensor) -> None:
+        if part.chunk not in self._chunks:
+            shape = (len(keys_LnHd), part.rows, *keys_LnHd.shape[2:])
+            self._add(part, keys_LnHd.new_zeros(shape), values_LnHd.new_zeros(shape))
+        for rows_LNHd, new_LnHd in zip(self._chunks[part.chunk], (keys_LnHd, values_LnHd), strict=True):
+            rows_LNHd[:, part.first : part.first + len(part.slots)] = new_LnHd
+        self._count.rows_captured += len(part.slots)
+
+    def _load(self, load: Load) -> None:
+        staged = self._staged.pop(load.staged, None)
+        # an order that came twice finds nothing more: its rows are zeros
+        if staged is not None:
+            self._add(load, *staged)
+            self._count.rows_loaded += staged[0].shape[1]
+
+    def _add(self, part: Capture | Load, keys_LNHd: Tensor, values_LNHd: Tensor) -> None:
+        self._sources[part.chunk] = part.bank, part.pos
+        self._chunks[part.chunk] = keys_LNHd, values_LNHd
+        self._count.rows += keys_LNHd.shape[1]
+        self._count.bytes += keys_LNHd.nbytes + values_LNHd.nbytes
+
+    def _drop(self, chunk: int) -> None:
+        self._sources.pop(chunk, None)
+        if rows := self._chunks.pop(chunk, None):
+            self._count.rows -= rows[0].shape[1]
+            self._count.bytes -= sum(each.nbytes for each in rows)
+
+    def _fill(self, fill: Fill) -> None:
+        chunks_N, offsets_N = torch.tensor(fill.chunks), torch.tensor(fill.offsets)
+        pairs = [self._gather(chunks_N, offsets_N, part) for part in (0, 1)]
+        slots_N = torch.tensor(fill.slots)
+        positions_N = torch.arange(fill.first, fill.first + len(slots_N))
+        self._cache.write(self._rope.turn(pairs[0], positions_N), pairs[1], slots_N)
+        self._count.fills += 1
+        self._count.rows_filled += len(slots_N)
+
+    def _gather(self, chunks_N: Tensor, offsets_N: Tensor, part: int) -> Tensor:
+        rows_LNHd = self._cache.zeros(len(chunks_N))
+        for chunk in torch.unique(chunks_N).tolist():
+            if chunk in self._chunks:
+                places_n = chunks_N == chunk
+                rows_LNHd[:, places_n] = self._chunks[chunk][part][:, offsets_N[places_n]]
+        return rows_LNHd

@@ -1,0 +1,375 @@
+"""Rows before prompts without an engine: vLLM's requests, a scheduler of a few lines, a cache that is a dictionary."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from raymem.errors import BankDetached, BankNotFound, FingerprintMismatch, TooLarge, Unavailable, Unsupported
+from raymem.lm.attending import Rope
+from raymem.serving.vllm.attach import _said
+from raymem.serving.vllm.attend import Attender
+from raymem.serving.vllm.orders import Order, ranges
+from raymem.serving.vllm.params import ConnectorConfig, raymem_params
+from raymem.serving.vllm.row_index import RowIndex
+from raymem.serving.vllm.row_store import Capture, Fill, Load, RowStore
+from raymem.serving.vllm.vllm_internals import AttentionGroup
+
+BLOCK, LONGEST, SECRET = 4, 64, "engine"
+LAYERS, HEADS, WIDTH = 2, 1, 4
+
+
+class Scheduler:
+    """Admits requests, gives them blocks, and says what was scheduled."""
+
+    def __init__(self, budget=10**6, refusal=None, scores=True, floor=0.0):
+        self.index = RowIndex(budget, 10, floor=floor, ignored={0})
+        config = ConnectorConfig(store="x", attend_banks=("lab/*",))
+        group = refusal or AttentionGroup(0, BLOCK, 10, ())
+        self.attender = Attender(
+            config, self.index, group, longest=LONGEST, secret=SECRET, scores=scores, follow=lambda: None
+        )
+        self.blocks = 0
+        self.requests = 0
+
+    def request(self, tokens, params=None, **fields):
+        from vllm import SamplingParams
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.request import Request
+
+        init_none_hash(sha256)
+        self.requests += 1
+        hasher = get_request_block_hasher(BLOCK, sha256)
+        sampling = SamplingParams(max_tokens=30, extra_args=params, **fields)
+        return Request(f"r{self.requests}", list(tokens), sampling, None, block_hasher=hasher)
+
+    def admit(self, tokens, params=None, **fields):
+        request = self.request(tokens, params, **fields)
+        return request, self.attender.admit(request)
+
+    def begin(self, request, hit=0):
+        """Give a request its blocks, as many as its tokens take, after so many that the prefix cache had."""
+        claimed = self.attender.claimed(request, hit)
+        count = -(-request.num_tokens // BLOCK)
+        table = list(range(self.blocks, self.blocks + count))
+        self.blocks += count
+        self.attender.allocated(request, (table,), claimed or 0)
+        return table
+
+    def step(self, *running, new=()):
+        """One step: `new` are requests with their tables, `running` those that decode a token."""
+        fresh = [SimpleNamespace(req_id=r.request_id, block_ids=(table,), num_computed_tokens=0) for r, table in new]
+        cached = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
+        counts = {r.request_id: r.num_tokens for r, _ in new} | {r.request_id: 1 for r in running}
+        return self.attender.step(
+            SimpleNamespace(scheduled_new_reqs=fresh, scheduled_cached_reqs=cached, num_scheduled_tokens=counts)
+        )
+
+    def attach(self, bank, pos, tokens, *, at=None, **fields):
+        """Carry out an order to keep rows; return the step that computes them."""
+        at = range(len(tokens)) if at is None else at
+        order = Order(do="capture", bank=bank, pos=ranges(pos), at=ranges(at), **fields)
+        request, _ = self.admit(tokens, {"kv_transfer_params": order.signed(tokens, SECRET)})
+        done = self.step(new=[(request, self.begin(request))])
+        return done, self.attender.finish(request)["raymem"]
+
+
+def asks(*banks, **options):
+    return raymem_params(attend=banks, **options)
+
+
+@pytest.fixture
+def scheduler():
+    made = Scheduler()
+    made.attach("lab/a", range(20), range(100, 120))
+    made.attach("lab/b", range(20), range(200, 220))
+    return made
+
+
+def test_a_capture_lists_the_slots_of_the_rows_to_keep():
+    done, said = Scheduler().attach("lab/a", [5, 6, 9], range(8), at=[2, 3, 7])
+    assert said == {"captured": 3}
+    assert done.captures == [Capture("lab/a", [(5, 7), (9, 10)], 1, 3, 0, [2, 3, 7], [2, 3, 7])]
+
+
+def test_rows_stand_before_the_prompt_and_their_slots_are_filled(scheduler):
+    request, before = scheduler.admit(range(10), asks("lab/a", rows=8))
+    assert before == 8
+    assert request.num_tokens == request.num_prompt_tokens == len(request.prompt_token_ids) == 18
+    assert list(request.all_token_ids[8:]) == list(range(10))
+    assert list(request.all_token_ids[:4]) == [100, 101, 102, 103]
+    table = scheduler.begin(request)
+    done = scheduler.step(request)
+    (fill,) = done.fills
+    assert (fill.first, fill.slots) == (0, [table[at // BLOCK] * BLOCK + at % BLOCK for at in range(8)])
+    assert fill.chunks == [1] * 8
+    assert fill.offsets[:4] == [0, 1, 2, 3]
+    assert done.begun == {request.request_id: 8}
+    assert scheduler.step(request).fills == []
+    assert scheduler.attender.finish(request)["raymem"]["attended"]["rows"] == 8
+
+
+def test_what_the_prefix_cache_had_is_not_filled_again(scheduler):
+    request, _ = scheduler.admit(range(10), asks("lab/a", rows=8))
+    scheduler.begin(request, hit=4)
+    (fill,) = scheduler.step(request).fills
+    assert (fill.first, len(fill.slots), len(fill.offsets)) == (4, 4, 4)
+    whole, _ = scheduler.admit(range(10), asks("lab/a", rows=8))
+    scheduler.begin(whole, hit=12)
+    assert scheduler.step(whole).fills == []
+
+
+def test_hashes_are_shared_by_the_same_rows_alone(scheduler):
+    prompt = range(12)
+    hashes = {
+        name: scheduler.admit(prompt, params)[0].block_hashes
+        for name, params in {
+            "a": asks("lab/a", rows=8),
+            "again": asks("lab/a", rows=8),
+            "b": asks("lab/b", rows=8),
+            "fewer": asks("lab/a", rows=4),
+            "private": asks("lab/a", rows=8, refresh=2),
+            "plain": None,
+        }.items()
+    }
+    assert hashes["a"] == hashes["again"]
+    seen = [each for name, found in hashes.items() if name != "again" for each in found]
+    assert len(seen) == len(set(seen))
+    # the very tokens, sent as a prompt
+    rows = scheduler.admit(prompt, asks("lab/a", rows=8))[0].prompt_token_ids
+    assert not set(scheduler.admit(rows)[0].block_hashes) & set(hashes["a"])
+
+
+def test_several_banks_get_equal_shares_in_order(scheduler):
+    request, before = scheduler.admit(range(5), asks("lab/b", "lab/a", rows=9))
+    assert before == 9
+    assert [token // 100 for token in request.all_token_ids[:9]] == [2] * 5 + [1] * 4
+
+
+def test_a_bank_that_has_nothing_to_do_with_the_question_is_not_attended():
+    scheduler = Scheduler(floor=0.4)
+    scheduler.attach("lab/a", range(64), range(100, 164))
+    scheduler.attach("lab/b", range(64), range(200, 264))
+    # the mark of a template counts for nothing
+    about_a = [0, 0, 0, 0, 0, 110, 111, 112, 113, 7]
+    request, before = scheduler.admit(about_a, asks("lab/b", "lab/a", rows=8))
+    assert (before, {token // 100 for token in request.all_token_ids[:8]}) == (8, {1})
+    assert scheduler.attender.finish(request)["raymem"]["attended"]["relevance"] > 0.4
+    request, before = scheduler.admit([7, 8, 9, 110], asks("lab/b", "lab/a", rows=8))
+    assert (before, request.num_tokens) == (0, 4)
+    assert scheduler.attender.finish(request)["raymem"]["attended"]["rows"] == 0
+
+
+def test_rows_are_chosen_anew_and_blocks_that_are_not_here_wait(scheduler):
+    scheduler.attach("lab/long", range(96), range(500, 596))
+    request, _ = scheduler.admit([540, 541], asks("lab/long", rows=36, refresh=3))
+    scheduler.begin(request)
+    (first,) = scheduler.step(request).fills
+    request.append_output_token_ids([570, 571])
+    assert scheduler.step(request).fills == []
+    request.append_output_token_ids([572, 573, 574])
+    # not scheduled: it may have been preempted
+    assert scheduler.step().fills == []
+    (second,) = scheduler.step(request).fills
+    assert (first.offsets, second.offsets) == ([*range(4), *range(32, 64)], [*range(4), *range(64, 96)])
+    assert (second.first, second.slots) == (0, first.slots)
+    assert scheduler.attender.counters.choices_renewed == 1
+    # what was asked for last time is still right
+    request.append_output_token_ids([575, 576, 577])
+    assert scheduler.step(request).fills == []
+
+
+def test_a_preempted_private_request_gets_another_salt(scheduler):
+    request, _ = scheduler.admit(range(10), asks("lab/a", rows=8, refresh=4))
+    scheduler.begin(request)
+    scheduler.step(request)
+    salt = request.cache_salt
+    request.num_preemptions += 1
+    assert scheduler.attender.claimed(request, 8) is None
+    assert request.cache_salt != salt
+    table = scheduler.begin(request)
+    (fill,) = scheduler.step(request).fills
+    assert fill.slots[0] == table[0] * BLOCK
+
+
+def test_erased_rows_give_way_in_running_requests_and_in_those_that_wait(scheduler):
+    scheduler.attach("lab/a", range(20, 40), range(120, 140))
+    running, _ = scheduler.admit(range(10), asks("lab/a", rows=40))
+    waiting, _ = scheduler.admit(range(10), asks("lab/a", rows=40))
+    assert running.cache_salt == waiting.cache_salt
+    table = scheduler.begin(running)
+    scheduler.step(running)
+    scheduler.index.erased("lab/a", 1, torch.tensor([3]))
+    done = scheduler.step(running)
+    assert done.dropped == [1]
+    (fill,) = done.fills
+    assert fill.first == 0
+    assert fill.slots[0] == table[0] * BLOCK
+    assert set(fill.chunks) == {3}
+    assert waiting.cache_salt != running.cache_salt
+    scheduler.index.release("lab/a")
+    (fill,) = scheduler.step(running).fills
+    assert set(fill.chunks) == {-1}
+
+
+def test_a_detached_removed_or_unknown_bank_is_refused_and_costs_nothing(scheduler):
+    scheduler.index.set_live("lab/a", live=False)
+    for bank, error in (("lab/a", BankDetached), ("lab/c", BankNotFound)):
+        request, before = scheduler.admit(range(10), asks(bank))
+        assert (before, list(request.all_token_ids), request.max_tokens) == (0, list(range(10)), 30)
+        assert scheduler.attender.finish(request)["raymem"]["code"] == error.code
+        request, _ = scheduler.admit(range(10), asks(bank, required=True))
+        assert request.max_tokens == 1
+    scheduler.index.set_live("lab/a", live=True)
+    assert scheduler.admit(range(10), asks("lab/a", rows=8))[1] == 8
+
+
+def test_rows_take_the_room_that_is_left(scheduler):
+    assert scheduler.admit(range(LONGEST - 6), asks("lab/a", rows=16))[1] == 5
+    request, before = scheduler.admit(range(LONGEST - 1), asks("lab/a", rows=16))
+    assert before == 0
+    assert "no room" in scheduler.attender.finish(request)["raymem"]["refused"]
+
+
+def test_a_scored_prompt_gets_rows_too_and_shares_nothing(scheduler):
+    request, before = scheduler.admit(range(10), asks("lab/a", rows=8), prompt_logprobs=0)
+    other, _ = scheduler.admit(range(10), asks("lab/a", rows=8), prompt_logprobs=0)
+    assert before == 8
+    assert not request.skip_reading_prefix_cache
+    assert not set(request.block_hashes) & set(other.block_hashes)
+
+
+def test_a_runner_whose_scores_cannot_be_told_apart_refuses_them():
+    scheduler = Scheduler(scores=False)
+    scheduler.attach("lab/a", range(20), range(20))
+    request, before = scheduler.admit(range(10), asks("lab/a"), prompt_logprobs=0)
+    assert before == 0
+    assert "V1 model runner" in scheduler.attender.finish(request)["raymem"]["refused"]
+    assert scheduler.admit(range(10), asks("lab/a", rows=8))[1] == 8
+
+
+def test_a_model_that_cannot_attend_says_so():
+    scheduler = Scheduler(refusal=Unsupported("windows"))
+    request, before = scheduler.admit(range(10), asks("lab/a"))
+    assert before == 0
+    assert scheduler.attender.finish(request)["raymem"] == {"refused": "windows", "code": "unsupported"}
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"signature": "0" * 64},
+        {"signature": "déjà"},
+        {"signature": "\ud800"},
+        {"signature": None},
+        {"order": 3},
+        {"order": {"do": "capture"}},
+        {"order": {"do": "capture", "bank": "lab/a", "pos": [[0, "x"]]}},
+    ],
+)
+def test_orders_that_the_engine_did_not_sign_are_refused(scheduler, forged):
+    params = Order(do="release", bank="lab/a").signed([0], SECRET)
+    params = {"raymem": {**params["raymem"], **forged}}
+    request, before = scheduler.admit([0], {"kv_transfer_params": params})
+    assert before == 0
+    assert scheduler.attender.finish(request)["raymem"]["code"] in ("unauthorized", "invalid_input")
+    assert scheduler.admit(range(10), asks("lab/a", rows=8))[1] == 8
+    other = scheduler.admit([1], {"kv_transfer_params": Order(do="release", bank="lab/a").signed([0], SECRET)})[0]
+    assert scheduler.attender.finish(other)["raymem"]["code"] == "unauthorized"
+
+
+def test_a_request_that_ends_before_its_rows_are_kept_keeps_none():
+    scheduler = Scheduler()
+    order = Order(do="capture", bank="lab/a", pos=[(0, 8)], at=[(0, 8)])
+    request, _ = scheduler.admit(range(8), {"kv_transfer_params": order.signed(range(8), SECRET)})
+    assert "ended before" in scheduler.attender.finish(request)["raymem"]["refused"]
+    assert scheduler.index.take_dropped() == [1]
+
+
+def test_rows_over_the_budget_are_refused_with_the_sizes():
+    scheduler = Scheduler(budget=100)
+    scheduler.attach("lab/a", range(9), range(9))
+    with pytest.raises(TooLarge, match=r"2 rows of bank 'lab/b'.*9 that are kept: rows_bytes is 100"):
+        _said({"raymem": scheduler.attach("lab/b", range(2), range(2))[1]})
+    with pytest.raises(Unavailable, match="did not answer"):
+        _said(None)
+
+
+def test_a_bank_that_was_made_anew_replaces_the_one_before(scheduler):
+    done, _ = scheduler.attach("lab/a", range(5), range(300, 305), id="another")
+    assert done.dropped == [1]
+    assert scheduler.admit(range(10), asks("lab/a", rows=20))[1] == 5
+
+
+class Cache:
+    """The paged cache of a worker as a dictionary of slots."""
+
+    def __init__(self):
+        self.rows = {}
+        self.wanted = None
+
+    def write(self, keys_LNHd, values_LNHd, slots_N):
+        for place, slot in enumerate(slots_N.tolist()):
+            self.rows[slot] = keys_LNHd[:, place], values_LNHd[:, place]
+
+    def own_share(self, rows_LNHd):
+        return rows_LNHd
+
+    def require_whole(self):
+        pass
+
+    def zeros(self, rows):
+        return torch.zeros(LAYERS, rows, HEADS, WIDTH)
+
+    def watch(self, slots_N):
+        self.wanted = slots_N
+
+    def seen(self):
+        found = [self.rows[slot] for slot in self.wanted.tolist()]
+        return torch.stack([keys for keys, _ in found], 1), torch.stack([values for _, values in found], 1)
+
+
+def test_rows_of_a_store_are_kept_without_a_pass():
+    scheduler = Scheduler()
+    order = Order(do="load", bank="lab/a", pos=[(3, 6)], tokens=[7, 8, 9], staged="s")
+    request, _ = scheduler.admit([0], {"kv_transfer_params": order.signed([0], SECRET)})
+    done = scheduler.step(new=[(request, scheduler.begin(request))])
+    assert (done.loads, done.captures) == ([Load("lab/a", [(3, 6)], 1, "s")], [])
+    assert scheduler.attender.finish(request)["raymem"] == {"loaded": 3}
+    asking, before = scheduler.admit(range(5), asks("lab/a", rows=9))
+    assert (before, list(asking.all_token_ids[:3])) == (3, [7, 8, 9])
+    store = RowStore(Cache(), Rope(torch.zeros(LAYERS, 2)))
+    keys_LNHd, values_LNHd = torch.randn(2, LAYERS, 3, HEADS, WIDTH)
+    store.stage("s", keys_LNHd, values_LNHd)
+    store.begin([], [Fill("r", 0, [5], [1], [2])], [], done.loads)
+    assert torch.equal(store._cache.rows[5][1], values_LNHd[:, 2])
+    ((pos, keys, _),) = store.rows_of("lab/a")
+    assert (pos, store.stats()["rows_loaded"]) == ([3, 4, 5], 3)
+    assert torch.equal(keys, keys_LNHd)
+    # the same order once more finds nothing, and is no error
+    store.begin([], [Fill("r", 0, [5], [9], [2])], [], done.loads)
+    with pytest.raises(FingerprintMismatch, match="another model"):
+        store.stage("s", keys_LNHd[:1], values_LNHd[:1])
+
+
+def test_rows_that_were_kept_are_turned_to_the_slots_in_which_they_are_attended():
+    rope, cache = Rope(torch.tensor([[1.0, 0.1]] * LAYERS)), Cache()
+    store = RowStore(cache, rope)
+    plain_LNHd, values_LNHd = torch.randn(2, LAYERS, 6, HEADS, WIDTH)
+    positions_N = torch.arange(6)
+    store.begin([Capture("lab/a", [(0, 6)], 7, 6, 0, [0, 1, 2, 3], [10, 11, 12, 13])], [], [])
+    cache.write(rope.turn(plain_LNHd, positions_N), values_LNHd, torch.arange(10, 16))
+    store.end()
+    store.begin([Capture("lab/a", [(0, 6)], 7, 6, 4, [4, 5], [14, 15])], [], [])
+    store.end()
+    assert store.kept("lab/a") == set(range(6))
+    assert store.stats()["rows"] == store.stats()["rows_captured"] == 6
+    store.begin([], [Fill("r", 2, [40, 41, 42], [7, -1, 7], [5, 0, 1])], [])
+    wanted_LNHd = rope.turn(plain_LNHd[:, [5, 1]], torch.tensor([2, 4]))
+    torch.testing.assert_close(cache.rows[40][0], wanted_LNHd[:, 0])
+    torch.testing.assert_close(cache.rows[42][0], wanted_LNHd[:, 1])
+    assert not cache.rows[41][0].any()
+    assert torch.equal(cache.rows[42][1], values_LNHd[:, 1])
+    store.begin([], [], [7])
+    assert (store.kept("lab/a"), store.stats()["rows"], store.stats()["bytes"]) == (set(), 0, 0)
