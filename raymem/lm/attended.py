@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from raymem.lm.attending import AttendedContext, rebuild
+from raymem.lm.compacting import compacted
 from raymem.lm.identity import cache_folder, write_atomically
 from raymem.lm.models import LanguageModel, Pass
 from raymem.types import MemoryTokens
@@ -52,6 +53,7 @@ class Written:
     def __init__(self, model: LanguageModel, tokens_T: Tensor) -> None:
         self._model, self.tokens_T = model, tokens_T
         self._name = _digest(tokens_T)
+        self._compacted: dict[int, MemoryTokens] = {}
 
     def part(self, place_N: Tensor) -> Part:
         """Some of its rows, by their places in the text, in this order."""
@@ -67,11 +69,23 @@ class Written:
         source_N, rows = torch.zeros_like(place_N), (keys_LTHd[:, place_N], values_LTHd[:, place_N])
         return MemoryTokens(place_N, self.tokens_T[place_N], place_N, source_N, (("text", "0"),), 1.0, "", *rows)
 
-    @property
-    def bytes(self) -> int:
-        """What keys and values of all its rows hold in int8, with their scales."""
+    def compacted(self, rows: int) -> Part:
+        """All of its rows made into fewer by attention matching, the same ones for every question."""
+
+        def load() -> MemoryTokens:
+            if rows not in self._compacted:
+                self._compacted[rows] = compacted(self._model, [self.tokens_T], rows)
+            return self._compacted[rows]
+
+        return Part(f"{self._name}:match-{rows}", load)
+
+    def bytes(self, rows: int | None = None) -> int:
+        """What keys and values of so many of its rows hold in int8, with their scales; None: of all."""
         keys_LTHd, values_LTHd = self.rows
-        return sum(rows.numel() + rows.shape[:3].numel() * 4 for rows in (keys_LTHd, values_LTHd))
+        count = len(self.tokens_T) if rows is None else rows
+        return sum(
+            (each[:, :1].numel() + each.shape[0] * each.shape[2] * 4) * count for each in (keys_LTHd, values_LTHd)
+        )
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:

@@ -236,7 +236,7 @@ class Trial:
             **sums.closed(found_D).model_dump(),
             wrong_memory_ratio=self._ppl(wrong) / self._ppl("base") if wrong in self._losses else None,
             rows=rows,
-            bytes=round(held + (self._attended.bytes(kind) if rows else 0)),
+            bytes=round(held + (self._attended.bytes(kind, rows) if rows else 0)),
             over_text=sums.over(found_D, others),
         )
 

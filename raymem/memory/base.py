@@ -316,6 +316,15 @@ def keeps_rows(kind: str) -> bool:
     return class_of(kind).keeps_rows
 
 
+def shows_rows(kind: str) -> bool:
+    """Whether attention may see rows of banks of a kind.
+
+    Raises:
+        InvalidSpec: unknown kind.
+    """
+    return class_of(kind).shown is not Memory.shown
+
+
 def blend(kind: str, options: dict[str, object], scores_Qk: Tensor, vectors_QkV: Tensor) -> Tensor:
     """What a kind that keeps rows makes of neighbours' vectors, from a bank's options; see `RowMemory.blend`."""
     from raymem.memory.rows import RowMemory

@@ -113,12 +113,18 @@ def test_several_numbers_of_rows_are_told_apart(tmp_path):
         (tmp_path / f"{place}.txt").write_text("A short text that is read byte by byte. " * 8)
     sizes = {"max_tokens": 200, "window": 25, "rows": (8, 40), "refresh": 10, "budget_mb": None}
     texts = (tmp_path / "0.txt", tmp_path / "1.txt")
-    found = evaluate(EvalSettings(texts=texts, model=str(model), kinds=("spalm",), reads=("attend",), **sizes))
+    found = evaluate(
+        EvalSettings(texts=texts, model=str(model), kinds=("spalm", "compressive"), reads=("attend",), **sizes)
+    )
     assert set(found.kinds["spalm"].reads) == {"attend"}
     read = found.kinds["spalm"].reads["attend"]
     assert (read.rows, read.by_rows["8"].rows, set(read.by_rows)) == (40, 8, {"8"})
     assert read.wrong_memory_ratio is not None
     assert read.by_rows["8"].wrong_memory_ratio is None
+    # rows that were compacted are all that is kept
+    compact = found.kinds["compressive"].reads["attend"]
+    assert compact.bytes < read.bytes
+    assert compact.by_rows["8"].bytes < compact.bytes
     for name in ("recency", "text_bm25", "text_embedder"):
         assert (found.baselines[name].tokens, found.baselines[name].by_rows["8"].tokens) == (40, 8)
 
