@@ -490,6 +490,7 @@ def _card(info: BankInfo) -> Table:
         ["state", f"{info.state}, on {info.node}" if info.node else info.state],
         ["rows", f"{info.rows:,}"],
         ["memory", f"{output.size(info.bytes)} of {output.size(spec.budget_bytes)}"],
+        ["keys and values", f"of {info.attended_rows:,} rows, {output.size(info.attended_bytes)}"],
         ["model", f"{mark.model} ({mark.content[:12]})"],
         ["layers", ", ".join(map(str, mark.layers))],
         ["states", f"{mark.width} × {mark.dtype}"],

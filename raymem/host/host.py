@@ -19,7 +19,7 @@ from raymem.bank.owner import BankOwner, GroupCommit
 from raymem.bank.primary import Executor, Primary, Standing, run_now
 from raymem.bank.replica import Replica
 from raymem.config import HostSettings, Settings
-from raymem.errors import Moved, NotOwner, Overloaded, RaymemError, StoreClosed, TooLarge
+from raymem.errors import FingerprintMismatch, Moved, NotOwner, Overloaded, RaymemError, StoreClosed, TooLarge
 from raymem.host.backend import detached
 from raymem.host.lease import Lease, clock
 from raymem.host.maintenance import Maintenance
@@ -350,10 +350,23 @@ class Host:
             owner = await self._home(name, lambda streams: streams.expect(stream))
             acks = await asyncio.gather(*map(owner.write, part.traces()))
             copied += sum(ack.rows for ack in acks)
+        if not start:
+            await self._pull_attended(name, journal.entry, stream)
         if clock() >= lease.deadline:
             raise self._silent(name, lease)
         self._memory.watch(name)
         return copied, end
+
+    async def _pull_attended(self, name: str, source: Entry, stream: str) -> None:
+        """Copy a stream's keys and values too; those that find no room are left to be rebuilt."""
+        kept = self.cold.attended(source).of_stream(stream)
+        try:
+            while (rows := await self._executor.run(next, kept, None)) is not None:
+                owner = await self._home(name, lambda streams: streams.expect(stream))
+                put = partial(owner.primary.put_rows, rows, self.settings.cold.attended_bytes)
+                await owner.call(put)
+        except (TooLarge, FingerprintMismatch) as error:
+            log.warning("keys and values left behind", bank=name, reason=error.message)
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's whole state, after the writes queued so far."""

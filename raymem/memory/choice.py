@@ -10,14 +10,14 @@ Shape legend: T held rows, P pieces, Q tokens of the question, U different ones,
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from raymem.errors import InvalidInput
+from raymem.types import ChoiceMethod
 
-Method = Literal["fused", "states", "bm25", "even", "recent"]
 PIECE, SINKS = 32, 4
 # BM25's saturation of repeated tokens and its correction for length
 _K1, _B = 1.2, 0.75
@@ -54,7 +54,7 @@ def choose(
     *,
     piece: int = PIECE,
     sinks: int = SINKS,
-    method: Method = "fused",
+    method: ChoiceMethod = "fused",
 ) -> Choice:
     """Choose the rows that a model attends to while it goes on from a question.
 
@@ -109,7 +109,7 @@ class _Pieces(NamedTuple):
 
 
 def _scores(
-    held: Held, pieces: _Pieces, states_QD: Tensor | None, tokens_Q: Tensor, method: Method
+    held: Held, pieces: _Pieces, states_QD: Tensor | None, tokens_Q: Tensor, method: ChoiceMethod
 ) -> tuple[Tensor | None, float]:
     """Scores `[P]` of the pieces, None where nothing matches, and the relevance of the best."""
     found: list[Tensor] = []
@@ -165,12 +165,12 @@ def _fill(pieces: _Pieces, scores_P: Tensor | None, rows: int, sinks: int) -> Te
     return torch.cat([chosen_N, even_N]).sort().values
 
 
-def _check(held: Held, states_QD: Tensor | None, counts: tuple[int, int, int], method: Method) -> None:
+def _check(held: Held, states_QD: Tensor | None, counts: tuple[int, int, int], method: ChoiceMethod) -> None:
     rows, piece, sinks = counts
     if rows < 1 or piece < 1 or sinks < 0:
         raise InvalidInput(f"{rows} rows in pieces of {piece} with {sinks} sinks: give at least 1, 1 and 0")
-    if method not in get_args(Method):
-        raise InvalidInput(f"method is {method!r}; choose among {', '.join(get_args(Method))}")
+    if method not in get_args(ChoiceMethod):
+        raise InvalidInput(f"method is {method!r}; choose among {', '.join(get_args(ChoiceMethod))}")
     if states_QD is None or held.states_TD is None:
         return
     if states_QD.dim() != 2 or states_QD.shape[1] != held.states_TD.shape[1]:

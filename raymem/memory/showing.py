@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from raymem.memory.base import Shown, class_of
-from raymem.memory.choice import SINKS, Choice, Held, Method, choose
+from raymem.memory.choice import SINKS, Choice, Held, choose
 from raymem.memory.compress import spread_places
+from raymem.types import ChoiceMethod
 
 # a match of a kind with links is followed by so many rows before others match
 _FOLLOWED = 7
@@ -24,7 +25,7 @@ class Asked(NamedTuple):
     rows: int
     states_QD: Tensor | None
     tokens_Q: Tensor
-    method: Method = "fused"
+    method: ChoiceMethod = "fused"
 
 
 def choose_shown(held: Held, asked: Asked, kind: str, shown: Shown | None = None) -> Choice:

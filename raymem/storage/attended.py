@@ -89,6 +89,16 @@ class _Piece:
         tensors = {name: torch.cat([tensor, other.tensors[name]], 1)[:, index] for name, tensor in self.tensors.items()}
         return dataclasses.replace(self, seq_N=seq_N[order], pos_N=pos_N[order], tensors=tensors)
 
+    def ranges(self) -> Iterator[_Piece]:
+        """The rows in parts, within which each follows the one before."""
+        cuts = np.flatnonzero(np.diff(self.seq_N) != 1) + 1
+        for part in np.split(np.arange(len(self.seq_N)), cuts):
+            yield self if len(part) == len(self.seq_N) else self.pick(np.isin(np.arange(len(self.seq_N)), part))
+
+    def follows(self, other: _Piece) -> bool:
+        """Whether its rows go on where those of another end."""
+        return self.run == other.run and int(self.seq_N[0]) == int(other.seq_N[-1]) + 1
+
     def record(self) -> dict[str, Any]:
         """The piece as a line of the table."""
         blobs = {name: to_bytes(tensor).tobytes() for name, tensor in self.tensors.items()}
@@ -239,6 +249,22 @@ class Attended:
         self._tidy(rows.format)
         return self.extent()
 
+    def of_stream(self, stream: str) -> Iterator[AttendedRows]:
+        """What the bank itself keeps of a stream, some megabytes of a run's rows at a time."""
+        table = self._open(self.entry)
+        if table is None:
+            return
+        keys = table.keys()
+        records = sorted((at for at, key in enumerate(keys) if key[0] == stream), key=lambda at: keys[at][1:])
+        most, waiting = max(1, _READ_BYTES // table.format.row_bytes), list[_Piece]()
+        for part in (part for piece in table.pieces(records) for part in piece.ranges()):
+            if waiting and (sum(len(each.seq_N) for each in waiting) >= most or not part.follows(waiting[-1])):
+                yield _as_rows(waiting, table.format.rope)
+                waiting = []
+            waiting.append(part)
+        if waiting:
+            yield _as_rows(waiting, table.format.rope)
+
     def rewrite(self, target: Entry, gone: Tombstones) -> None:
         """Write the rows but those at `gone` to the table of a new generation; a bank that is no fork takes along all.
 
@@ -351,6 +377,21 @@ def _cut(rows: AttendedRows, positions: dict[int, int]) -> Iterator[_Piece]:
         pos_N = np.array([positions[number] for number in range(first, last)], dtype=np.int64)
         tensors = {name: tensor[:, first - rows.seq : last - rows.seq] for name, tensor in rows.tensors().items()}
         yield _Piece(rows.stream, rows.run, seq, seq_N, pos_N, tensors)
+
+
+def _as_rows(parts: Sequence[_Piece], rope: str) -> AttendedRows:
+    """Parts that follow one another, as they were given."""
+    tensors = {name: torch.cat([part.tensors[name] for part in parts], 1) for name in parts[0].tensors}
+    return AttendedRows(
+        parts[0].stream,
+        parts[0].run,
+        int(parts[0].seq_N[0]),
+        keys_LNHd=tensors["keys"],
+        values_LNHd=tensors["values"],
+        key_scales_LNH=tensors.get("key_scales"),
+        value_scales_LNH=tensors.get("value_scales"),
+        rope=rope,
+    )
 
 
 def _key(piece: _Piece) -> tuple[str, str, int]:

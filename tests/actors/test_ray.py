@@ -19,7 +19,7 @@ import ray
 import torch
 
 import raymem
-from raymem import AsyncStore, Settings, Store
+from raymem import AsyncStore, AttendedRows, Settings, Store
 from raymem.actors import backend as backend_module
 from raymem.actors import cluster
 from raymem.actors.calls import NAMESPACE, Remote, ask_all
@@ -288,6 +288,37 @@ def test_moving_under_load_loses_nothing_and_answers_every_read(store, folder, b
     assert len(journal) == len(set(journal))
     assert set(journal) == writers.acknowledged
     assert bank.digest() == undisturbed_digest(journal, tmp_path / "undisturbed", tiny)
+
+
+def test_keys_and_values_outlive_a_move_and_a_shard_killed_while_it_keeps_them(store, bank, tiny):
+    bank.write(tiny.trace(640, run="long"))
+    drawn = torch.randn(2, 3, 640, 2, 4, generator=torch.Generator().manual_seed(0))
+
+    def put(seq: int) -> int:
+        keys, values = drawn[:, :, seq : seq + 32]
+        return bank.put_rows(AttendedRows("s", "long", seq, keys, values, rope="theta=10000")).rows
+
+    with ThreadPoolExecutor(1) as putting:
+        later = putting.submit(lambda: [put(seq) for seq in range(0, 640, 32)])
+        while not bank.info().attended_rows:
+            time.sleep(0.005)
+        bank.migrate(other_node(store, bank))
+        os.kill(pid_of(store, bank.info().owner), signal.SIGKILL)
+        assert later.result()[-1] == 640
+    assert bank.info().attended_rows == 640
+    asked = tiny.trace(9, run="long", seq=320)
+    found = bank.attend(asked.hidden, asked.tokens, 40)
+    expected = AttendedRows("s", "long", 0, *drawn, rope="theta=10000").checked()
+    of_run = [(slot, row.seq) for slot, row in enumerate(found.rows()) if row.run == "long"]
+    assert len(of_run) >= 32
+    # the bank's first rows, of another run, have none
+    assert found.keys_LNHd is None
+    keys, values = torch.ones(2, 3, 50, 2, 4)
+    bank.put_rows(AttendedRows("s", "r", 0, keys, values, rope="theta=10000"))
+    found = bank.attend(asked.hidden, asked.tokens, 40)
+    for slot, seq in of_run:
+        assert torch.equal(found.keys_LNHd[:, slot], expected.keys_LNHd[:, seq])
+        assert torch.equal(found.value_scales_LNH[:, slot], expected.value_scales_LNH[:, seq])
 
 
 def test_a_node_is_drained_while_its_banks_are_written_and_stays_so_whoever_dies(store, folder, tiny):

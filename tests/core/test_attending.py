@@ -241,6 +241,24 @@ def test_pieces_of_all_partitions_compete(tiny, file_store):
         assert torch.equal(found.keys_LNHd[:, slot], expected)
 
 
+def test_a_stream_that_moves_takes_its_keys_and_values_along(tiny, file_store):
+    parts = file_store.create("attend/moving", tiny.spec("spalm"), partitions=2)
+    for stream in "abcd":
+        parts.write(tiny.talk(stream, 100))
+        # with a gap
+        parts.put_rows(kv(40, stream=stream, run="r1"))
+        parts.put_rows(kv(40, 60, stream=stream, run="r1"))
+    parts.grow(3)
+    assert parts.rebalance().streams >= 1
+    assert parts.info().attended_rows == 4 * 80
+    for stream in "abcd":
+        asked = tiny.talk(stream, 8, seq=64)
+        found = parts.attend(asked.hidden, asked.tokens, rows=36)
+        for slot, row in enumerate(found.rows()):
+            expected = kv(100, stream=row.stream, run="r1").checked().keys_LNHd[:, row.seq]
+            assert torch.equal(found.keys_LNHd[:, slot], expected)
+
+
 def test_states_that_are_compared_count_as_memory(tiny, tmp_path):
     settings = Settings(host=HostSettings(memory_bytes=450_000), cold=ColdSettings(sync="none", attended_bytes=5000))
     with connect(tmp_path / "small", settings=settings) as store:
