@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from raymem.bench.leaks import Leaks
+    from raymem.bench.vllm import ServingFigures
 
 
 class Sync(Enum):
@@ -88,6 +89,43 @@ def erasure(
     with output.progress("reading passages") as report, tempfile.TemporaryDirectory() as folder:
         found = leaks.run(LanguageModel.load(model), Path(folder), sizes, report)
     output.give(dataclasses.asdict(found), _leaks(found), json_)
+
+
+@app.command("vllm")
+def vllm(
+    model: ModelOption = DEFAULT_MODEL,
+    layer: Annotated[int, typer.Option("--layer", help="Whose outputs are streamed, counted from 1.")] = 26,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times each mode is taken; medians are shown.")] = 7,
+    small: Annotated[bool, typer.Option("--small", help="Tiny sizes: to see that it runs, not for figures.")] = False,
+    json_: FileOption = None,
+) -> None:
+    """What memory costs a vLLM engine: tokens a second, and time to first token, with and without it.
+
+    Engines with and without raymem take turns in every round: answering plainly, with states extracted, streaming to a
+    bank, and mixing from one. Takes about ten minutes on two cores.
+
+    For example:
+
+        raymem bench vllm --json vllm.json
+    """
+    import tempfile
+
+    from raymem.bench import vllm as figures
+
+    sizes = dataclasses.replace(figures.SMALL if small else figures.ServingSizes(), rounds=rounds)
+    with output.progress("serving") as report, tempfile.TemporaryDirectory() as folder:
+        found = figures.run(model, (layer,), Path(folder), sizes, report)
+    output.give(dataclasses.asdict(found), _served(found), json_)
+
+
+def _served(found: ServingFigures) -> Table:
+    ratios = {name: value for name, value in vars(found).items() if isinstance(value, float)}
+    rows = [[name, f"{value:.3f}", ""] for name, value in ratios.items()]
+    rows += [
+        [name, f"{mode['median']:.4g}", f"{mode['least']:.4g} to {mode['most']:.4g}"]
+        for name, mode in found.modes.items()
+    ]
+    return output.table("vLLM", ["figure", "median", "rounds"], rows)
 
 
 def _leaks(found: Leaks) -> Table:
