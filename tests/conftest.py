@@ -47,6 +47,9 @@ if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).
     ENVIRONMENT["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+# some fifty processes import raymem: each would compile it anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session")
