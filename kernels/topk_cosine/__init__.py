@@ -85,9 +85,12 @@ def _search(
     coarse_Qc, index_Qc, error_Q = _candidates(queries_QK, rows_NK, scale_N, width, mask)
     parts = []
     size = _BLOCK_QUERIES_CUDA if rows_NK.is_cuda else _BLOCK_QUERIES
+    # one that lies two errors under the k-th is none of the k best, whatever both score exactly
+    far_Qc = coarse_Qc < (coarse_Qc[:, min(k, width) - 1] - 2 * error_Q)[:, None]
     for start in range(0, len(queries_QK), size):
         block = slice(start, start + size)
-        index, hidden = index_Qc[block], coarse_Qc[block] == float("-inf")
+        near = width - int(far_Qc[block].all(0).sum())
+        index, hidden = index_Qc[block, :near], coarse_Qc[block, :near] == float("-inf")
         exact = exact_scores(queries_QK[block], rows_NK[index], scale_N[index]).masked_fill(hidden, float("-inf"))
         parts.append(sort_found(exact, order_N[index], index, k))
     scores_Qk, index_Qk = (torch.cat(part) for part in zip(*parts, strict=True))
