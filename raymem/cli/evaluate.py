@@ -40,6 +40,14 @@ def lm(
     rows: Annotated[
         str, typer.Option("--rows", help="How many rows are attended at once; several, by comma.", metavar="N,…")
     ] = "512",
+    compact: Annotated[
+        str,
+        typer.Option(
+            "--compact",
+            help="How kinds that compress make their rows: match, subsample, mean; several, by comma.",
+            metavar="WAY,…",
+        ),
+    ] = "match",
     refresh: Annotated[int, typer.Option("--refresh", help="Predicted tokens after which rows are chosen anew.")] = 32,
     max_docs: Annotated[int, typer.Option("--max-docs", help="The first documents, in name order.")] = 8,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="The first tokens of each document.")] = 4096,
@@ -78,6 +86,7 @@ def lm(
         **{"max_docs": max_docs, "max_tokens": max_tokens, "window": window},
         "layers": parse_layers(layers) if layers else (),
         **{"reads": tuple(reads.split(",")), "rows": tuple(rows.split(",")), "refresh": refresh},
+        "compact": tuple(compact.split(",")),
     }
     settings = checked(EvalSettings, fields)
     with output.progress("reading, then predicting") as report:

@@ -24,6 +24,7 @@ from raymem.lm.attending import AttendedContext, rebuild
 from raymem.lm.compacting import compacted
 from raymem.lm.identity import cache_folder, write_atomically
 from raymem.lm.models import LanguageModel, Pass
+from raymem.memory.compress import Compaction
 from raymem.types import MemoryTokens
 
 # the last tokens that a choice is made from
@@ -53,7 +54,7 @@ class Written:
     def __init__(self, model: LanguageModel, tokens_T: Tensor) -> None:
         self._model, self.tokens_T = model, tokens_T
         self._name = _digest(tokens_T)
-        self._compacted: dict[int, MemoryTokens] = {}
+        self._compacted: dict[str, MemoryTokens] = {}
 
     def part(self, place_N: Tensor) -> Part:
         """Some of its rows, by their places in the text, in this order."""
@@ -69,15 +70,16 @@ class Written:
         source_N, rows = torch.zeros_like(place_N), (keys_LTHd[:, place_N], values_LTHd[:, place_N])
         return MemoryTokens(place_N, self.tokens_T[place_N], place_N, source_N, (("text", "0"),), 1.0, "", *rows)
 
-    def compacted(self, rows: int) -> Part:
-        """All of its rows made into fewer by attention matching, the same ones for every question."""
+    def compacted(self, kept_T: Tensor, rows: int, how: Compaction) -> Part:
+        """Rows made of those that a bank keeps (bool, of the text's tokens), the same ones for every question."""
+        name = f"{how} {rows} of {_digest(kept_T)}, compaction-1"
 
         def load() -> MemoryTokens:
-            if rows not in self._compacted:
-                self._compacted[rows] = compacted(self._model, [self.tokens_T], rows)
-            return self._compacted[rows]
+            if name not in self._compacted:
+                self._compacted[name] = compacted(self._model, [self.tokens_T], rows, how, kept_T=kept_T)
+            return self._compacted[name]
 
-        return Part(f"{self._name}:match-{rows}", load)
+        return Part(f"{self._name}:{name}", load)
 
     def bytes(self, rows: int | None = None) -> int:
         """What keys and values of so many of its rows hold in int8, with their scales; None: of all."""

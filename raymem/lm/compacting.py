@@ -57,7 +57,13 @@ class _Watched(NamedTuple):
 
 
 def compacted(
-    model: LanguageModel, runs: Sequence[Tensor], rows: int, how: Compaction = "match", sinks: int = 4
+    model: LanguageModel,
+    runs: Sequence[Tensor],
+    rows: int,
+    how: Compaction = "match",
+    *,
+    kept_T: Tensor | None = None,
+    sinks: int = 4,
 ) -> MemoryTokens:
     """Memory tokens made of all rows of some runs, with keys and values in the model's dtype.
 
@@ -67,6 +73,7 @@ def compacted(
         rows: how many to make; runs with no more tokens give all of theirs.
         how: `subsample` keeps every c-th row, `mean` means of c rows, `match` fits rows to the model's own queries on
             these runs; see `raymem.memory.compress`. Rows that were made of several have position and token -1.
+        kept_T: bool, of all runs' tokens: rows that the bank still has; the others are left out. None: all.
         sinks: how many of the first rows stay in any case.
 
     Raises:
@@ -77,16 +84,16 @@ def compacted(
     if not runs or rows < 1:
         raise InvalidInput(f"{rows} rows of {len(runs)} runs: give at least one of each")
     tokens_T = torch.cat(list(runs))
-    run_T = torch.cat([torch.full((len(ids_T),), number) for number, ids_T in enumerate(runs)])
-    made = how != "subsample" and rows < len(tokens_T)
-    place_N = spread_places(len(tokens_T), rows, sinks)
+    left_T = torch.arange(len(tokens_T)) if kept_T is None else torch.nonzero(kept_T)[:, 0]
+    made = how != "subsample" and rows < len(left_T)
+    place_N = left_T[spread_places(len(left_T), rows, sinks)]
     if made and how == "match":
-        keys_LNHd, values_LNHd = _matched(model, runs, rows, sinks)
+        keys_LNHd, values_LNHd = _matched(model, runs, left_T, rows, sinks)
     else:
-        keys_LTHd, values_LTHd = _rebuilt(model, runs)
-        both = (keys_LTHd, values_LTHd)
-        keys_LNHd, values_LNHd = (pooled(each, rows, sinks) if made else each[:, place_N] for each in both)
+        both = _rebuilt(model, runs)
+        keys_LNHd, values_LNHd = (pooled(each[:, left_T], rows, sinks) if made else each[:, place_N] for each in both)
     gone_N = torch.full_like(place_N, made, dtype=torch.bool)
+    run_T = torch.cat([torch.full((len(ids_T),), number) for number, ids_T in enumerate(runs)])
     seq_T = torch.cat([torch.arange(len(ids_T)) for ids_T in runs])
     return MemoryTokens(
         pos_N=place_N.masked_fill(gone_N, -1),
@@ -108,8 +115,10 @@ def _rebuilt(model: LanguageModel, runs: Sequence[Tensor]) -> tuple[Tensor, Tens
     return torch.cat(keys, 1), torch.cat(values, 1)
 
 
-def _matched(model: LanguageModel, runs: Sequence[Tensor], rows: int, sinks: int) -> tuple[Tensor, Tensor]:
-    """Position-free keys and values `[L, N, H, d]`, fitted head by head.
+def _matched(
+    model: LanguageModel, runs: Sequence[Tensor], left_T: Tensor, rows: int, sinks: int
+) -> tuple[Tensor, Tensor]:
+    """Position-free keys and values `[L, N, H, d]`, fitted head by head to the rows at the places `left_T`.
 
     Everything is turned as a window behind the rows sees it: the window's first token stands at position N, the last
     row's original at N - 1. Distances are those of the text, though its rows take fewer slots.
@@ -124,10 +133,10 @@ def _matched(model: LanguageModel, runs: Sequence[Tensor], rows: int, sinks: int
             for run, first in zip(watched, before, strict=False)
         ],
         1,
-    )
-    values_LTHd = torch.cat([run.values_LTHd for run in watched], 1)
+    )[:, left_T]
+    values_LTHd = torch.cat([run.values_LTHd for run in watched], 1)[:, left_T]
     near = [_near(rope, window, watched[window.run], rows) for window in windows]
-    unseen_QT = _unseen(windows, near, total, sinks)
+    unseen_QT = _unseen(windows, near, total, sinks)[:, left_T]
     layers, _, heads, _ = keys_LTHd.shape
     made_keys, made_values = (keys_LTHd.new_empty(layers, rows, heads, keys_LTHd.shape[-1]) for _ in range(2))
     for layer, head in itertools.product(range(layers), range(heads)):

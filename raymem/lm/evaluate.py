@@ -36,6 +36,7 @@ from raymem.lm.passes import CHUNK_TOKENS, Reading, Window, full_context_losses,
 from raymem.lm.reads import BASELINES, AttendedReads
 from raymem.lm.text import WRITTEN_SHARE, find_documents
 from raymem.lm.trust import Trust
+from raymem.memory.compress import Compaction
 from raymem.types import Fingerprint
 
 Progress = Callable[[int, int], None]
@@ -51,7 +52,8 @@ class EvalSettings(BaseModel):
     make the most of them; None leaves each kind its default options and budget. By default that is 0.15 where banks
     are mixed alone, and 1 where rows are attended, whose keys and values take far more. `layers` are 1-based; by
     default the one at 87 % of the model's depth. `reads` are the ways of reading; so many `rows` are attended at once,
-    chosen again for every `refresh` predicted tokens.
+    chosen again for every `refresh` predicted tokens. Kinds that show the same rows whatever the question have them
+    made in each of the ways `compact`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,6 +70,7 @@ class EvalSettings(BaseModel):
     reads: tuple[Literal["mix", "attend", "both"], ...] = Field(default=("mix",), min_length=1)
     rows: tuple[Annotated[int, Field(ge=1, le=2**16)], ...] = Field(default=(512,), min_length=1)
     refresh: int = Field(default=32, ge=1)
+    compact: tuple[Compaction, ...] = Field(default=("match",), min_length=1)
 
     @field_validator("budget_mb")
     @classmethod
@@ -218,11 +221,20 @@ class Trial:
             if way == "mix":
                 made[way] = self._read(kind, kind, 0, sums)
             elif f"{kind} {way} {max(self._settings.rows)}" in self._losses:
-                found = {rows: self._read(kind, f"{kind} {way} {rows}", rows, sums) for rows in self._settings.rows}
+                found = {rows: self._attended_read(kind, way, rows, sums) for rows in self._settings.rows}
                 most = max(found)
                 others = {str(rows): figures for rows, figures in sorted(found.items()) if rows != most}
                 made[way] = found[most].model_copy(update={"by_rows": others})
         return made
+
+    def _attended_read(self, kind: str, way: str, rows: int, sums: Sums) -> ReadFigures:
+        """Rows that are chosen, or made in the first way of those asked for, and below it in the others."""
+        found = {
+            how: self._read(kind, f"{kind} {form.format(way)}", rows, sums)
+            for form, how in self._attended.forms(kind, rows).items()
+        }
+        (first, figures), *others = found.items()
+        return figures.model_copy(update={"compaction": first, "by_compaction": dict(others)})
 
     def _read(self, kind: str, name: str, rows: int, sums: Sums) -> ReadFigures:
         found_D = self._by_document(name)

@@ -53,7 +53,8 @@ class Difference(BaseModel):
 class ReadFigures(Closed):
     """One way of reading a bank. `rows` are attended at once and `bytes` what a document's memory holds for it, on
     average: mixing state, and for attended rows the keys and values in int8 of all written ones. `over_text` compares
-    with the best causal retrieval of as many tokens of text. `by_rows` has the figures of other numbers of rows.
+    with the best causal retrieval of as many tokens of text. `by_rows` has the figures of other numbers of rows. Where
+    rows are made, `compaction` says how, and `by_compaction` has the figures of other ways.
     """
 
     wrong_memory_ratio: float | None
@@ -61,6 +62,8 @@ class ReadFigures(Closed):
     bytes: int
     over_text: Difference | None = None
     by_rows: dict[str, ReadFigures] = Field(default_factory=dict)
+    compaction: str | None = None
+    by_compaction: dict[str, ReadFigures] = Field(default_factory=dict)
 
 
 class BaselineFigures(Closed):
@@ -141,8 +144,10 @@ class EvalReport(BaseModel):
             made.add_row(kind, f"{row.ppl:.2f}", *cells, *speeds, style="bold")
             for name, read in row.reads.items():
                 for way in (*read.by_rows.values(), read) if name != "mix" else ():
-                    ratio, held = _number(way.wrong_memory_ratio, ".3f"), f"{way.bytes / 1e6:.2f}"
-                    made.add_row(f"{kind}, {name}, {way.rows} rows", *_closed(way), ratio, held, style="bold")
+                    for how, made_so in ((way.compaction, way), *way.by_compaction.items()):
+                        ratio, held = _number(made_so.wrong_memory_ratio, ".3f"), f"{made_so.bytes / 1e6:.2f}"
+                        called = f"{kind}, {name}, {way.rows} rows{'' if how is None else f' by {how}'}"
+                        made.add_row(called, *_closed(made_so), ratio, held, style="bold")
         if self.written is not None:
             made.add_row("all that was written, attended", *_closed(self.written))
         made.add_row("full context", f"{self.full_context.ppl:.2f}", _number(self._gap(self.full_context.ppl), ".2f"))

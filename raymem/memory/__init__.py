@@ -1,5 +1,25 @@
 """The memory mechanisms, one file each, built by name."""
 
-from raymem.memory.base import blend, build, class_of, keeps_rows, kinds, merge_rule, option_names, shows_rows
+from raymem.memory.base import (
+    blend,
+    build,
+    class_of,
+    compacts,
+    keeps_rows,
+    kinds,
+    merge_rule,
+    option_names,
+    shows_rows,
+)
 
-__all__ = ["blend", "build", "class_of", "keeps_rows", "kinds", "merge_rule", "option_names", "shows_rows"]
+__all__ = [
+    "blend",
+    "build",
+    "class_of",
+    "compacts",
+    "keeps_rows",
+    "kinds",
+    "merge_rule",
+    "option_names",
+    "shows_rows",
+]

@@ -317,12 +317,21 @@ def keeps_rows(kind: str) -> bool:
 
 
 def shows_rows(kind: str) -> bool:
-    """Whether attention may see rows of banks of a kind.
+    """Whether attention can see rows of banks of a kind; see `Memory.shown`.
 
     Raises:
         InvalidSpec: unknown kind.
     """
     return class_of(kind).shown is not Memory.shown
+
+
+def compacts(kind: str) -> bool:
+    """Whether banks of a kind show attention the same rows whatever the question, so that they may be compacted.
+
+    Raises:
+        InvalidSpec: unknown kind.
+    """
+    return shows_rows(kind) and not class_of(kind).piece
 
 
 def blend(kind: str, options: dict[str, object], scores_Qk: Tensor, vectors_QkV: Tensor) -> Tensor:

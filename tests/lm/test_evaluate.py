@@ -19,7 +19,7 @@ FIGURES = {
 }
 READ = {
     *("ppl", "gap_closed", "gap_closed_written", "interval", "wrong_memory_ratio", "rows", "bytes"),
-    *("over_text", "by_rows"),
+    *("over_text", "by_rows", "compaction", "by_compaction"),
 }
 BASELINES = {"recency", "text_bm25", "text_embedder", "text_oracle"}
 
@@ -127,6 +127,33 @@ def test_several_numbers_of_rows_are_told_apart(tmp_path):
     assert compact.by_rows["8"].bytes < compact.bytes
     for name in ("recency", "text_bm25", "text_embedder"):
         assert (found.baselines[name].tokens, found.baselines[name].by_rows["8"].tokens) == (40, 8)
+
+
+def test_kinds_that_compress_make_their_rows_in_every_way_asked_for_and_others_choose(tmp_path):
+    model = save_tiny(tmp_path / "model", max_position_embeddings=512)
+    for place in range(2):
+        (tmp_path / f"{place}.txt").write_text("A short text that is read byte by byte. " * 8)
+    kinds = ("compressive", "dnc", "larimar")
+    sizes = {"max_tokens": 200, "window": 50, "rows": (16,), "budget_mb": None}
+    texts, compact = (tmp_path / "0.txt", tmp_path / "1.txt"), ("match", "subsample", "mean")
+    found = evaluate(
+        EvalSettings(texts=texts, model=str(model), kinds=kinds, reads=("attend",), compact=compact, **sizes)
+    )
+    for kind in kinds:
+        reads = found.kinds[kind].reads
+        assert set(reads) == (set() if kind == "larimar" else {"attend"})
+        for read in reads.values():
+            assert read.compaction == ("match" if kind == "compressive" else None)
+            assert set(read.by_compaction) == ({"subsample", "mean"} if kind == "compressive" else set())
+    read = found.kinds["compressive"].reads["attend"]
+    ways = [read, *read.by_compaction.values()]
+    assert len({way.ppl for way in ways}) == 3
+    assert all(way.wrong_memory_ratio is not None for way in ways)
+    # what is made is kept: 16 of 150 rows
+    assert read.bytes < found.kinds["dnc"].reads["attend"].bytes
+    console = Console(width=160, record=True)
+    console.print(found.table())
+    assert "compressive, attend, 16 rows by subsample" in console.export_text()
 
 
 def test_progress_ends_where_it_said(report):
