@@ -15,11 +15,10 @@ from torch import Tensor
 
 from raymem.errors import BankNotFound, TooLarge
 from raymem.host.backend import detached
+from raymem.memory import compacts
 from raymem.memory.choice import Held, choose
 from raymem.serving.vllm.orders import Order, listed
 
-# kinds whose rows don't depend on the question: agents that attend to the same bank share the same blocks
-_STATIC = frozenset({"compressive"})
 # BM25 has nothing to compare in fewer rows
 _FEWEST = 2
 
@@ -209,7 +208,8 @@ class RowIndex:
         held = self._held(bank)
         place_N = torch.arange(0)
         if rows and len(held.pos_T):
-            place_N = choose(held, None, question_Q, rows, method="even" if bank.kind in _STATIC else "bm25").place_N
+            # the same rows whatever the question: agents that attend to the bank share the same blocks
+            place_N = choose(held, None, question_Q, rows, method="even" if compacts(bank.kind) else "bm25").place_N
         return bank.chunk_T[place_N], bank.offset_T[place_N], held.tokens_T[place_N]
 
     def _held(self, bank: KeptBank) -> Held:
