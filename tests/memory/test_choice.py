@@ -54,7 +54,7 @@ def test_the_best_pieces_by_hand_are_chosen(method, runs):
         expected |= set(cuts[place])
         if len(expected | {0, 1}) >= 26:
             break
-    found = choose(bank, states, tokens, 26, piece=8, sinks=2, method=method)
+    found = choose(bank, states, tokens, 26, piece=8, sinks=2, method=method, floor=0.0)
     assert len(found.pos_N) == 26
     assert set(found.place_N.tolist()) <= expected | {0, 1}
     assert torch.equal(found.pos_N, found.place_N * 2 + 5)
@@ -65,7 +65,7 @@ def test_the_best_pieces_by_hand_are_chosen(method, runs):
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 63, 99, 100, 101])
 def test_rows_are_as_many_as_asked_in_order_and_begin_with_the_sinks(method, rows):
     bank = held(100, 2)
-    found = choose(bank, bank.states_TD[40:50], bank.tokens_T[40:50], rows, method=method)
+    found = choose(bank, bank.states_TD[40:50], bank.tokens_T[40:50], rows, method=method, floor=0.0)
     assert len(found.place_N) == min(rows, 100)
     assert (found.place_N.diff() > 0).all()
     assert found.place_N[: min(rows, 4)].tolist() == [0, 1, 2, 3][:rows]
@@ -76,6 +76,29 @@ def test_a_match_is_chosen_and_its_relevance_is_high():
     found = choose(bank, bank.states_TD[500:516], bank.tokens_T[500:516], 68)
     assert set(range(500, 512)) <= set(found.place_N.tolist())
     assert found.relevance > 0.99
+
+
+def test_a_question_that_matches_worse_than_the_bank_itself_gets_nothing():
+    made = torch.Generator().manual_seed(5)
+    # a text of one subject: its states lie in a cone around two directions of many
+    subject, other = torch.eye(64)[:2], torch.eye(64)[2:4]
+    noise = torch.randn(400, 64, generator=made) / 8
+
+    def about(directions, start, stop):
+        return normalize(noise[start:stop] + directions[torch.arange(start, stop) % 2], dim=1)
+
+    bank = held(300)._replace(states_TD=about(subject, 0, 300))
+    tokens = torch.full((16,), 77)
+    own = choose(bank, about(subject, 300, 316), tokens, 64)
+    assert len(own.place_N) == 64
+    assert own.relevance > 0.9
+    wrong = choose(bank, about(other, 300, 316), tokens, 64)
+    assert len(wrong.place_N) == len(wrong.pos_N) == 0
+    assert wrong.relevance < 0.5
+    assert len(choose(bank, about(other, 300, 316), tokens, 64, floor=0.0).place_N) == 64
+    # of a bank of three pieces it can't be said
+    small = Held(*(column[:96] for column in bank))
+    assert len(choose(small, about(other, 300, 316), tokens, 64).place_N) == 64
 
 
 def test_without_a_question_or_a_match_rows_are_spread_evenly():
