@@ -23,7 +23,7 @@ config = LLMConfig(
     model_loading_config={"model_id": MODEL, "model_source": str(model_path(MODEL))},
     server_cls=MemoryServer,
     engine_kwargs={
-        **engine_args(STORE, (26,), write_banks=BANKS, read_banks=BANKS),
+        **engine_args(STORE, (26,), write_banks=BANKS, read_banks=BANKS, attend_banks=BANKS),
         "max_model_len": 1024,
         # on one CPU; with GPUs leave the executor and the bundles out, and name an accelerator_type
         "distributed_executor_backend": "mp",

@@ -4,7 +4,7 @@
     raymem vllm serve smollm2-135m --max-model-len 1024
     python examples/vllm_openai_client.py
 
-OPENAI_BASE_URL names another server.
+OPENAI_BASE_URL names another server; Ray Serve LLM (examples/ray_serve_llm.py) answers the same way.
 """
 
 import math
@@ -27,11 +27,14 @@ def main() -> None:
     print(f"agent A read {seen.usage.prompt_tokens} tokens; {seen.memory}")
 
     print(f"agent B without memory: perplexity {perplexity(client, None):.2f}")
-    print(f"with {BANK}: perplexity {perplexity(client, {'read': [BANK]}):.2f}")
+    print(f"with {BANK} in its logits: perplexity {perplexity(client, {'read': [BANK]}):.2f}")
+    attend = {"attend": [BANK], "rows": 256}
+    print(f"with 256 rows of it attended: perplexity {perplexity(client, attend):.2f}")
+    print(f"with both: perplexity {perplexity(client, {**attend, 'read': [BANK]}):.2f}")
 
     question = [{"role": "user", "content": "What can be done with a list in Python?"}]
     stream = client.chat.completions.create(
-        model=MODEL, messages=question, max_tokens=40, stream=True, extra_body={"memory": {"read": [BANK]}}
+        model=MODEL, messages=question, max_tokens=40, stream=True, extra_body={"memory": attend}
     )
     for chunk in stream:
         # the first chunk says what memory serves

@@ -41,8 +41,8 @@ def attach_rows(llm: Any, bank: str, store: str | None = None) -> AttachedRows:
     Raises:
         TooLarge: its rows don't fit the engine's `rows_bytes`; the engine keeps those that do.
         Unavailable: the engine did not keep them.
-        Exception: what a worker says, as vLLM hands it on: that there is no such bank, that it is detached, of another
-            model, or that this engine can't attend to rows.
+        BankNotFound, BankDetached, FingerprintMismatch, ConfigError, Unsupported, UnsupportedModel: see
+            `MemoryReader.rows_to_rebuild`.
     """
     started, plan = time.perf_counter(), llm.collective_rpc("rows_to_rebuild", args=(bank, store))[0]
     prompts, params = _requests(plan)
@@ -95,6 +95,8 @@ async def detach_rows_async(engine: Any, bank: str) -> bool:
 def _requests(plan: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
     from vllm import SamplingParams
 
+    if refused := plan.get("refused"):
+        raise RaymemError.from_wire(refused)
     prompts = [{"prompt_token_ids": tokens} for tokens, _ in plan["requests"]]
     extras = [{"kv_transfer_params": order} for _, order in plan["requests"]]
     params = [SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra) for extra in extras]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -17,9 +19,10 @@ from pydantic import BaseModel, ConfigDict
 
 from raymem.errors import ConfigError, InvalidInput, RaymemError, Unauthorized, Unsupported
 from raymem.serving.vllm import vllm_internals
+from raymem.serving.vllm.attach import AttachedRows, attach_rows_async, detach_rows_async
 from raymem.serving.vllm.memory_field import FIELD
 from raymem.serving.vllm.params import CONNECTOR, ConnectorConfig
-from raymem.serving.vllm.request_memory import RequestMemory, Told
+from raymem.serving.vllm.request_memory import RequestMemory, Told, Use
 
 # the handlers that take the field, by their names in vLLM's state, and those that can't
 _SERVED = {"openai_serving_chat": "create_chat_completion", "openai_serving_completion": "create_completion"}
@@ -31,16 +34,26 @@ _REFUSING = {
 # a caller that is not allowed a bank has no other key to try
 _FORBIDDEN = 403
 _STATE = "raymem_memory"
+# of vLLM's event streams: text that JSON can't have within a string
+_DATA, _USAGE, _END = "data: ", '"choices":[]', "data: [DONE]\n\n"
+# where outputs of the engine that belong to the present request are heard
+_HEARD: ContextVar[list[Any] | None] = ContextVar("raymem_heard", default=None)
 
 Handler = Callable[..., Awaitable[Any]]
 
 
 class BankBody(BaseModel):
-    """The body of `POST /v1/raymem/attach` and `/detach`."""
+    """The body of `POST /v1/raymem/detach`."""
 
     model_config = ConfigDict(extra="forbid")
 
     bank: str
+
+
+class AttachBody(BankBody):
+    """The body of `POST /v1/raymem/attach`: `use` is what for, all that callers may do with the bank by default."""
+
+    use: Use | None = None
 
 
 class MemoryEndpoint:
@@ -66,7 +79,9 @@ def install(engine_client: Any, state: Any) -> None:
     """
     if getattr(state, _STATE, None) is not None:
         return
-    memory = _memory_for(engine_client)
+    # vLLM adds to these when it loads one
+    memory = _memory_for(engine_client, state.openai_serving_models.lora_requests)
+    _listen(engine_client)
     for names, wrap in ((_SERVED, _serving), (_REFUSING, _refusing)):
         for attribute, method in names.items():
             # vLLM leaves None for what the model can't do
@@ -80,7 +95,7 @@ def install(engine_client: Any, state: Any) -> None:
     setattr(state, _STATE, memory)
 
 
-def _memory_for(engine_client: Any) -> RequestMemory:
+def _memory_for(engine_client: Any, adapters: Collection[str]) -> RequestMemory:
     vllm_config = engine_client.vllm_config
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector != CONNECTOR:
@@ -94,18 +109,36 @@ def _memory_for(engine_client: Any) -> RequestMemory:
     async def call(method: str, *args: Any) -> list[Any]:
         return list(await engine_client.collective_rpc(method, args=args))
 
-    return RequestMemory(config, call, functools.partial(vllm_internals.engine_fingerprint, vllm_config, layers))
+    made_by = functools.partial(vllm_internals.engine_fingerprint, vllm_config, layers)
+    return RequestMemory(config, call, made_by if layers else None, _EngineRows(engine_client), adapters)
+
+
+class _EngineRows:
+    """The rows of banks in one engine."""
+
+    def __init__(self, engine_client: Any) -> None:
+        self._engine = engine_client
+
+    async def attach(self, name: str) -> AttachedRows:
+        return await attach_rows_async(self._engine, name)
+
+    async def detach(self, name: str) -> bool:
+        return await detach_rows_async(self._engine, name)
 
 
 def _serving(plain: Handler, memory: RequestMemory) -> Handler:
     @functools.wraps(plain)
     async def create(request: Any, raw_request: Any = None) -> Any:
         try:
-            told = await memory.prepare(request)
+            prepared = await memory.prepare(request)
+            if prepared is None:
+                return await plain(request, raw_request)
+            heard: list[Any] = []
+            with _hearing(heard):
+                answer = await plain(request, raw_request)
+            return _tell(answer, functools.partial(memory.conclude, prepared, heard), prepared.told)
         except RaymemError as error:
             return _refusal(error)
-        answer = await plain(request, raw_request)
-        return answer if told is None else _tell(answer, told)
 
     return create
 
@@ -122,34 +155,68 @@ def _refusing(plain: Handler, _memory: RequestMemory) -> Handler:
     return create
 
 
-def _tell(answer: Any, told: Told) -> Any:
+@contextmanager
+def _hearing(heard: list[Any]) -> Iterator[None]:
+    token = _HEARD.set(heard)
+    try:
+        yield
+    finally:
+        _HEARD.reset(token)
+
+
+def _listen(engine_client: Any) -> None:
+    """Collect what the connector says of a request when it ends: vLLM's streams leave it out."""
+    plain = engine_client.generate
+
+    @functools.wraps(plain)
+    def generate(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        outputs, heard = plain(*args, **kwargs), _HEARD.get()
+        return outputs if heard is None else _heard_of(outputs, heard)
+
+    engine_client.generate = generate
+
+
+async def _heard_of(outputs: AsyncGenerator[Any, None], heard: list[Any]) -> AsyncGenerator[Any, None]:
+    async with aclosing(outputs):
+        async for output in outputs:
+            if output.kv_transfer_params:
+                heard.append(output.kv_transfer_params)
+            yield output
+
+
+def _tell(answer: Any, conclude: Callable[[], Told], told: Told) -> Any:
     """Add what memory serves to an answer: to its body, or to the first chunk of a stream."""
     if isinstance(answer, AsyncGenerator):
-        return _first_tells(answer, told)
+        return _telling(answer, conclude, told)
     if not _is_error(answer):
         # vLLM's answers allow further fields, and so do OpenAI's clients
-        setattr(answer, FIELD, told)
+        setattr(answer, FIELD, conclude())
     return answer
 
 
-async def _first_tells(chunks: AsyncGenerator[str, None], told: Told) -> AsyncGenerator[str, None]:
-    try:
-        waiting = True
+async def _telling(
+    chunks: AsyncGenerator[str, None], conclude: Callable[[], Told], told: Told
+) -> AsyncGenerator[str, None]:
+    begun = False
+    # vLLM aborts the request when its generator ends
+    async with aclosing(chunks):
         async for chunk in chunks:
-            if waiting and (body := _body_of(chunk)) is not None:
-                waiting = False
-                yield f"data: {json.dumps({**body, FIELD: told}, ensure_ascii=False)}\n\n"
-            else:
-                yield chunk
-    finally:
-        # vLLM aborts the request when its generator ends
-        await chunks.aclose()
+            # the chunk with the usage has no choices, and comes when the engine has said all
+            last = _END in chunk or _USAGE in chunk
+            try:
+                now = conclude() if last else told
+            except RaymemError as error:
+                # as vLLM tells errors of a stream that has begun
+                yield f"data: {_refusal(error).model_dump_json()}\n\n"
+                yield _END
+                return
+            yield chunk if begun and not last else _with_field(chunk, now)
+            begun = True
 
 
-def _body_of(chunk: str) -> dict[str, Any] | None:
-    text = chunk.removeprefix("data: ").strip()
-    body = json.loads(text) if chunk.startswith("data: {") else None
-    return body if isinstance(body, dict) and "error" not in body else None
+def _with_field(chunk: str, told: Told) -> str:
+    body = json.loads(chunk.removeprefix(_DATA)) if chunk.startswith(_DATA + "{") else {"error": None}
+    return chunk if "error" in body else f"{_DATA}{json.dumps({**body, FIELD: told}, ensure_ascii=False)}\n\n"
 
 
 def _is_error(answer: Any) -> bool:
@@ -180,9 +247,9 @@ def _router() -> APIRouter:
         return await _answer(request, lambda memory: memory.stats())
 
     @router.post("/attach")
-    async def attach(body: BankBody, request: Request) -> Response:
+    async def attach(body: AttachBody, request: Request) -> Response:
         """Attach a bank to this engine, where callers may."""
-        return await _answer(request, lambda memory: memory.attach(body.bank))
+        return await _answer(request, lambda memory: memory.attach(body.bank, body.use))
 
     @router.post("/detach")
     async def detach(body: BankBody, request: Request) -> Response:

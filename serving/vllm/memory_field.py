@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raymem.errors import InvalidInput
-from raymem.serving.vllm.params import banks_to_read, raymem_params, write_target
+from raymem.serving.vllm.params import ROWS, banks_to_attend, banks_to_read, raymem_params, write_target
 
 FIELD = "memory"
 # of a key that a caller made up, in an error
@@ -20,8 +20,9 @@ class MemoryField(BaseModel):
     """What one request wants of memory.
 
     Its states go to the bank `write`, under the label `stream` (the bank's name by default). Banks to `read` are mixed
-    into its logits. A request that is `required` to have its memory is refused where a bank can't serve it; another one
-    runs without that bank, and its answer says so.
+    into its logits. Its attention sees `rows` of the banks to `attend`, chosen anew after every `refresh` generated
+    tokens, 0 for never. A request that is `required` to have its memory is refused where a bank can't serve it; another
+    one runs without that bank, and its answer says so.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -29,6 +30,9 @@ class MemoryField(BaseModel):
     write: str | None = None
     stream: str | None = None
     read: list[str] = []
+    attend: list[str] = []
+    rows: int = ROWS
+    refresh: int = 0
     required: bool = True
 
     @classmethod
@@ -50,8 +54,11 @@ class MemoryField(BaseModel):
                 f"{where} is {reprlib.repr(first['input'])}: {first['msg']}; {FIELD} has the keys "
                 f"{', '.join(cls.model_fields)}"
             ) from error
-        if field.stream is not None and field.write is None:
-            raise InvalidInput(f"{FIELD}.stream is {field.stream!r} without {FIELD}.write; name the bank to write to")
+        for name, needs in (("stream", "write"), ("rows", "attend"), ("refresh", "attend")):
+            if name in field.model_fields_set and not getattr(field, needs):
+                raise InvalidInput(
+                    f"{FIELD}.{name} is {getattr(field, name)!r} without {FIELD}.{needs}; name a bank there"
+                )
         # names are checked here, before anything is looked up
         field.params()
         return field
@@ -61,25 +68,23 @@ class MemoryField(BaseModel):
         """Read `kv_transfer_params["raymem"]`, as `raymem_params` writes it; None for requests of others.
 
         Raises:
-            InvalidInput, InvalidName: as `write_target` and `banks_to_read`; or it asks for what is the engine's own.
+            InvalidInput, InvalidName: as `write_target`, `banks_to_read` and `banks_to_attend`; or it has a key that is
+                the engine's own.
         """
-        target = write_target(kv_transfer_params)
+        target, attending = write_target(kv_transfer_params), banks_to_attend(kv_transfer_params)
         read = banks_to_read({"kv_transfer_params": kv_transfer_params})
         asked = kv_transfer_params.get("raymem") if isinstance(kv_transfer_params, Mapping) else None
         if asked is None:
             return None
-        if others := sorted(set(asked) - {"bank", "stream", "read"}):
+        if others := sorted(set(asked) - {"bank", "stream", "read", "attend"}):
             raise InvalidInput(f'kv_transfer_params["raymem"] has {others[0]!r}; over HTTP, ask with {FIELD}')
         write, stream = (None, None) if target is None else target
-        return cls(write=write, stream=stream, read=list(read))
+        attend = {} if attending is None else {**attending._asdict(), "attend": list(attending.banks)}
+        attend.pop("banks", None)
+        return cls(write=write, stream=stream, read=list(read), **attend)
 
     def params(self) -> dict[str, Any]:
         """The `kv_transfer_params` that the engine reads, see `raymem_params`."""
-        made: dict[str, Any] = raymem_params(self.write, self.stream, self.read).get("kv_transfer_params", {})
-        return made
-
-    def without(self, banks: frozenset[str]) -> MemoryField:
-        """The same wish but for these banks."""
-        kept = None if self.write in banks else self.write
-        reads = [name for name in self.read if name not in banks]
-        return self.model_copy(update={"write": kept, "stream": kept and self.stream, "read": reads})
+        how: dict[str, Any] = {"rows": self.rows, "refresh": self.refresh, "required": self.required}
+        made = raymem_params(self.write, self.stream, self.read, attend=self.attend, **how)
+        return dict(made.get("kv_transfer_params", {}))

@@ -113,6 +113,14 @@ class ConnectorConfig(BaseModel):
         if not _names(self.attend_banks, bank):
             _check_allowed(bank, "read_banks", self.read_banks)
 
+    def may_read(self, bank: str) -> bool:
+        """Whether `check_reads` lets a bank pass."""
+        return _names(self.read_banks, bank)
+
+    def may_attend(self, bank: str) -> bool:
+        """Whether `check_attends` lets a bank pass."""
+        return _names(self.attend_banks, bank)
+
     def may_touch(self, bank: str) -> bool:
         """Whether callers may know that there is such a bank."""
         return _names((*self.write_banks, *self.read_banks, *self.attend_banks), bank)

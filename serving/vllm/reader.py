@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +48,13 @@ class MemoryReader:
         """
         return _memory_of(self).attach(check_bank_name(name), store)
 
-    def attach_told(self, name: str) -> dict[str, Any]:
-        """As `attach_bank`, with what it raises as data: vLLM passes errors on as text alone."""
+    def attach_soon(self, name: str) -> dict[str, Any]:
+        """As `attach_bank`, while steps go on: `loading` until it is called again after the bank was loaded.
+
+        What `attach_bank` raises is `refused`, as data: vLLM passes errors on as text alone.
+        """
         try:
-            return self.attach_bank(name)
+            return _memory_of(self).attach_soon(check_bank_name(name))
         except RaymemError as error:
             return {"refused": error.to_wire()}
 
@@ -70,10 +75,13 @@ class MemoryReader:
         """
         from raymem.serving.vllm.rebuild import plan
 
-        connector = _connector(alone=True)
-        worker: Any = self
-        vllm_internals.score_prompts_alone(worker.model_runner, connector.rows_before)
-        return plan(connector, check_bank_name(name), store)
+        try:
+            connector = _connector(alone=True)
+            worker: Any = self
+            vllm_internals.score_prompts_alone(worker.model_runner, connector.rows_before)
+            return plan(connector, check_bank_name(name), store)
+        except RaymemError as error:
+            return {"refused": error.to_wire()}
 
     def rows_kept(self, name: str, store: str | None, part: int) -> Any:
         """Hand out the rows that this worker keeps of a bank, part by part; `rows_kept` of `attach.py` calls it.
@@ -116,6 +124,9 @@ class _WorkerMemory:
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._banks: dict[str, Follower] = {}
+        # one bank at a time: the engine's own threads come first
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="raymem-load")
+        self._loading: dict[str, Future[Follower]] = {}
         self._tap: vllm_internals.LogitsTap | None = None
         self._mixer: MemoryMixer | None = None
 
@@ -126,15 +137,29 @@ class _WorkerMemory:
             self._banks[name].catch_up()
             return self._banks[name].stats()
         connector = _connector()
-        uri = store or connector.cold_uri()
-        bank = Follower(uri, name, "cpu", connector.require)
+        return self._add(Follower(store or connector.cold_uri(), name, "cpu", connector.require))
+
+    def attach_soon(self, name: str) -> dict[str, Any]:
+        from raymem.serving.vllm.follower import Follower
+
+        if name in self._banks:
+            return self.attach(name, None)
+        if name not in self._loading:
+            connector = _connector()
+            load = functools.partial(Follower, connector.cold_uri(), name, "cpu", connector.require)
+            self._loading[name] = self._loader.submit(load)
+        if not self._loading[name].done():
+            return {"loading": True}
+        return self._add(self._loading.pop(name).result())
+
+    def _add(self, bank: Follower) -> dict[str, Any]:
         try:
-            self._start_tap(connector)
+            self._start_tap(_connector())
         except RaymemError:
             bank.close()
             raise
-        self._banks[name] = bank
-        log.info("bank attached", bank=name, **bank.stats())
+        self._banks[bank.name] = bank
+        log.info("bank attached", bank=bank.name, **bank.stats())
         return bank.stats()
 
     def detach(self, name: str) -> bool:

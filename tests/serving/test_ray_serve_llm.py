@@ -66,6 +66,8 @@ async def test_the_memory_field_is_taken_told_and_refused_as_by_vllms_own_server
             model=MODEL, prompt="The tide", max_tokens=5, extra_body={"memory": {"read": [BANK]}}
         )
         assert whole.memory["read"][0]["bank"] == BANK
+        attended = await asyncio.gather(*(chat(client, {"attend": [BANK], "rows": 128}) for _ in range(3)))
+        assert all(told["attend"] == {"banks": [BANK], "asked": 128} for told, _ in attended)
         for memory, status in (({"read": ["team/nobody"]}, 404), ({"write": "secret/bank"}, 403), ({"reed": []}, 422)):
             with pytest.raises(APIStatusError) as refused:
                 await chat(client, memory)

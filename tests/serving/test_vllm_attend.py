@@ -9,6 +9,7 @@ import torch
 from shared_engine import BLOCK, LENGTH
 
 import raymem
+from raymem.errors import BankNotFound
 from raymem.lm.attending import attend_pass, rebuild
 from raymem.memory.choice import Held, choose
 from raymem.serving.vllm import attach_rows, detach_rows, raymem_params, rows_kept
@@ -258,5 +259,5 @@ def test_an_aborted_request_leaves_nothing_behind(engine, texts, prompt):
 
 
 def test_a_bank_of_another_model_is_refused_when_its_rows_are_attached(engine, texts):
-    with pytest.raises(Exception, match="no bank"):
+    with pytest.raises(BankNotFound, match="lab/nowhere"):
         attach_rows(engine.llm, "lab/nowhere")

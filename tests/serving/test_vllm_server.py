@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import httpx
 import pytest
-from openai import APIStatusError, AsyncOpenAI
+from openai import APIError, APIStatusError, AsyncOpenAI
 from small_banks import MODEL, make_banks
 
 import raymem
+from raymem.lm.models import LanguageModel
 from raymem.serving.server import bind
 from raymem.storage.store import ColdStore
 
@@ -38,14 +39,24 @@ class Server(NamedTuple):
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     uri, log = str(folder / "memory"), folder / "log"
-    names = [*(f"chats/{user}" for user in USERS), "chats/book", "chats/cold", "secret/bank", "team/notes"]
+    names = [
+        *(f"chats/{user}" for user in USERS),
+        "chats/book",
+        "chats/cold",
+        "secret/bank",
+        "team/gone",
+        "team/notes",
+        "team/seen",
+    ]
     make_banks(uri, {(26,): names, (20,): ["chats/other"]})
+    model = LanguageModel.load(MODEL)
     with raymem.connect(uri) as store:
         store.bank("chats/cold").detach()
+        store.bank("team/gone").write(model.trace(topics["booleans"][:600], (26,), stream="s", run="r"))
     with bind("127.0.0.1", 0) as free:
         port = int(free.getsockname()[1])
     command = [sys.executable, "-m", "raymem.cli", "vllm", "serve", MODEL, "--store", uri, "--port", str(port), *SIZES]
-    for setting in ("--write-banks", "--read-banks"):
+    for setting in ("--write-banks", "--read-banks", "--attend-banks"):
         command += [setting, "chats/*", setting, "team/*"]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ)
@@ -83,6 +94,7 @@ class Answer(NamedTuple):
     scores: list[float]
     text: str
     memory: object
+    at_the_end: object
 
 
 async def chat(client, user, memory=None, **more):
@@ -90,7 +102,8 @@ async def chat(client, user, memory=None, **more):
     content = f"Hello, I am {user}. Tell me about the history of my town."
     body = {"max_tokens": 150, "messages": [{"role": "user", "content": content}]} | more
     extra = body.pop("extra_body", {}) | ({} if memory is None else {"memory": memory})
-    stream = await client.chat.completions.create(model=MODEL, stream=True, logprobs=True, extra_body=extra, **body)
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    stream = await client.chat.completions.create(model=MODEL, logprobs=True, extra_body=extra, **body)
     scores, text, told, finished = [], "", [], None
     async for chunk in stream:
         told += [chunk.memory] if "memory" in (chunk.model_extra or {}) else []
@@ -99,8 +112,9 @@ async def chat(client, user, memory=None, **more):
             finished = choice.finish_reason or finished
             scores += [entry.logprob for entry in (choice.logprobs.content if choice.logprobs else None) or []]
     assert finished in ("stop", "length")
-    assert len(told) == (memory is not None or "kv_transfer_params" in extra)
-    return Answer(scores, text, *(told or [None]))
+    # the first chunk and the one with the usage
+    assert len(told) == 2 * (memory is not None or "kv_transfer_params" in extra)
+    return Answer(scores, text, *(told or [None, None]))
 
 
 async def get(client, path):
@@ -186,6 +200,55 @@ async def test_what_one_agent_wrote_is_read_by_others_at_once_each_from_its_own_
     assert stats["read"]["missing"] == {}
 
 
+async def test_attention_sees_what_another_agent_wrote_streamed_and_at_once(server, client):
+    text = topics["string-methods"]
+    seen = await client.completions.create(
+        model=MODEL, prompt=text[:2400], max_tokens=1, extra_body={"memory": {"write": "team/seen"}}
+    )
+    rows = seen.usage.prompt_tokens
+    await written(client)
+    ask = {"model": MODEL, "prompt": text[2400:3400], "max_tokens": 1}
+    wishes = [{"attend": ["team/seen"], "rows": 256}, {"attend": ["team/seen"], "rows": 256, "read": ["team/seen"]}]
+    # nothing was attached by hand: the first request waits until the engine has read the bank
+    answers = await asyncio.gather(
+        *(client.completions.create(**ask, extra_body={"prompt_logprobs": 0, "memory": wish}) for wish in wishes),
+        client.completions.create(**ask, extra_body={"prompt_logprobs": 0}),
+    )
+    attended, both, plain = map(perplexity, answers)
+    assert max(attended, both) < 0.9 * plain
+    told = answers[0].memory["attend"]
+    assert (told["banks"], told["rows"]) == (["team/seen"], 256)
+    assert answers[0].usage.prompt_tokens == answers[2].usage.prompt_tokens
+    assert (await get(client, "banks"))["team/seen"]["attended_rows"] == rows
+    wish = {"attend": ["team/seen"], "rows": 128, "refresh": 16, "read": ["team/seen"]}
+    about = [{"role": "user", "content": f"Explain this: {text[1700:2300]}"}]
+    wishes = [chat(client, user, wish | {"write": f"chats/{user}"}, max_tokens=40, messages=about) for user in USERS]
+    chats = await asyncio.gather(*wishes, chat(client, "plain", max_tokens=20))
+    for each in chats[:-1]:
+        assert each.memory["attend"] == {"banks": ["team/seen"], "asked": 128}
+        assert each.at_the_end["attend"]["rows"] == 128
+    # what has nothing to do with the bank attends to nothing, and is told
+    answer = await chat(client, "ann", {"attend": ["team/seen"]}, max_tokens=2)
+    assert answer.at_the_end["attend"]["rows"] == 0
+    every = [score for each in chats for score in each.scores]
+    assert sum(every) / len(every) > -4.5
+
+
+async def test_a_bank_that_goes_while_it_is_attended_is_told_at_the_end_of_a_stream(server, client):
+    wish = {"attend": ["team/gone"], "rows": 128}
+    await chat(client, "ann", wish, max_tokens=2)
+    with raymem.connect(server.uri) as store:
+        store.delete("team/gone")
+    # the engine notices within half a second; where a request enters, the bank is taken to be there for ten
+    await asyncio.sleep(2)
+    with pytest.raises(APIError, match="team/gone"):
+        await chat(client, "ann", wish, max_tokens=2)
+    # the next one hears it at once, and one that does not require memory goes on
+    assert (await refusal(chat(client, "ann", wish, max_tokens=2)))[0] == 404
+    answer = await chat(client, "ann", wish | {"required": False}, max_tokens=2)
+    assert answer.memory["skipped"][0]["use"] == "attend"
+
+
 async def refusal(asked):
     with pytest.raises(APIStatusError) as refused:
         await asked
@@ -199,6 +262,9 @@ async def refusal(asked):
         ({"read": ["chats/nobody"]}, 404, "chats/nobody"),
         ({"write": "secret/bank"}, 403, "'secret/bank' is not among this engine's write_banks"),
         ({"read": ["secret/bank"]}, 403, "read_banks"),
+        ({"attend": ["secret/bank"]}, 403, "attend_banks"),
+        ({"attend": ["chats/nobody"]}, 404, "chats/nobody"),
+        ({"attend": ["chats/book"], "rows": -1}, 422, "rows"),
         ({"write": "chats/cold"}, 409, "attach it first"),
         ({"read": ["chats/cold"]}, 409, "attach it first"),
         ({"write": "chats/other"}, 409, "layers"),
@@ -263,9 +329,10 @@ async def test_callers_attach_and_detach_what_they_may(client):
 async def test_the_examples_client_shows_what_memory_does(server, run_example, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
     printed = await asyncio.to_thread(run_example, "vllm_openai_client.py")
-    without, with_memory = (float(found) for found in re.findall(r": perplexity (\d+\.\d\d)$", printed, re.M))
-    assert with_memory < without
-    assert "streamed with {'read': [{'bank': 'team/notes'" in printed
+    scores = map(float, re.findall(r": perplexity (\d+\.\d\d)$", printed, re.M))
+    without, mixed, attended, both = scores
+    assert max(mixed, attended, both) < without
+    assert "streamed with {'attend': {'banks': ['team/notes'], 'asked': 256}}" in printed
     assert "a bank that isn't there: 404" in printed
 
 
