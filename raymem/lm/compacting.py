@@ -48,10 +48,11 @@ class _Window(NamedTuple):
 class _Watched(NamedTuple):
     """A run as each layer's attention had it, turned to the run's own positions, float32.
 
-    `queries_LTHGd` are scaled; keys and values are `[L, T, H, d]`.
+    `queries_LRHGd` are scaled, of the tokens `token_R` alone; keys and values are of all.
     """
 
-    queries_LTHGd: Tensor
+    token_R: Tensor
+    queries_LRHGd: Tensor
     keys_LTHd: Tensor
     values_LTHd: Tensor
 
@@ -125,7 +126,10 @@ def _matched(
     """
     total, rope = sum(map(len, runs)), model.rope
     windows = reference_windows([len(run_T) for run_T in runs], rows)
-    watched = [_watch(model, run_T) for run_T in runs]
+    watched = [
+        _watch(model, run_T, [window.token_R for window in windows if window.run == number])
+        for number, run_T in enumerate(runs)
+    ]
     before = itertools.accumulate([0, *map(len, runs)])
     keys_LTHd = torch.cat(
         [
@@ -170,7 +174,7 @@ class _Near(NamedTuple):
 def _near(rope: Any, window: _Window, run: _Watched, rows: int) -> _Near:
     span, token_R = slice(window.start, window.stop), window.token_R
     moved = rows - window.start
-    queries_LRHGd = run.queries_LTHGd[:, token_R]
+    queries_LRHGd = run.queries_LRHGd[:, torch.searchsorted(run.token_R, token_R)]
     turned_LRqd = rope.turn(queries_LRHGd.flatten(2, 3), torch.full((len(token_R),), moved))
     keys_LWHd = rope.turn(run.keys_LTHd[:, span], torch.full((window.stop - window.start,), moved))
     place_R = token_R - window.start
@@ -212,14 +216,15 @@ def reference_windows(lengths: Sequence[int], rows: int) -> list[_Window]:
     return list(windows.values())
 
 
-def _watch(model: LanguageModel, tokens_T: Tensor) -> _Watched:
-    """A pass over a run, with what every layer's attention is given.
+def _watch(model: LanguageModel, tokens_T: Tensor, references: Sequence[Tensor]) -> _Watched:
+    """A pass over a run, with what every layer's attention is given: queries of these tokens, all keys and values.
 
     Raises:
         UnsupportedModel: its attention isn't run through transformers' interface.
     """
+    token_R = torch.unique(torch.cat([tokens_T[:0], *references]))
     kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    with _watching, _exchanged(model._model, kept):
+    with _watching, _exchanged(model._model, token_R, kept):
         model.run(tokens_T, (1,))
     if sorted(kept) != list(range(model.layers)):
         raise UnsupportedModel(
@@ -228,13 +233,13 @@ def _watch(model: LanguageModel, tokens_T: Tensor) -> _Watched:
         )
     queries, keys, values = (torch.stack(part).float() for part in zip(*(kept[n] for n in sorted(kept)), strict=True))
     heads = keys.shape[1]
-    queries_LTHGd = queries.reshape(len(queries), heads, -1, *queries.shape[2:]).permute(0, 3, 1, 2, 4)
-    return _Watched(queries_LTHGd, keys.transpose(1, 2), values.transpose(1, 2))
+    queries_LRHGd = queries.reshape(len(queries), heads, -1, *queries.shape[2:]).permute(0, 3, 1, 2, 4)
+    return _Watched(token_R, queries_LRHGd, keys.transpose(1, 2), values.transpose(1, 2))
 
 
 @contextlib.contextmanager
-def _exchanged(model: Any, kept: dict[int, tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
-    """Have a model's attention keep what it is given, and do what it did."""
+def _exchanged(model: Any, token_R: Tensor, kept: dict[int, tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
+    """Have a model's attention keep what it is given, queries of these tokens alone, and do what it did."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     config = model.config.get_text_config()
@@ -243,7 +248,7 @@ def _exchanged(model: Any, kept: dict[int, tuple[Tensor, Tensor, Tensor]]) -> It
 
     def watching(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any) -> Any:
         scaling = more.get("scaling")
-        scaled = query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scaled = query[0][:, token_R] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         kept[module.layer_idx] = (scaled, key[0], value[0])
         plain = attentions.get(before) or sys.modules[type(module).__module__].eager_attention_forward
         return plain(module, query, key, value, mask, **more)

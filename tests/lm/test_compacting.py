@@ -28,7 +28,8 @@ def llama(tmp_path_factory):
 
 def test_a_watched_pass_shows_what_attention_is_given_and_changes_nothing(model):
     before = model.run(TOKENS, (1, 2))
-    seen = _watch(model, TOKENS)
+    seen = _watch(model, TOKENS, [torch.tensor([3, 9])])
+    assert seen.queries_LRHGd.shape[1] == 2
     keys_LTHd, values_LTHd = rebuild(model, TOKENS)
     torch.testing.assert_close(seen.keys_LTHd, model.rope.turn(keys_LTHd, torch.arange(len(TOKENS))))
     assert torch.equal(seen.values_LTHd, values_LTHd)
@@ -38,16 +39,18 @@ def test_a_watched_pass_shows_what_attention_is_given_and_changes_nothing(model)
 
 
 def test_queries_are_those_whose_scores_the_model_uses(llama):
-    seen = _watch(llama, TOKENS)
+    places = torch.arange(0, len(TOKENS), 3)
+    seen = _watch(llama, TOKENS, [places[:10], places[5:]])
+    assert torch.equal(seen.token_R, places)
     attention = llama._model.model.layers[1].self_attn
     given = []
     handle = attention.o_proj.register_forward_pre_hook(lambda _module, inputs: given.append(inputs[0][0]))
     llama.run(TOKENS, (1,))
     handle.remove()
-    scores = torch.einsum("thgd,shd->hgts", seen.queries_LTHGd[1], seen.keys_LTHd[1])
-    scores = scores.masked_fill(torch.ones(len(TOKENS), len(TOKENS), dtype=torch.bool).triu(1), float("-inf"))
+    scores = torch.einsum("thgd,shd->hgts", seen.queries_LRHGd[1], seen.keys_LTHd[1])
+    scores = scores.masked_fill(torch.arange(len(TOKENS)) > places[:, None], float("-inf"))
     output = torch.einsum("hgts,shd->thgd", torch.softmax(scores, -1), seen.values_LTHd[1])
-    torch.testing.assert_close(output.flatten(1), given[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.flatten(1), given[0][places], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["subsample", "mean", "match"])
