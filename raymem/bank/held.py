@@ -45,11 +45,25 @@ class HeldColumns(NamedTuple):
 
 
 class HeldRows:
-    """Rows that may be chosen, and what their bank says of them."""
+    """Rows that may be chosen, a run's one after the other, and what their bank says of them.
 
-    def __init__(self, columns: HeldColumns, sources: Sequence[tuple[str, str]], shown: Shown | None = None) -> None:
+    Args:
+        columns: of these rows; there may be states of others.
+        sources: stream and run, by the runs' numbers.
+        state_T: where each row's state is; None where states are in the order of the rows.
+        shown: what the bank shows of its rows.
+    """
+
+    def __init__(
+        self,
+        columns: HeldColumns,
+        sources: Sequence[tuple[str, str]],
+        state_T: Tensor | None = None,
+        shown: Shown | None = None,
+    ) -> None:
         self._columns = columns
         self._sources = sources
+        self._state_T = state_T
         self._shown = shown
 
     def encoded(self, span: int) -> Tensor:
@@ -69,11 +83,13 @@ class HeldRows:
         stay_N = torch.cat([shown.fine_N, shown.coarse_M]).cpu()
         evicted_M = given_N[~torch.isin(given_N, stay_N)]
         if not len(evicted_M):
-            return HeldRows(self._columns, self._sources, shown)
-        _, _, run_T, seq_T, pos_T = self._columns
+            return HeldRows(self._columns, self._sources, self._state_T, shown)
+        states, _, run_T, seq_T, pos_T = self._columns
         _, span_T = torch.unique(torch.stack([run_T.long(), seq_T // span], 1), dim=0, return_inverse=True)
         gone_T = torch.isin(span_T, span_T[torch.isin(pos_T, evicted_M)]) & (seq_T >= SINKS)
-        return HeldRows(HeldColumns(*(column[~gone_T] for column in self._columns)), self._sources, shown)
+        state_T = torch.arange(len(pos_T)) if self._state_T is None else self._state_T
+        columns = HeldColumns(states, *(column[~gone_T] for column in self._columns[1:]))
+        return HeldRows(columns, self._sources, state_T[~gone_T], shown)
 
     def choose(self, query: AttendQuery, query_QD: Tensor | None, kind: str) -> tuple[MemoryTokens, Tensor]:
         """The rows that a query chooses, without keys and values, but with their states; and their places here [N].
@@ -83,9 +99,11 @@ class HeldRows:
             query_QD: its states as they are compared; see `HeldStates.unit`.
             kind: the bank's.
         """
-        state_TD, token_T, run_T, seq_T, pos_T = self._columns
+        states, token_T, run_T, seq_T, pos_T = self._columns
         tokens_Q = torch.zeros(0, dtype=torch.int64) if query.tokens_Q is None else query.tokens_Q
-        held = Held(state_TD, token_T.long(), run_T.long(), pos_T)
+        # they are much the largest part, and only a question in states looks at all of them
+        ordered = states if self._state_T is None or query_QD is None else states[self._state_T]
+        held = Held(None if query_QD is None else ordered, token_T.long(), run_T.long(), pos_T)
         choice = choose_shown(held, Asked(query.rows, query_QD, tokens_Q, query.method), kind, self._shown)
         used, source_N = torch.unique(run_T[choice.place_N], return_inverse=True)
         chosen = MemoryTokens(
@@ -96,7 +114,7 @@ class HeldRows:
             sources=tuple(self._sources[run] for run in used.tolist()),
             relevance=choice.relevance,
             kind=kind,
-            states_ND=state_TD[choice.place_N],
+            states_ND=states[choice.place_N if self._state_T is None else self._state_T[choice.place_N]],
         )
         return chosen, choice.place_N
 
@@ -153,9 +171,10 @@ class HeldStates:
         columns = HeldColumns(*(column[: self._count] for column in self._columns))
         order_T = columns.run_T.argsort(stable=True)
         order_T = order_T[columns.pos_T[order_T] < end]
-        if len(order_T) < self._count or not bool((order_T.diff() > 0).all()):
-            columns = HeldColumns(*(column[order_T] for column in columns))
-        return HeldRows(columns, self.sources)
+        if len(order_T) == self._count and bool((order_T.diff() > 0).all()):
+            return HeldRows(columns, self.sources)
+        ordered = HeldColumns(columns.state_TD, *(column[order_T] for column in columns[1:]))
+        return HeldRows(ordered, self.sources, order_T)
 
     def _add(self, rows: JournalRows) -> None:
         count = self._count + len(rows)
