@@ -30,7 +30,7 @@ _TEMPORARY, _LOCK = "tmp*", ".lock"
 
 
 @dataclass(frozen=True)
-class Part:
+class CachePart:
     """A part of the cache: what it is, its folder, how many files are in it and their bytes."""
 
     name: str
@@ -45,7 +45,7 @@ class Cache:
     """The folder, its parts, and their bytes together."""
 
     folder: str
-    parts: tuple[Part, ...]
+    parts: tuple[CachePart, ...]
     bytes: int
 
 
@@ -99,7 +99,7 @@ def clear(
     output.show(_of(parts), lambda made: f"deleted {', '.join(names)}: {output.size(made.bytes)} in {made.folder}")
 
 
-def _looked_at(names: tuple[str, ...]) -> tuple[Part, ...]:
+def _looked_at(names: tuple[str, ...]) -> tuple[CachePart, ...]:
     from raymem.lm.identity import cache_folder
 
     found = []
@@ -107,11 +107,11 @@ def _looked_at(names: tuple[str, ...]) -> tuple[Part, ...]:
         what, _ = _PARTS[name]
         folder = cache_folder() / name
         sizes = [size for path in _own(name, folder) for size in _sizes(path)]
-        found.append(Part(name, what, str(folder), len(sizes), sum(sizes)))
+        found.append(CachePart(name, what, str(folder), len(sizes), sum(sizes)))
     return tuple(found)
 
 
-def _of(parts: tuple[Part, ...]) -> Cache:
+def _of(parts: tuple[CachePart, ...]) -> Cache:
     folder = str(Path(parts[0].folder).parent)
     return Cache(folder, parts, sum(part.bytes for part in parts))
 
@@ -137,7 +137,7 @@ def _size(file: Path) -> int:
         return 0
 
 
-def _delete(part: Part) -> None:
+def _delete(part: CachePart) -> None:
     """Delete the files of a part; its folder stays, as other processes may be writing to it.
 
     Raises:

@@ -55,7 +55,7 @@ class _Attended:
     wish: Attending
     rows: Chosen
     asked_at: int
-    # nobody else's blocks: they are changed while it runs, or its prompt is scored whole
+    # its blocks are no other's: they are changed while it runs, or its prompt is scored whole
     private: bool
     blocks: list[int] = field(default_factory=list)
     # the first position that workers have to fill; None when all are

@@ -31,7 +31,7 @@ from raymem.serving.vllm.params import ConnectorConfig, write_target
 from raymem.serving.vllm.row_index import RowIndex
 from raymem.serving.vllm.row_store import RowStore
 from raymem.serving.vllm.row_watch import RowWatch
-from raymem.serving.vllm.sender import Chunk, RowCopier, Sender, Sink
+from raymem.serving.vllm.sender import QueuedRows, RowCopier, Sender, Sink
 from raymem.serving.vllm.tracker import RunSlice, Tracker
 from raymem.serving.vllm.vllm_internals import AttentionGroup
 from raymem.types import Fingerprint
@@ -336,7 +336,7 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         rows_TLD, ready = copier.copy([slot for part in taken for slot in part.slots])
         copies = torch.split(rows_TLD, [len(part.tokens) for part in taken])
         now = time.time()
-        sender.put([Chunk(part, copy, ready, now) for part, copy in zip(taken, copies, strict=True)])
+        sender.put([QueuedRows(part, copy, ready, now) for part, copy in zip(taken, copies, strict=True)])
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> RaymemStats:

@@ -108,7 +108,7 @@ class RowCopier:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class QueuedRows:
     """A slice of a run with its rows `hidden_TLD` in host memory, which may be read once `ready()` has returned."""
 
     source: RunSlice
@@ -135,7 +135,7 @@ class Sender:
         self._count = StreamCounters()
         self._once = WarnOnce(log)
         self._runs: dict[str, _RunState] = {}
-        self._queues: dict[str, deque[Chunk]] = {}
+        self._queues: dict[str, deque[QueuedRows]] = {}
         self._tasks: dict[str, concurrent.futures.Future[None]] = {}
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -160,7 +160,7 @@ class Sender:
             self._count.queue_bytes_max = max(self._count.queue_bytes_max, self._count.queue_bytes)
             return True
 
-    def put(self, chunks: Iterable[Chunk]) -> None:
+    def put(self, chunks: Iterable[QueuedRows]) -> None:
         """Queue chunks for which room was reserved."""
         with self._lock:
             for chunk in chunks:
@@ -235,15 +235,15 @@ class Sender:
     async def _drain(self, bank: str) -> None:
         """Write a bank's queue until it is empty, then end."""
         while chunks := await self._next(bank):
-            runs: dict[str, list[Chunk]] = {}
+            runs: dict[str, list[QueuedRows]] = {}
             for chunk in chunks:
                 runs.setdefault(chunk.source.run, []).append(chunk)
             await asyncio.gather(*(self._deliver(bank, name, parts) for name, parts in runs.items()))
 
-    async def _next(self, bank: str) -> list[Chunk]:
+    async def _next(self, bank: str) -> list[QueuedRows]:
         """Linger, then take the next batch off a bank's queue; an empty queue ends the bank's task."""
         await asyncio.sleep(self._config.linger_s)
-        taken: list[Chunk] = []
+        taken: list[QueuedRows] = []
         room = self._config.batch_bytes
         with self._idle:
             queue = self._queues[bank]
@@ -255,7 +255,7 @@ class Sender:
                 self._idle.notify_all()
         return taken
 
-    async def _deliver(self, bank: str, name: str, parts: list[Chunk]) -> None:
+    async def _deliver(self, bank: str, name: str, parts: list[QueuedRows]) -> None:
         rows = sum(len(part.source.tokens) for part in parts)
         run = self._runs[name]
         code = "shed" if run.shed else await self._attempt(bank, name, parts)
@@ -269,7 +269,7 @@ class Sender:
             run.queued -= len(parts)
             self._forget(name, run)
 
-    async def _attempt(self, bank: str, run: str, parts: list[Chunk]) -> str | None:
+    async def _attempt(self, bank: str, run: str, parts: list[QueuedRows]) -> str | None:
         """Write one run's parts as one trace; return why it failed, None when it is durable."""
         try:
             await self._write(bank, _trace(parts))
@@ -307,7 +307,7 @@ class Sender:
             self._count.write_seconds += time.perf_counter() - started
 
 
-def _trace(parts: list[Chunk]) -> Trace:
+def _trace(parts: list[QueuedRows]) -> Trace:
     for part in parts:
         part.ready()
     first = parts[0].source

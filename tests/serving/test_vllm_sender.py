@@ -11,7 +11,7 @@ import torch
 from raymem.errors import BankNotFound, ConfigError, Overloaded, StorageError, Unauthorized
 from raymem.rows import Trace
 from raymem.serving.vllm.params import ConnectorConfig
-from raymem.serving.vllm.sender import Chunk, Sender
+from raymem.serving.vllm.sender import QueuedRows, Sender
 from raymem.serving.vllm.tracker import RunSlice
 
 LAYERS, WIDTH = 2, 3
@@ -71,7 +71,7 @@ def piece(seq: int, rows: int, run: str = "r", bank: str = "lab/alice") -> RunSl
 def offer(sender: Sender, *pieces: RunSlice) -> list[bool]:
     took = [sender.reserve(p, len(p.tokens) * ROW_BYTES) for p in pieces]
     hidden = [torch.full((len(p.tokens), LAYERS, WIDTH), float(p.seq), dtype=torch.bfloat16) for p in pieces]
-    sender.put(Chunk(p, h, lambda: None, 7.0) for p, h, ok in zip(pieces, hidden, took, strict=True) if ok)
+    sender.put(QueuedRows(p, h, lambda: None, 7.0) for p, h, ok in zip(pieces, hidden, took, strict=True) if ok)
     return took
 
 
