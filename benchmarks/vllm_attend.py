@@ -1,4 +1,4 @@
-"""What attending to rows costs in vLLM, beside the same tokens as text: python benchmarks/vllm_attend.py [ROWS].
+"""What attending to rows costs in vLLM, beside the same tokens as text: vllm_attend.py [ROWS] [--rounds N].
 
 Prints the time to the first token, tokens a second of decoding, and how long a bank of 10,000 tokens takes to attach.
 """
@@ -21,11 +21,11 @@ from raymem.encode.calibration import Calibration, Range, measured_keys
 from raymem.lm.fingerprint import fingerprint_of
 from raymem.lm.models import LanguageModel, model_path
 from raymem.rows import Trace
-from raymem.serving.vllm import attach_rows, detach_rows, engine_args, raymem_params
+from raymem.serving.vllm import attach_rows, detach_rows, engine_args, raymem_params, rows_kept
 from raymem.types import BankSpec
 
 MODEL, LAYERS, BANK = "smollm2-135m", (26,), "bench/rows"
-PROMPT, ANSWER, ROUNDS, BANK_TOKENS, RUN_TOKENS = 64, 64, 7, 10_000, 1_000
+PROMPT, ANSWER, BANK_TOKENS, RUN_TOKENS = 64, 64, 10_000, 1_000
 
 
 def fill(uri: str, tokens: torch.Tensor) -> None:
@@ -55,7 +55,9 @@ def main() -> None:
     """Print the figures."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("rows", type=int, nargs="?", default=512)
-    rows: int = options.parse_args().rows
+    options.add_argument("--rounds", type=int, default=7)
+    asked = options.parse_args()
+    rows: int = asked.rows
     from vllm import LLM
 
     text = " ".join(topics[name] for name in sorted(topics))
@@ -69,11 +71,14 @@ def main() -> None:
             kv_cache_memory_bytes=2**30,
             **engine_args(uri, stream=False),
         )
-        for name in ("first", "again"):
-            done = attach_rows(llm, BANK)
-            print(f"attach {name}: {done.rebuilt} rows rebuilt in {done.seconds:.2f} s")
-            if name == "first":
-                detach_rows(llm, BANK)
+        done = attach_rows(llm, BANK)
+        print(f"attach: {done.rebuilt} rows rebuilt in {done.seconds:.2f} s")
+        with raymem.connect(uri) as store:
+            for kept in rows_kept(llm, BANK):
+                store.bank(BANK).put_rows(kept)
+        detach_rows(llm, BANK)
+        done = attach_rows(llm, BANK)
+        print(f"attach: {done.loaded} rows loaded in {done.seconds:.2f} s")
         prompt, before = ids[BANK_TOKENS:].tolist(), ids[:rows].tolist()
         modes = {
             "text": (before + prompt, {}),
@@ -83,7 +88,7 @@ def main() -> None:
         for size in (1, 8):
             first: dict[str, list[float]] = {name: [] for name in modes}
             speed: dict[str, list[float]] = {name: [] for name in modes}
-            for _ in range(ROUNDS):
+            for _ in range(asked.rounds):
                 for name, (tokens, params) in modes.items():
                     began = seconds(llm, [tokens] * size, 1, params)
                     first[name].append(began)

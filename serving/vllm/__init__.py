@@ -10,6 +10,7 @@ from raymem.serving.vllm.attach import (
     attach_rows_async,
     detach_rows,
     detach_rows_async,
+    replace_rows,
     rows_kept,
 )
 from raymem.serving.vllm.params import ConnectorConfig, engine_args, raymem_params
@@ -23,5 +24,6 @@ __all__ = [
     "detach_rows_async",
     "engine_args",
     "raymem_params",
+    "replace_rows",
     "rows_kept",
 ]

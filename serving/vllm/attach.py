@@ -12,9 +12,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from raymem.errors import RaymemError, TooLarge, Unavailable
+from raymem.lm.attending import full_rows
 from raymem.rows import AttendedRows
-from raymem.tensors import from_bytes
+from raymem.tensors import dtype_name, from_bytes, to_bytes
+from raymem.types import MemoryTokens
 
 # passes that wait in the engine at a time: they go before other prompts that come later
 _AT_ONCE = 16
@@ -64,6 +68,32 @@ async def attach_rows_async(engine: Any, bank: str, store: str | None = None) ->
     return _attached(plans[0], answers, started)
 
 
+def replace_rows(llm: Any, bank: str, memory: MemoryTokens, store: str | None = None) -> AttachedRows:
+    """Let requests of a `vllm.LLM` attend to rows that were made of a bank, in place of the bank's own.
+
+    `raymem.lm.compacting.compacted` makes some. They are the same for all who attend to the bank, whatever is asked.
+    When rows of the bank are erased, they are forgotten.
+
+    Args:
+        llm: started with `engine_args`.
+        bank: attached to its store, of the engine's model.
+        memory: with keys and values.
+        store: the cold store that the bank lives in; by default the one that the connector writes to.
+
+    Raises:
+        InvalidInput: rows without keys and values. TooLarge, Exception: as `attach_rows`.
+    """
+    started = time.perf_counter()
+    # the engine rounds them to what it computes in
+    pair = full_rows(memory, torch.float32)
+    blobs = [(dtype_name(rows.dtype), list(rows.shape), to_bytes(rows).tobytes()) for rows in pair]
+    rows = {"keys": blobs[0], "values": blobs[1], "tokens": memory.tokens_N.tolist()}
+    plan = llm.collective_rpc("rows_to_replace", args=(bank, store, rows))[0]
+    prompts, params = _requests(plan)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return _attached(plan, [output.kv_transfer_params for output in outputs], started)
+
+
 def rows_kept(llm: Any, bank: str, store: str | None = None) -> Iterator[AttendedRows]:
     """The keys and values that a `vllm.LLM` keeps of a bank, run by run, as `Bank.put_rows` takes them.
 
@@ -75,7 +105,8 @@ def rows_kept(llm: Any, bank: str, store: str | None = None) -> Iterator[Attende
     for part in range(llm.collective_rpc("rows_kept", args=(bank, store, -1))[0]):
         for found in llm.collective_rpc("rows_kept", args=(bank, store, part))[0]:
             keys_LNHd, values_LNHd = (from_bytes(bytearray(blob), *kind) for *kind, blob in found["tensors"])
-            yield AttendedRows(found["stream"], found["run"], found["seq"], keys_LNHd, values_LNHd)
+            names = (found["stream"], found["run"], found["seq"])
+            yield AttendedRows(*names, keys_LNHd, values_LNHd, rope=found["rope"])
 
 
 def detach_rows(llm: Any, bank: str) -> bool:

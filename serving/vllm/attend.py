@@ -188,12 +188,14 @@ class Attender:
         if order.do == "release":
             self._answers[request.request_id] = {"released": self._index.release(order.bank)}
             return
-        load = order.do == "load"
+        load = order.do in ("load", "replace")
         at = listed(order.at)
         chunk = self._index.open(order, order.tokens if load else [request.prompt_token_ids[place] for place in at])
         self._follow()
         if load:
-            self._loads.append(Load(order.bank, order.pos, chunk, order.staged))
+            # rows that were made of others are at no position
+            pos = order.pos if order.do == "load" else []
+            self._loads.append(Load(order.bank, pos, chunk, order.staged))
             self._index.complete(chunk)
             self._answers[request.request_id] = {"loaded": len(order.tokens)}
             return

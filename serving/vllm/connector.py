@@ -179,7 +179,7 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _make_attender(self) -> Attender:
         row_bytes = self._attention.row_bytes if isinstance(self._attention, AttentionGroup) else 1
-        ignored = vllm_internals.special_tokens(self._vllm_config)
+        ignored = vllm_internals.special_tokens(self._vllm_config) if self.config.attend_banks else frozenset()
         index = RowIndex(self.config.rows_bytes, row_bytes, floor=self.config.attend_floor, ignored=ignored)
         self._watch = RowWatch(index, self.config.follow_s)
         return Attender(

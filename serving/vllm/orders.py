@@ -22,13 +22,14 @@ class Order(BaseModel):
 
     `capture` keeps the rows of some of the request's tokens: `at` lists their indices, `pos` their positions in the
     bank's journal, both as ranges, end exclusive. `load` keeps rows of `tokens` that workers have read from the bank's
-    store, and hold under the name `staged`. `release` forgets all of the bank's. `store`, `id` and `generation` say
-    which bank, and how often its journal was rewritten.
+    store, and hold under the name `staged`. `replace` keeps rows that were made of all of a bank, in the same way: they
+    stand in the place of the bank's own, and `about` are the tokens that the bank is told by. `release` forgets all of
+    the bank's. `store`, `id` and `generation` say which bank, and how often its journal was rewritten.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    do: Literal["capture", "load", "release"]
+    do: Literal["capture", "load", "replace", "release"]
     bank: str
     store: str = ""
     id: str = ""
@@ -38,6 +39,7 @@ class Order(BaseModel):
     at: list[tuple[int, int]] = []
     tokens: list[int] = []
     staged: str = ""
+    about: list[int] = []
 
     def signed(self, tokens: Sequence[int], secret: str) -> dict[str, Any]:
         """The `kv_transfer_params` of a request with these tokens that carries the order."""

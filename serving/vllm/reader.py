@@ -83,6 +83,17 @@ class MemoryReader:
         except RaymemError as error:
             return {"refused": error.to_wire()}
 
+    def rows_to_replace(self, name: str, store: str | None, rows: dict[str, Any]) -> dict[str, Any]:
+        """Hold rows that were made of a bank, and make the request that attends to them in place of the bank's own.
+
+        Raises:
+            BankNotFound, BankDetached, FingerprintMismatch, ConfigError, Unsupported, UnsupportedModel: as
+                `rows_to_rebuild`.
+        """
+        from raymem.serving.vllm.rebuild import replacement
+
+        return replacement(_connector(alone=True), check_bank_name(name), store, rows)
+
     def rows_kept(self, name: str, store: str | None, part: int) -> Any:
         """Hand out the rows that this worker keeps of a bank, part by part; `rows_kept` of `attach.py` calls it.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +13,10 @@ import torch
 from raymem.bank.replica import Replica
 from raymem.host.backend import detached
 from raymem.lm.attending import dequantize
+from raymem.lm.rebuilding import rope_name
 from raymem.serving.vllm.orders import Order, listed, ranges
 from raymem.storage.store import ColdStore, Entry
-from raymem.tensors import dtype_name, to_bytes
+from raymem.tensors import dtype_name, from_bytes, to_bytes
 from raymem.types import AttendQuery
 
 if TYPE_CHECKING:
@@ -40,13 +44,8 @@ def plan(connector: RaymemConnector, name: str, store: str | None) -> dict[str, 
             `MemoryReader.rows_to_rebuild`.
     """
     rows = connector.row_store()
-    uri = store or connector.cold_uri()
-    cold = ColdStore.open(uri)
-    entry = cold.catalog.get(name).whole()
-    if entry.state == "cold":
-        raise detached(name)
-    connector.require_model(entry.spec.fingerprint)
-    base = Order(do="capture", bank=name, store=uri, id=entry.id, kind=entry.spec.kind, generation=entry.generation)
+    cold, base = _base(connector, name, store)
+    entry = cold.catalog.get(name)
     stored, kept, requests = cold.attended(entry), rows.kept(name), []
     shown = _shown(cold, entry)
     missing = shown - kept
@@ -66,13 +65,46 @@ def plan(connector: RaymemConnector, name: str, store: str | None) -> dict[str, 
     return {"requests": requests, "rows": len(shown), "kept": len(shown & kept)}
 
 
+def replacement(connector: RaymemConnector, name: str, store: str | None, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The request that attends to rows made of a bank in place of its own, which this worker holds from now on.
+
+    Args:
+        connector: this worker's.
+        name: the bank.
+        store: where it lives; None for the connector's.
+        rows: `keys` and `values` as dtype, shape and bytes, and their `tokens`, -1 for a row of several.
+
+    Raises:
+        BankNotFound, BankDetached, FingerprintMismatch, ConfigError, Unsupported, UnsupportedModel: see `plan`.
+    """
+    cold, base = _base(connector, name, store)
+    runs = _runs(cold, cold.catalog.get(name))
+    count = len(rows["tokens"])
+    pair = [from_bytes(bytearray(blob), *kind) for *kind, blob in (rows["keys"], rows["values"])]
+    staged = uuid.uuid5(uuid.NAMESPACE_OID, f"{base.id} {hashlib.sha256(rows['keys'][2]).hexdigest()}").hex
+    connector.row_store().stage(staged, *pair)
+    order = base.model_copy(
+        update={
+            "do": "replace",
+            # the same rows whatever is asked
+            "kind": "compressive",
+            "pos": ranges(range(count)),
+            "tokens": [max(0, token) for token in rows["tokens"]],
+            "staged": staged,
+            "about": [token for run in runs for token in run.tokens],
+        }
+    )
+    return {"requests": [([0], order.signed([0], connector.secret))], "rows": count, "kept": 0}
+
+
 def kept_parts(connector: RaymemConnector, name: str, store: str | None, part: int) -> Any:
     """How many parts a bank's rows come in, for a part of -1; else that part, run by run, for `AttendedRows`.
 
     Raises:
         Unsupported: other workers have some of the layers or heads. BankNotFound: the bank is not there.
     """
-    parts = list(connector.row_store().rows_of(name))
+    rows = connector.row_store()
+    parts, rope = list(rows.rows_of(name)), rope_name(rows.rope)
     if part < 0:
         return len(parts)
     pos, *pair = parts[part]
@@ -85,9 +117,9 @@ def kept_parts(connector: RaymemConnector, name: str, store: str | None, part: i
     found: list[dict[str, Any]] = []
     for first, last in _following([names[at] for at in pos]):
         stream, run, seq = names[pos[first]]
-        tensors = [rows[:, first:last] for rows in pair]
-        blobs = [(dtype_name(rows.dtype), list(rows.shape), to_bytes(rows).tobytes()) for rows in tensors]
-        found.append({"stream": stream, "run": run, "seq": seq, "tensors": blobs})
+        tensors = [each[:, first:last] for each in pair]
+        blobs = [(dtype_name(each.dtype), list(each.shape), to_bytes(each).tobytes()) for each in tensors]
+        found.append({"stream": stream, "run": run, "seq": seq, "rope": rope, "tensors": blobs})
     return found
 
 
@@ -106,6 +138,18 @@ def _staged(connector: RaymemConnector, order: Order, tokens: list[int], found: 
     name = f"{order.id} {order.generation} {order.pos}"
     connector.row_store().stage(name, *pairs)
     return order.model_copy(update={"do": "load", "tokens": tokens, "staged": name})
+
+
+def _base(connector: RaymemConnector, name: str, store: str | None) -> tuple[ColdStore, Order]:
+    """A bank's store, and an order that says which bank it is."""
+    uri = store or connector.cold_uri()
+    cold = ColdStore.open(uri)
+    entry = cold.catalog.get(name).whole()
+    if entry.state == "cold":
+        raise detached(name)
+    connector.require_model(entry.spec.fingerprint)
+    kind, generation = entry.spec.kind, entry.generation
+    return cold, Order(do="capture", bank=name, store=uri, id=entry.id, kind=kind, generation=generation)
 
 
 def _shown(cold: ColdStore, entry: Entry) -> set[int]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from raymem.errors import BankNotFound, TooLarge
 from raymem.host.backend import detached
-from raymem.memory import compacts
 from raymem.memory.choice import Held, choose
+from raymem.memory.showing import Asked, choose_shown
 from raymem.serving.vllm.orders import Order, listed
 
+_COLUMNS = ("chunks", "offsets", "tokens")
 # BM25 has nothing to compare in fewer rows
 _FEWEST = 2
 
@@ -55,12 +56,16 @@ class Chosen:
 
 @dataclass
 class Chunk:
-    """Rows that one pass computes: their positions in the bank's journal, and their tokens."""
+    """Rows that one pass computes: their positions in the bank's journal, and their tokens.
+
+    `made`: they were made of all of the bank's, and `pos_N` is their order alone.
+    """
 
     bank: str
     pos_N: Tensor
     tokens_N: Tensor
     whole: bool = False
+    made: bool = False
 
 
 @dataclass
@@ -72,6 +77,8 @@ class KeptBank:
     kind: str
     generation: int
     live: bool = True
+    # the tokens that it is told by, where they are others than those of its rows
+    about_T: Tensor | None = None
     chunks: list[int] = field(default_factory=list)
     held: Held | None = None
     chunk_T: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -118,14 +125,21 @@ class RowIndex:
                     "detach another bank's rows"
                 )
             bank = self._banks.get(order.bank)
-            if bank is None or (bank.store, bank.id, bank.generation) != (order.store, order.id, order.generation):
+            made = order.do == "replace"
+            if (
+                bank is None
+                or made
+                or bank.about_T is not None
+                or (bank.store, bank.id, bank.generation) != (order.store, order.id, order.generation)
+            ):
                 self._release(order.bank)
                 bank = self._banks[order.bank] = KeptBank(order.store, order.id, order.kind, order.generation)
+                bank.about_T = torch.tensor(order.about) if made else None
             again = [at for at in bank.chunks if bool(torch.isin(self._chunks[at].pos_N, pos_N).any())]
             self._drop(again)
             self._next += 1
             bank.chunks.append(self._next)
-            self._chunks[self._next] = Chunk(order.bank, pos_N, tokens_N)
+            self._chunks[self._next] = Chunk(order.bank, pos_N, tokens_N, made=made)
             return self._next
 
     def complete(self, chunk: int) -> None:
@@ -167,7 +181,8 @@ class RowIndex:
         with self._lock:
             bank = self._banks[name]
             bank.generation = generation
-            self._drop([at for at in bank.chunks if bool(torch.isin(self._chunks[at].pos_N, positions_E).any())])
+            kept = [(at, self._chunks[at]) for at in bank.chunks]
+            self._drop([at for at, part in kept if part.made or bool(torch.isin(part.pos_N, positions_E).any())])
 
     def choose(self, names: Sequence[str], rows: int, question: Sequence[int]) -> Chosen:
         """Choose rows of banks, an equal share of each that has to do with the question; none where none has.
@@ -183,14 +198,16 @@ class RowIndex:
         question_Q = torch.tensor([token for token in question if token not in self._ignored], dtype=torch.int64)
         with self._lock:
             banks = [self._attendable(name) for name in names]
-            matches = [_relevance(self._held(bank), question_Q) for bank in banks]
-            asked = [bank for bank, match in zip(banks, matches, strict=True) if match >= self._floor]
-            shares = [rows // len(asked) + (place < rows % len(asked)) for place in range(len(asked))]
-            parts = [self._of_bank(bank, share, question_Q) for bank, share in zip(asked, shares, strict=True)]
-        chunks, offsets, tokens = (
-            [number for part in parts for number in part[column].tolist()] for column in range(3)
-        )
-        return Chosen(chunks, offsets, tokens, max(matches))
+            if len(banks) == 1:
+                found = [self._of_bank(banks[0], rows, question_Q)]
+            else:
+                matches = [_relevance(self._told_by(bank), question_Q) for bank in banks]
+                asked = [bank for bank, match in zip(banks, matches, strict=True) if match >= self._floor]
+                shares = [rows // len(asked) + (place < rows % len(asked)) for place in range(len(asked))]
+                found = [self._of_bank(bank, share, question_Q) for bank, share in zip(asked, shares, strict=True)]
+                found.append(Chosen([], [], [], max(matches)))
+        chunks, offsets, tokens = ([each for part in found for each in getattr(part, name)] for name in _COLUMNS)
+        return Chosen(chunks, offsets, tokens, max(part.relevance for part in found))
 
     def _attendable(self, name: str) -> KeptBank:
         bank = self._banks.get(name)
@@ -203,14 +220,26 @@ class RowIndex:
             raise detached(name)
         return bank
 
-    def _of_bank(self, bank: KeptBank, rows: int, question_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Chunks, offsets and tokens of the rows to attend to."""
-        held = self._held(bank)
-        place_N = torch.arange(0)
-        if rows and len(held.pos_T):
-            # the same rows whatever the question: agents that attend to the bank share the same blocks
-            place_N = choose(held, None, question_Q, rows, method="even" if compacts(bank.kind) else "bm25").place_N
-        return bank.chunk_T[place_N], bank.offset_T[place_N], held.tokens_T[place_N]
+    def _of_bank(self, bank: KeptBank, rows: int, question_Q: Tensor) -> Chosen:
+        """The rows to attend to; none of a bank that has nothing to do with the question."""
+        held, told_by = self._held(bank), self._told_by(bank)
+        place_N = torch.arange(min(rows, len(held.pos_T)))
+        relevance = None
+        if len(place_N) < len(held.pos_T) and rows:
+            choice = choose_shown(held, Asked(rows, None, question_Q, "bm25"), bank.kind)
+            # the choice has compared the question with them already
+            place_N, relevance = choice.place_N, choice.relevance if told_by is held and len(question_Q) else None
+        relevance = _relevance(told_by, question_Q) if relevance is None else relevance
+        if relevance < self._floor:
+            place_N = place_N[:0]
+        chunks, offsets, tokens = (column[place_N].tolist() for column in (bank.chunk_T, bank.offset_T, held.tokens_T))
+        return Chosen(chunks, offsets, tokens, relevance)
+
+    def _told_by(self, bank: KeptBank) -> Held:
+        if bank.about_T is None:
+            return self._held(bank)
+        order_T = torch.arange(len(bank.about_T))
+        return Held(None, bank.about_T, torch.zeros_like(order_T), order_T)
 
     def _held(self, bank: KeptBank) -> Held:
         if bank.held is not None:

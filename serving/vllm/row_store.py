@@ -104,7 +104,7 @@ class RowStore:
 
     def __init__(self, cache: PagedCache, rope: Rope) -> None:
         self._cache = cache
-        self._rope = rope
+        self.rope = rope
         self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
         self._sources: dict[int, tuple[str, list[tuple[int, int]]]] = {}
         self._staged: dict[str, tuple[Tensor, Tensor]] = {}
@@ -152,7 +152,7 @@ class RowStore:
         captures, self._watched = self._watched, []
         keys_LNHd, values_LNHd = self._cache.seen()
         positions_N = torch.tensor([at for part in captures for at in part.positions])
-        keys_LNHd = self._rope.turn(keys_LNHd, -positions_N)
+        keys_LNHd = self.rope.turn(keys_LNHd, -positions_N)
         start = 0
         for part in captures:
             stop = start + len(part.slots)
@@ -210,7 +210,7 @@ class RowStore:
         pairs = [self._gather(chunks_N, offsets_N, part) for part in (0, 1)]
         slots_N = torch.tensor(fill.slots)
         positions_N = torch.arange(fill.first, fill.first + len(slots_N))
-        self._cache.write(self._rope.turn(pairs[0], positions_N), pairs[1], slots_N)
+        self._cache.write(self.rope.turn(pairs[0], positions_N), pairs[1], slots_N)
         self._count.fills += 1
         self._count.rows_filled += len(slots_N)
 

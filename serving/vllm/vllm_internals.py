@@ -135,6 +135,12 @@ def _attention_group(vllm_config: Any, kv_cache_config: Any) -> AttentionGroup:
             f"the cache is kept in {cache.cache_dtype}; rows are attended as they were computed: "
             "set kv_cache_dtype=auto"
         )
+    graphs = getattr(vllm_config.compilation_config, "cudagraph_mode", None)
+    if graphs is not None and graphs.mixed_mode().name == "FULL":
+        raise Unsupported(
+            "CUDA graphs of whole prompts hide the keys and values that they compute: "
+            "set cudagraph_mode=FULL_AND_PIECEWISE"
+        )
     missing = [name for name in ("update_block_hashes",) if not hasattr(Request, name)]
     if missing:
         raise Unsupported(f"vLLM's Request has no {', '.join(missing)}: this vLLM is another one than raymem knows")

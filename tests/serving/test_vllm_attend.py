@@ -6,13 +6,13 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from shared_engine import BLOCK, LENGTH
+from shared_engine import BLOCK, LAYERS, LENGTH
 
 import raymem
 from raymem.errors import BankNotFound
 from raymem.lm.attending import attend_pass, rebuild
 from raymem.memory.choice import Held, choose
-from raymem.serving.vllm import attach_rows, detach_rows, raymem_params, rows_kept
+from raymem.serving.vllm import attach_rows, detach_rows, raymem_params, replace_rows, rows_kept
 from raymem.storage.store import ColdStore
 from raymem.types import MemoryTokens
 
@@ -120,6 +120,24 @@ def test_rows_that_the_store_keeps_are_loaded_and_answer_the_same(engine, texts,
     assert sampled(output) == pytest.approx(wanted, abs=2 * CLOSE)
 
 
+def test_rows_made_of_a_bank_are_attended_in_its_place(engine, texts, prompt):
+    places = torch.arange(0, ROWS, 4)
+    whole = memory_of(engine.model, texts["lab/other-seen"])
+    made = replace(
+        whole,
+        pos_N=torch.full_like(places, -1),
+        tokens_N=torch.full_like(places, -1),
+        keys_LNHd=whole.keys_LNHd[:, places],
+        values_LNHd=whole.values_LNHd[:, places],
+    )
+    assert replace_rows(engine.llm, "lab/other-seen", made)[:4] == (len(places), 0, len(places), 0)
+    (output,) = attend(engine, [prompt], ["lab/other-seen"], max_tokens=8)
+    assert said(output)["attended"]["rows"] == len(places)
+    wanted = expected(engine.model, texts["lab/other-seen"], prompt, tokens_of(output), places)
+    assert sampled(output) == pytest.approx(wanted, abs=2 * CLOSE)
+    assert sum(attach_rows(engine.llm, "lab/other-seen")[2:4]) == ROWS
+
+
 def test_two_banks_never_share_blocks_and_the_same_rows_do(engine, texts, prompt):
     outputs = {bank: attend(engine, [prompt], [bank], max_tokens=4)[0] for bank in texts}
     again = {bank: attend(engine, [prompt], [bank], max_tokens=4)[0] for bank in texts}
@@ -220,17 +238,18 @@ def test_rows_take_the_room_that_the_context_has_left(engine, texts):
 
 def test_rows_are_chosen_anew_while_a_request_runs_and_after_an_erasure(engine, texts, prompt):
     old, new = engine.tokens(topics["for"], 150), engine.tokens(topics["while"], 150)
-    engine.run([old], "lab/erased", "alice", max_tokens=1)
-    engine.run([new], "lab/erased", "bob", max_tokens=1)
-    engine.stats()
-    assert attach_rows(engine.llm, "lab/erased").rebuilt == 300
-    renewed = metric(engine, "vllm:raymem_choices_renewed")
-    told = {"max_tokens": 140, "allowed_token_ids": sorted(set(new) - set(old))}
-    (output,) = attend(engine, [old[:40]], ["lab/erased"], refresh=8, rows=64, **told)
-    assert len(tokens_of(output)) == 140
-    assert metric(engine, "vllm:raymem_choices_renewed") > renewed
     with raymem.connect(engine.uri) as store:
-        store.bank("lab/erased").erase("alice")
+        bank = store.bank("lab/erased")
+        for stream, tokens in (("alice", old), ("bob", new)):
+            states = torch.ones(len(tokens), len(LAYERS), 576).bfloat16()
+            bank.write(raymem.Trace(states, torch.tensor(tokens), stream, stream))
+        assert attach_rows(engine.llm, "lab/erased").rebuilt == 300
+        renewed = metric(engine, "vllm:raymem_choices_renewed")
+        told = {"max_tokens": 140, "allowed_token_ids": sorted(set(new) - set(old))}
+        (output,) = attend(engine, [old[:40]], ["lab/erased"], refresh=8, rows=64, **told)
+        assert len(tokens_of(output)) == 140
+        assert metric(engine, "vllm:raymem_choices_renewed") > renewed
+        bank.erase(stream="alice")
     time.sleep(2)
     (left,) = attend(engine, [prompt], ["lab/erased"], max_tokens=6)
     assert said(left)["attended"]["rows"] == 150

@@ -69,7 +69,7 @@ class Scheduler:
     def attach(self, bank, pos, tokens, *, at=None, **fields):
         """Carry out an order to keep rows; return the step that computes them."""
         at = range(len(tokens)) if at is None else at
-        order = Order(do="capture", bank=bank, pos=ranges(pos), at=ranges(at), **fields)
+        order = Order(do="capture", bank=bank, pos=ranges(pos), at=ranges(at), **{"kind": "spalm"} | fields)
         request, _ = self.admit(tokens, {"kv_transfer_params": order.signed(tokens, SECRET)})
         done = self.step(new=[(request, self.begin(request))])
         return done, self.attender.finish(request)["raymem"]
@@ -139,6 +139,22 @@ def test_hashes_are_shared_by_the_same_rows_alone(scheduler):
     # the very tokens, sent as a prompt
     rows = scheduler.admit(prompt, asks("lab/a", rows=8))[0].prompt_token_ids
     assert not set(scheduler.admit(rows)[0].block_hashes) & set(hashes["a"])
+
+
+def test_a_bank_shows_its_rows_in_the_manner_of_its_kind(scheduler):
+    for kind in ("spalm", "compressive", "ntm"):
+        scheduler.attach(f"lab/{kind}", range(96), range(500, 596), kind=kind)
+    rows = {
+        kind: scheduler.admit([540, 541], asks(f"lab/{kind}", rows=36))[0] for kind in ("spalm", "compressive", "ntm")
+    }
+    tokens = {kind: [token - 500 for token in request.all_token_ids[:36]] for kind, request in rows.items()}
+    assert tokens["spalm"] == [*range(4), *range(32, 64)]
+    assert tokens["compressive"] != tokens["spalm"]
+    assert {40, 41} <= set(tokens["ntm"])
+    other = {kind: scheduler.admit([570], asks(f"lab/{kind}", rows=36))[0] for kind in rows}
+    # whatever is asked, so that all who attend share the same blocks
+    assert other["compressive"].cache_salt == rows["compressive"].cache_salt
+    assert other["spalm"].cache_salt != rows["spalm"].cache_salt
 
 
 def test_several_banks_get_equal_shares_in_order(scheduler):
@@ -332,7 +348,7 @@ class Cache:
 
 def test_rows_of_a_store_are_kept_without_a_pass():
     scheduler = Scheduler()
-    order = Order(do="load", bank="lab/a", pos=[(3, 6)], tokens=[7, 8, 9], staged="s")
+    order = Order(do="load", bank="lab/a", pos=[(3, 6)], tokens=[7, 8, 9], staged="s", kind="spalm")
     request, _ = scheduler.admit([0], {"kv_transfer_params": order.signed([0], SECRET)})
     done = scheduler.step(new=[(request, scheduler.begin(request))])
     assert (done.loads, done.captures) == ([Load("lab/a", [(3, 6)], 1, "s")], [])
@@ -351,6 +367,25 @@ def test_rows_of_a_store_are_kept_without_a_pass():
     store.begin([], [Fill("r", 0, [5], [9], [2])], [], done.loads)
     with pytest.raises(FingerprintMismatch, match="another model"):
         store.stage("s", keys_LNHd[:1], values_LNHd[:1])
+
+
+def test_rows_made_of_a_bank_stand_in_its_place_until_something_is_erased():
+    scheduler = Scheduler(floor=0.4)
+    scheduler.attach("lab/a", range(20), range(100, 120))
+    told = {"kind": "compressive", "tokens": [0] * 6, "about": [*range(100, 120)]}
+    order = Order(do="replace", bank="lab/a", pos=[(0, 6)], staged="s", **told)
+    request, _ = scheduler.admit([0], {"kv_transfer_params": order.signed([0], SECRET)})
+    done = scheduler.step(new=[(request, scheduler.begin(request))])
+    assert (done.dropped, done.loads) == ([1], [Load("lab/a", [], 2, "s")])
+    asking, before = scheduler.admit([105, 106, 107], asks("lab/a", rows=9))
+    assert (before, scheduler.admit([5, 6, 7], asks("lab/a", rows=9))[1]) == (6, 0)
+    assert scheduler.admit([110, 111], asks("lab/a", rows=9))[0].cache_salt == asking.cache_salt
+    # the bank's own rows again
+    scheduler.attach("lab/a", range(20), range(100, 120))
+    assert scheduler.admit([105], asks("lab/a", rows=50))[1] == 20
+    scheduler.admit([0], {"kv_transfer_params": order.signed([0], SECRET)})
+    scheduler.index.erased("lab/a", 1, torch.tensor([400]))
+    assert scheduler.admit([105], asks("lab/a", rows=50))[1] == 0
 
 
 def test_rows_that_were_kept_are_turned_to_the_slots_in_which_they_are_attended():
