@@ -136,7 +136,8 @@ class Ntm(RingMemory):
 
     kind: ClassVar[str] = "ntm"
     merge_rule: ClassVar[MergeRule] = "refused"
-    piece: ClassVar[int] = 1
+    # neighbours of a slot that matches say what it is about: alone slots close half as much of the gap
+    piece: ClassVar[int] = 8
 
     def __init__(self, dims: Dims, options: CountedSlotOptions, budget_bytes: int) -> None:
         super().__init__(dims, options, budget_bytes)

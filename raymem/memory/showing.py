@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raymem.memory.base import Shown, class_of
-from raymem.memory.choice import SINKS, Choice, Held, choose
+from raymem.memory.choice import PIECE, SINKS, Choice, Held, choose
 from raymem.memory.compress import spread_places
 from raymem.types import ChoiceMethod
 
@@ -31,10 +31,11 @@ class Asked(NamedTuple):
 def choose_shown(held: Held, asked: Asked, kind: str, shown: Shown | None = None) -> Choice:
     """The rows of a bank that a model attends to, in the manner of the bank's kind.
 
-    `spalm` and `lemn` show the best pieces of 32 rows; `ntm` the slots that match best, row by row; `dnc` also the rows
-    that links lead on to. `compressive` and `dct` show the same rows whatever the question: fine ones and every c-th
-    older one, all of them thinned alike where they are more than is wanted. The methods `even` and `recent` are the
-    same for all kinds.
+    `spalm` and `lemn` show the best pieces of 32 rows; `ntm` the slots that match best, eight neighbours at a time;
+    `dnc` single ones, each with the rows that its links lead on to. `compressive` and `dct` show the same rows whatever
+    the question: fine ones and every c-th older one, all of them thinned alike where they are more than is wanted. The
+    methods `even` and `recent` are the same for all kinds, and none shows anything of a bank that the question has
+    nothing to do with.
 
     Args:
         held: the rows that the bank still has.
@@ -46,19 +47,19 @@ def choose_shown(held: Held, asked: Asked, kind: str, shown: Shown | None = None
         InvalidInput: as `choose` says.
     """
     states_QD, tokens_Q, piece = asked.states_QD, asked.tokens_Q, class_of(kind).piece
-    if asked.method in ("even", "recent") or piece > 1:
-        return choose(held, states_QD, tokens_Q, asked.rows, piece=max(1, piece), method=asked.method)
+    # relevance is told by whole pieces, whatever is shown of them
+    whole = choose(held, states_QD, tokens_Q, asked.rows, method=asked.method)
+    if asked.method in ("even", "recent") or piece == PIECE or not len(whole.place_N):
+        return whole
     if not piece:
-        relevance = choose(held, states_QD, tokens_Q, asked.rows, method=asked.method).relevance
         place_N = _always(held, asked.rows, shown)
-        return Choice(place_N, held.pos_T[place_N], relevance)
-    linked = shown is not None and shown.next_N is not None
-    matches = min(asked.rows, SINKS + max(1, (asked.rows - SINKS) // (1 + _FOLLOWED))) if linked else asked.rows
-    found = choose(held, states_QD, tokens_Q, matches, piece=piece, method=asked.method)
-    if shown is None or shown.next_N is None:
-        return found
-    place_N = _followed(found.place_N, _links(held, shown.fine_N, shown.next_N), asked.rows)
-    return found._replace(place_N=place_N, pos_N=held.pos_T[place_N])
+    elif shown is None or shown.next_N is None:
+        place_N = choose(held, states_QD, tokens_Q, asked.rows, piece=piece, method=asked.method, floor=0.0).place_N
+    else:
+        rows = min(asked.rows, SINKS + max(1, (asked.rows - SINKS) // (1 + _FOLLOWED)))
+        matches = choose(held, states_QD, tokens_Q, rows, piece=piece, method=asked.method, floor=0.0)
+        place_N = _followed(matches.place_N, _links(held, shown.fine_N, shown.next_N), asked.rows)
+    return Choice(place_N, held.pos_T[place_N], whole.relevance)
 
 
 def _always(held: Held, rows: int, shown: Shown | None) -> Tensor:
@@ -90,7 +91,8 @@ def _followed(place_N: Tensor, links_T: Tensor, rows: int) -> Tensor:
     """Places, ascending: those given, what links lead on to, and rows spread evenly where that is too little."""
     taken_T = torch.zeros(len(links_T), dtype=torch.bool)
     taken_T[place_N] = True
-    ahead_N, left = place_N, rows - len(place_N)
+    # sinks are there for attention to lean on, and match nothing
+    ahead_N, left = place_N[place_N >= SINKS], rows - len(place_N)
     while left > 0 and len(ahead_N):
         ahead_N = torch.unique(links_T[ahead_N])
         new_N = ahead_N[ahead_N >= 0]
