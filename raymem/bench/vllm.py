@@ -20,7 +20,7 @@ from raymem.encode.fit import calibrate
 from raymem.errors import StorageError
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.models import LanguageModel, model_path
-from raymem.serving.vllm import engine_args, raymem_params
+from raymem.serving.vllm import attach_rows, detach_rows, engine_args, raymem_params, rows_kept
 from raymem.types import BankSpec, KeySpec
 
 BANK, WRITTEN = "bench/read", "bench/written"
@@ -54,12 +54,17 @@ SMALL = ServingSizes(requests=2, prompt=20, answer=4, bank_rows=300, attended=12
 class ServingFigures:
     """Ratios, each the median over rounds of two modes of the same round, and every mode's own figures.
 
-    `tokens_mix_over_plain` is mixing over the same engine while nothing is mixed, extraction included.
+    `tokens_mix_over_plain` is mixing over the same engine while nothing is mixed, extraction included. Attending is
+    over the same engine with as many tokens of text before the question, prefilled: seconds to the first token, and
+    tokens a second after it. `attach_s` is how long the bank's rows took to be there, computed or loaded from the store.
     """
 
     tokens_extract_over_plain: float
     tokens_stream_over_extract: float
     tokens_mix_over_plain: float
+    ttft_attend_over_text: float
+    tokens_attend_over_text: float
+    attach_s: dict[str, float]
     modes: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -82,7 +87,10 @@ def run(model: str, layers: tuple[int, ...], folder: Path, sizes: ServingSizes, 
         plain = stack.enter_context(_engine(model, {"enforce_eager": True}))
         streaming = stack.enter_context(_engine(model, engine_args(str(folder), layers)))
         _fill(streaming, text, sizes.bank_rows)
-        modes = _modes(plain, streaming, text, sizes)
+        # every bank is to do with every question here
+        attending = stack.enter_context(_engine(model, engine_args(str(folder), stream=False, attend_floor=0.0)))
+        attach_s = _attach(attending, str(folder))
+        modes = _modes(plain, streaming, text, sizes) | _attending_modes(attending, text, sizes)
         for work in modes.values():
             # what is compiled or allocated once
             work()
@@ -92,7 +100,7 @@ def run(model: str, layers: tuple[int, ...], folder: Path, sizes: ServingSizes, 
             for name, work in modes.items():
                 taken[name].append(work())
         report(sizes.rounds, sizes.rounds)
-    return _figures(taken)
+    return _figures(taken, attach_s)
 
 
 def _modes(plain: Any, streaming: Any, text: _Text, sizes: ServingSizes) -> dict[str, Callable[[], float]]:
@@ -113,7 +121,31 @@ def _modes(plain: Any, streaming: Any, text: _Text, sizes: ServingSizes) -> dict
     }
 
 
-def _figures(taken: dict[str, list[float]]) -> ServingFigures:
+def _attending_modes(engine: Any, text: _Text, sizes: ServingSizes) -> dict[str, Callable[[], float]]:
+    """Seconds to the first token of one request, and tokens a second of some after it."""
+    asked = {"attend": [BANK], "rows": sizes.attended}
+
+    def first(before: int, **asked: Any) -> float:
+        return _generate(engine, text.prompts(1, before + sizes.question), 1, **asked)
+
+    def rate(before: int, **asked: Any) -> float:
+        prompts = text.prompts(sizes.attending, before + sizes.question)
+        return sum(map(_decode_rate, _answers(engine, prompts, sizes.answer, **asked)))
+
+    return {
+        "first_attend": lambda: first(0, **asked),
+        "first_text": lambda: first(sizes.attended),
+        "decode_attend": lambda: rate(0, **asked),
+        "decode_text": lambda: rate(sizes.attended),
+    }
+
+
+def _decode_rate(answer: Any) -> float:
+    stats = answer.metrics
+    return float((stats.num_generation_tokens - 1) / (stats.last_token_ts - stats.first_token_ts))
+
+
+def _figures(taken: dict[str, list[float]], attach_s: dict[str, float]) -> ServingFigures:
     def ratio(above: str, below: str) -> float:
         return statistics.median(a / b for a, b in zip(taken[above], taken[below], strict=True))
 
@@ -125,6 +157,9 @@ def _figures(taken: dict[str, list[float]]) -> ServingFigures:
         tokens_extract_over_plain=ratio("extract", "plain"),
         tokens_stream_over_extract=ratio("stream", "extract"),
         tokens_mix_over_plain=ratio("mix", "extract"),
+        ttft_attend_over_text=ratio("first_attend", "first_text"),
+        tokens_attend_over_text=ratio("decode_attend", "decode_text"),
+        attach_s=attach_s,
         modes=modes,
     )
 
@@ -159,7 +194,7 @@ def _engine(model: str, args: dict[str, Any]) -> Iterator[Any]:
         max_model_len=1024,
         max_num_seqs=32,
         kv_cache_memory_bytes=2**30,
-        enable_prefix_caching=False,
+        disable_log_stats=False,
         **args,
     )
     try:
@@ -188,12 +223,41 @@ def _fill(engine: Any, text: _Text, rows: int) -> None:
         raise StorageError(f"{BANK} has {found['rows']} rows and {rows} were streamed: look at the engine's log")
 
 
+def _attach(engine: Any, uri: str) -> dict[str, float]:
+    """Seconds until all rows are there: computed from the journal's tokens, then loaded from the store."""
+    rebuilt = attach_rows(engine, BANK)
+    with raymem.connect(uri) as store:
+        bank = store.bank(BANK)
+        for rows in rows_kept(engine, BANK):
+            bank.put_rows(rows)
+    detach_rows(engine, BANK)
+    loaded = attach_rows(engine, BANK)
+    if not rebuilt.rebuilt == loaded.loaded == loaded.rows:
+        raise StorageError(
+            f"of {loaded.rows} rows the engine computed {rebuilt.rebuilt} and then loaded {loaded.loaded}"
+        )
+    return {"rebuilt": rebuilt.seconds, "captured": loaded.seconds}
+
+
 def _generate(engine: Any, prompts: list[list[int]], tokens: int, **asked: Any) -> float:
-    """Seconds that answers of so many tokens take, at temperature 1."""
+    """Seconds that answers of so many tokens take."""
+    began = time.perf_counter()
+    _answers(engine, prompts, tokens, **asked)
+    return time.perf_counter() - began
+
+
+def _answers(engine: Any, prompts: list[list[int]], tokens: int, **asked: Any) -> list[Any]:
+    """Answers of so many tokens, at temperature 1.
+
+    Raises:
+        StorageError: a request attended to other rows than it asked for.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, extra_args=raymem_params(**asked))
-    given = [{"prompt_token_ids": prompt} for prompt in prompts]
-    began = time.perf_counter()
-    engine.generate(given, params, use_tqdm=False)
-    return time.perf_counter() - began
+    answers: list[Any] = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    for answer in answers if "attend" in asked else ():
+        told = (answer.kv_transfer_params or {}).get("raymem", {})
+        if told.get("attended", {}).get("rows") != asked["rows"]:
+            raise StorageError(f"a request was to attend to {asked['rows']} rows of {BANK}, and the engine says {told}")
+    return answers

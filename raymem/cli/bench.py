@@ -102,7 +102,7 @@ def vllm(
     """What memory costs a vLLM engine: tokens a second, and time to first token, with and without it.
 
     Engines with and without raymem take turns in every round: answering plainly, with states extracted, streaming to a
-    bank, and mixing from one. Takes about ten minutes on two cores.
+    bank, mixing from one, attending to one, and reading as much text. Takes about ten minutes on two cores.
 
     For example:
 
@@ -121,6 +121,7 @@ def vllm(
 def _served(found: ServingFigures) -> Table:
     ratios = {name: value for name, value in vars(found).items() if isinstance(value, float)}
     rows = [[name, f"{value:.3f}", ""] for name, value in ratios.items()]
+    rows += [[f"attach, {how}", f"{seconds:.1f} s", ""] for how, seconds in found.attach_s.items()]
     rows += [
         [name, f"{mode['median']:.4g}", f"{mode['least']:.4g} to {mode['most']:.4g}"]
         for name, mode in found.modes.items()
