@@ -56,7 +56,7 @@ class ServingFigures:
 
     `tokens_mix_over_plain` is mixing over the same engine while nothing is mixed, extraction included. Attending is
     over the same engine with as many tokens of text before the question, prefilled: seconds to the first token, and
-    tokens a second after it. `attach_s` is how long the bank's rows took to be there, computed or loaded from the store.
+    tokens a second after it. `attach_s` is how long the bank's rows took to come, computed or loaded from the store.
     """
 
     tokens_extract_over_plain: float

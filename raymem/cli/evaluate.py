@@ -94,3 +94,40 @@ def lm(
     output.give(found.json_dict(), found.table(), json_)
     for note in found.notes:
         output.say(note)
+
+
+@app.command("qa")
+def qa(
+    data: Annotated[Path, typer.Option("--data", help="Texts and questions, one JSON object a line.", metavar="FILE")],
+    model: ModelOption = DEFAULT_MODEL,
+    kind: Annotated[str, typer.Option("--kind", help="Of the banks that remember the texts.")] = "spalm",
+    rows: Annotated[int, typer.Option("--rows", help="How many rows are chosen for a question.")] = 512,
+    method: Annotated[str, typer.Option("--method", help="By what they are: bm25, states, fused.")] = "bm25",
+    most: Annotated[
+        int | None, typer.Option("--most", help="The first questions of each bank; all by default.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="For keys; the one at 87 % of the depth.")] = None,
+    json_: FileOption = None,
+) -> None:
+    """How likely a frozen language model finds the answers to questions about text that a bank remembers.
+
+    Each stream of text is read in a context of its own. Then every question is asked without memory, behind its
+    evidence as text, attending to the evidence's rows, behind what the bank chooses as text, and attending to that.
+
+    A line of the file is a part of a text or a question:
+
+        {"kind": "text", "bank": "ann", "stream": "monday", "id": "m1", "text": "Ann: I'm allergic to nuts."}
+
+        {"kind": "question", "bank": "ann", "text": "What can't Ann eat?", "answer": "nuts", "evidence": ["m1"]}
+
+    For example:
+
+        raymem eval qa --data questions.jsonl --rows 512 --json qa.json
+    """
+    from raymem.lm.answering import AnswerSettings, evaluate_answers
+
+    fields = {"data": data, "model": model, "kind": kind, "method": method, "rows": rows, "most": most}
+    settings = checked(AnswerSettings, fields | {"layers": parse_layers(layers) if layers else ()})
+    with output.progress("asking") as report:
+        found = evaluate_answers(settings, report)
+    output.give(found.model_dump(mode="json"), found.table(), json_)
