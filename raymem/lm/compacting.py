@@ -232,6 +232,8 @@ def _watch(model: LanguageModel, tokens_T: Tensor, references: Sequence[Tensor])
             "can't be matched to them: use subsample or mean"
         )
     queries, keys, values = (torch.stack(part).float() for part in zip(*(kept[n] for n in sorted(kept)), strict=True))
+    # transformers keeps the function that filled it
+    kept.clear()
     heads = keys.shape[1]
     queries_LRHGd = queries.reshape(len(queries), heads, -1, *queries.shape[2:]).permute(0, 3, 1, 2, 4)
     return _Watched(token_R, queries_LRHGd, keys.transpose(1, 2), values.transpose(1, 2))
