@@ -1,6 +1,6 @@
 """What attending to rows costs in vLLM, beside the same tokens as text: vllm_attend.py [ROWS] [--rounds N].
 
-Prints the time to the first token, tokens a second of decoding, and how long a bank of 10,000 tokens takes to attach.
+Prints the time to the first token, tokens a second of decoding, and how long a bank takes to attach.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from raymem.serving.vllm import attach_rows, detach_rows, engine_args, raymem_pa
 from raymem.types import BankSpec
 
 MODEL, LAYERS, BANK = "smollm2-135m", (26,), "bench/rows"
-PROMPT, ANSWER, BANK_TOKENS, RUN_TOKENS = 64, 64, 10_000, 1_000
+PROMPT, ANSWER, RUN_TOKENS = 64, 64, 1_000
 
 
 def fill(uri: str, tokens: torch.Tensor) -> None:
@@ -56,20 +56,21 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("rows", type=int, nargs="?", default=512)
     options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--bank-tokens", type=int, default=10_000)
     asked = options.parse_args()
-    rows: int = asked.rows
+    rows, tokens = asked.rows, asked.bank_tokens
     from vllm import LLM
 
     text = " ".join(topics[name] for name in sorted(topics))
-    ids = LanguageModel.load(MODEL).encode(text)[: BANK_TOKENS + PROMPT]
+    ids = LanguageModel.load(MODEL).encode(text)[: tokens + PROMPT]
     with tempfile.TemporaryDirectory() as folder:
         uri = str(Path(folder) / "memory")
-        fill(uri, ids[:BANK_TOKENS])
+        fill(uri, ids[:tokens])
         llm = LLM(
             str(model_path(MODEL)),
             max_model_len=2048,
             kv_cache_memory_bytes=2**30,
-            **engine_args(uri, stream=False),
+            **engine_args(uri, stream=False, attend_floor=0),
         )
         done = attach_rows(llm, BANK)
         print(f"attach: {done.rebuilt} rows rebuilt in {done.seconds:.2f} s")
@@ -79,7 +80,7 @@ def main() -> None:
         detach_rows(llm, BANK)
         done = attach_rows(llm, BANK)
         print(f"attach: {done.loaded} rows loaded in {done.seconds:.2f} s")
-        prompt, before = ids[BANK_TOKENS:].tolist(), ids[:rows].tolist()
+        prompt, before = ids[tokens:].tolist(), ids[:rows].tolist()
         modes = {
             "text": (before + prompt, {}),
             "attend": (prompt, raymem_params(attend=[BANK], rows=rows)),
@@ -89,10 +90,10 @@ def main() -> None:
             first: dict[str, list[float]] = {name: [] for name in modes}
             speed: dict[str, list[float]] = {name: [] for name in modes}
             for _ in range(asked.rounds):
-                for name, (tokens, params) in modes.items():
-                    began = seconds(llm, [tokens] * size, 1, params)
+                for name, (sent, params) in modes.items():
+                    began = seconds(llm, [sent] * size, 1, params)
                     first[name].append(began)
-                    whole = seconds(llm, [tokens] * size, ANSWER + 1, params)
+                    whole = seconds(llm, [sent] * size, ANSWER + 1, params)
                     speed[name].append(size * ANSWER / (whole - began))
             for name in modes:
                 ratio = statistics.median(a / b for a, b in zip(first[name], first["text"], strict=True))
