@@ -24,7 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from raymem.errors import ConfigError, InvalidInput, RaymemError, Unauthorized
-from raymem.logs import get_logger
+from raymem.logs import WarnOnce, get_logger
 from raymem.serving.vllm import vllm_internals
 from raymem.serving.vllm.attend import Attender, AttendStep
 from raymem.serving.vllm.params import ConnectorConfig, write_target
@@ -89,6 +89,7 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         # rows before the prompts of requests that run here
         self.rows_before: dict[str, int] = {}
         self._refused: list[tuple[str, RaymemError]] = []
+        self._once = WarnOnce(log)
         self._fingerprint: Fingerprint | None = None
         self._hashing = threading.Lock()
         self._cache: Tensor | None = None
@@ -210,7 +211,11 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
             if not self.layers:
                 raise vllm_internals.nothing_extracted(self._vllm_config)
         except (InvalidInput, Unauthorized, ConfigError) as error:
-            self._refused.append((request.request_id, error))
+            if self.layers:
+                self._refused.append((request.request_id, error))
+            else:
+                # no worker has a sender that would say so
+                self._once.warn((error.code, str(error)), "request does not stream", reason=str(error))
         else:
             self._tracker.admit(request, target, before)
 
