@@ -15,7 +15,7 @@ from rich.table import Table
 
 import raymem
 from raymem.cli import output
-from raymem.demo.reader import AgentB
+from raymem.demo.reader import ROWS, AgentB
 from raymem.demo.stage import LAYERS, MAX_TOKENS, Engine, gateway, watched
 from raymem.encode.fit import calibrate
 from raymem.errors import MissingExtra
@@ -37,6 +37,9 @@ class Figures:
 
     base_ppl: float
     memory_ppl: float
+    attended_ppl: float
+    both_ppl: float
+    text_ppl: float
     after_migration_ppl: float
     after_reattach_ppl: float
     detached_ppl: float
@@ -90,6 +93,9 @@ def _play(store: raymem.Store, url: str) -> Figures:
     with _step("Agent B reads on where A stopped, without and with A's bank"):
         agent = AgentB(model, tokens_T[READ:], LAYERS)
         base, memory = agent.perplexity(None), agent.perplexity(bank)
+    with _step(f"Attending to {ROWS} rows of A's bank, then reading {ROWS} tokens of what A read, found by BM25"):
+        attended, both = agent.attending(bank)
+        text = agent.with_text(tokens_T[:READ])
     with _step(f"Moving the bank from {first} to {second} while it is in use"):
         moved = bank.migrate(second)
         after_migration = agent.perplexity(bank)
@@ -103,6 +109,9 @@ def _play(store: raymem.Store, url: str) -> Figures:
     return Figures(
         base_ppl=base,
         memory_ppl=memory,
+        attended_ppl=attended,
+        both_ppl=both,
+        text_ppl=text,
         after_migration_ppl=after_migration,
         after_reattach_ppl=after_reattach,
         detached_ppl=detached,
@@ -159,10 +168,13 @@ def _table(figures: Figures) -> Table:
     table.add_column("against no memory", justify="right")
     for label, value in (
         ("no memory", figures.base_ppl),
-        ("the bank that agent A filled", figures.memory_ppl),
-        ("the same bank, moved to the other node", figures.after_migration_ppl),
-        ("the same bank, unplugged", figures.detached_ppl),
-        ("the same bank, plugged in again", figures.after_reattach_ppl),
+        ("the bank that agent A filled, mixed in", figures.memory_ppl),
+        (f"{ROWS} tokens of what A read, as text", figures.text_ppl),
+        (f"{ROWS} rows of the bank, attended", figures.attended_ppl),
+        ("the same rows attended, and the bank mixed in", figures.both_ppl),
+        ("the bank mixed in, moved to the other node", figures.after_migration_ppl),
+        ("the bank unplugged", figures.detached_ppl),
+        ("the bank plugged in again", figures.after_reattach_ppl),
     ):
         table.add_row(label, f"{value:.2f}", f"{value / figures.base_ppl - 1:+.1%}")
     table.caption = (

@@ -8,6 +8,9 @@ import pytest
 FIELDS = {
     "base_ppl",
     "memory_ppl",
+    "attended_ppl",
+    "both_ppl",
+    "text_ppl",
     "after_migration_ppl",
     "after_reattach_ppl",
     "detached_ppl",
@@ -29,6 +32,9 @@ def test_what_one_agent_read_helps_another_wherever_the_bank_is(tmp_path: Path):
     figures = json.loads(file.read_text())
     assert set(figures) >= FIELDS
     assert figures["memory_ppl"] <= 0.88 * figures["base_ppl"]
+    # attending beats as much text, and mixing adds to it
+    assert figures["both_ppl"] < figures["attended_ppl"] < figures["base_ppl"]
+    assert figures["both_ppl"] < figures["text_ppl"]
     assert figures["after_migration_ppl"] == figures["after_reattach_ppl"] == figures["memory_ppl"]
     assert figures["detached_ppl"] == figures["base_ppl"]
     # every prompt token and every generated one but the last, which the engine never runs
