@@ -49,8 +49,9 @@ class Unmade:
 def test_every_argument_of_every_verb_has_a_domain(cls: type):
     verbs = {name: verb for name, verb in vars(cls).items() if inspect.isfunction(verb) and not name.startswith("_")}
     bare = {(verb, name) for verb in verbs for name, check in domains(verbs[verb]).items() if check is None}
-    # what these hold is checked with the bank's dtype at hand; a scope has two values
-    assert bare <= {("write", "trace"), ("read", "queries"), ("erase", "scope")}
+    # what these hold is checked with the bank's dtype at hand; a scope has two values, a method five
+    attended = {("attend", "queries"), ("attend", "tokens"), ("attend", "method"), ("put_rows", "rows")}
+    assert bare <= {("write", "trace"), ("read", "queries"), ("erase", "scope")} | attended
 
 
 @pytest.mark.parametrize(("cls", "blocking"), [(AsyncStore, Store), (AsyncBank, Bank)])
