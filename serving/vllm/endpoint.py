@@ -145,12 +145,16 @@ def _serving(plain: Handler, memory: RequestMemory) -> Handler:
 
 def _refusing(plain: Handler, _memory: RequestMemory) -> Handler:
     @functools.wraps(plain)
-    async def create(request: Any, *args: Any, **kwargs: Any) -> Any:
-        if FIELD in (request.model_extra or {}):
+    async def create(request: Any, raw_request: Any = None) -> Any:
+        given = request.model_extra
+        if given is None and raw_request is not None:
+            # this parser drops what it doesn't know; the body was parsed already
+            given = await raw_request.json()
+        if FIELD in (given or {}):
             return _refusal(
                 InvalidInput(f"{FIELD} is taken by /v1/chat/completions and /v1/completions, not by this address")
             )
-        return await plain(request, *args, **kwargs)
+        return await plain(request, raw_request)
 
     return create
 

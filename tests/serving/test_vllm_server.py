@@ -295,9 +295,15 @@ async def test_other_ways_to_ask_that_would_pass_in_silence_are_refused_too(clie
     ]:
         status, said = await refusal(client.completions.create(**ask, extra_body=extra))
         assert (status, says in said) == (422, True), said
-    body = {"model": MODEL, "input": "Hello", "memory": {"read": ["chats/book"]}}
-    status, said = await refusal(client.post("/responses", body=body, cast_to=object))
-    assert (status, "not by this address" in said) == (422, True), said
+    hello = [{"role": "user", "content": "Hello"}]
+    body = {"model": MODEL, "max_tokens": 1, "memory": {"read": ["chats/book"]}}
+    for path, text in [
+        ("responses", {"input": "Hello"}),
+        ("messages", {"messages": hello}),
+        ("chat/completions/batch", {"messages": [hello]}),
+    ]:
+        status, said = await refusal(client.post(f"/{path}", body=body | text, cast_to=object))
+        assert (status, "not by this address" in said) == (422, True), (path, said)
 
 
 async def test_a_request_that_does_not_require_memory_goes_on_without_and_is_told(client):
