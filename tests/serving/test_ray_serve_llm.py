@@ -60,6 +60,9 @@ async def test_the_memory_field_is_taken_told_and_refused_as_by_vllms_own_server
         written = await asyncio.gather(*(chat(client, {"write": BANK, "stream": f"user{i}"}) for i in range(3)))
         assert [told["write"]["stream"] for told, _ in written] == ["user0", "user1", "user2"]
         assert len({text for _, text in written}) == 3
+        # rows are written while answers go out; the replica follows them
+        while (await chat(client, {"read": [BANK]}))[0]["read"][0]["rows"] <= 3 * 30:
+            await asyncio.sleep(0.5)
         read = await asyncio.gather(*(chat(client, {"read": [BANK]}) for _ in range(3)))
         assert all(told["read"][0]["rows"] > 3 * 30 for told, _ in read)
         whole = await client.completions.create(
