@@ -6,6 +6,7 @@ Shape legend: Q consecutive rows of one context.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,3 +50,32 @@ class Trust:
         """
         log_odds_Q = self.observe(own_Q - mixed_Q).to(own_Q)
         return -torch.logaddexp(logsigmoid(log_odds_Q) - mixed_Q, logsigmoid(-log_odds_Q) - own_Q)
+
+
+class FixedShare:
+    """Several predictors of one context, weighed by how they did on its tokens so far; which is best may change.
+
+    After each token the weights are updated by Bayes' rule, and a share of them goes back to the priors (Herbster and
+    Warmuth 1998, the fixed-share update, with the priors as its pool). It loses at most `-log q` more in a context than
+    the predictor of prior q, and `-log(1 - share)` a token.
+
+    Args:
+        priors: of each of E predictors, summing to 1.
+        share: of the weights that is given back, in [0, 1).
+    """
+
+    def __init__(self, priors: Sequence[float], share: float) -> None:
+        self._share = share
+        self._log_priors_E = torch.tensor(priors, dtype=torch.float64).log()
+        self._log_weights_E = self._log_priors_E
+
+    def losses(self, losses_EQ: Tensor) -> Tensor:
+        """What the weighed predictors lose `[Q]` on the tokens that came, in nats; each is weighed by those before."""
+        mixed: list[Tensor] = []
+        for losses_E in losses_EQ.double().T:
+            joint_E = self._log_weights_E - losses_E
+            total = torch.logsumexp(joint_E, 0)
+            mixed.append(-total)
+            back_E = self._log_priors_E + (math.log(self._share) if self._share else -math.inf)
+            self._log_weights_E = torch.logaddexp(joint_E - total + math.log1p(-self._share), back_E)
+        return torch.stack(mixed).to(losses_EQ) if mixed else losses_EQ.new_zeros(0)

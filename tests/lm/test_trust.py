@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raymem.lm.mixing import Mixture
-from raymem.lm.trust import PRIOR, Trust
+from raymem.lm.trust import PRIOR, FixedShare, Trust
 
 
 def rows(count=9, vocabulary=31):
@@ -84,3 +84,25 @@ def test_losses_are_those_of_the_logits():
     own, mixed, tokens = rows()
     expected = -chosen(trusted(Trust(), own, mixed, tokens), tokens)
     torch.testing.assert_close(Trust().losses(-chosen(own, tokens), -chosen(mixed, tokens)), expected)
+
+
+def test_shared_weights_follow_the_better_predictor_when_it_changes():
+    good, bad = torch.full((40,), 0.5), torch.full((40,), 3.0)
+    changing = torch.stack([torch.cat([good, bad]), torch.cat([bad, good])])
+    shared = FixedShare((0.5, 0.5), 0.05).losses(changing)
+    fixed = FixedShare((0.5, 0.5), 0.0).losses(changing)
+    assert shared[-30:].mean() < 0.6
+    assert fixed[-30:].mean() > 2.0
+    # without sharing it is Bayes' rule over two, as trust is
+    torch.testing.assert_close(fixed, Trust(0.5).losses(changing[0], changing[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_shared_weights_lose_no_more_than_they_promise_and_know_no_later_token():
+    made = torch.Generator().manual_seed(2)
+    losses = torch.rand(4, 200, generator=made) * torch.tensor([[1.0], [30.0], [30.0], [30.0]])
+    found = FixedShare((0.1, 0.1, 0.4, 0.4), 0.05).losses(losses)
+    assert found.sum() - losses[0].sum() < -math.log(0.1) - 200 * math.log(0.95)
+    parts = FixedShare((0.1, 0.1, 0.4, 0.4), 0.05)
+    torch.testing.assert_close(torch.cat([parts.losses(losses[:, :77]), parts.losses(losses[:, 77:])]), found)
+    changed = torch.cat([losses[:, :100], losses[:, 100:].flip(0)], 1)
+    assert torch.equal(FixedShare((0.1, 0.1, 0.4, 0.4), 0.05).losses(changed)[:100], found[:100])
