@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -196,7 +197,7 @@ class RowIndex:
             BankNotFound, BankDetached: the engine keeps no rows of it, or its store has detached it.
         """
         question_Q = torch.tensor([token for token in question if token not in self._ignored], dtype=torch.int64)
-        with self._lock:
+        with self._lock, _one_thread():
             banks = [self._attendable(name) for name in names]
             if len(banks) == 1:
                 found = [self._of_bank(banks[0], rows, question_Q)]
@@ -282,3 +283,14 @@ def _relevance(held: Held, question_Q: Tensor) -> float:
         return 0.0
     # of all rows but one: choosing all compares nothing
     return choose(held, None, question_Q, len(held.pos_T) - 1, method="bm25").relevance
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Without torch's threads: beside a worker's they wait for each other, longer than the work takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

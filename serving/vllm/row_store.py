@@ -19,6 +19,9 @@ from raymem.errors import FingerprintMismatch
 from raymem.lm.attending import Rope
 from raymem.serving.vllm.orders import listed
 
+# torch shares larger operations among threads, which wait for each other, milliseconds each on a busy machine
+_SERIAL = 2**15
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -152,7 +155,7 @@ class RowStore:
         captures, self._watched = self._watched, []
         keys_LNHd, values_LNHd = self._cache.seen()
         positions_N = torch.tensor([at for part in captures for at in part.positions])
-        keys_LNHd = self.rope.turn(keys_LNHd, -positions_N)
+        keys_LNHd = self._turned(keys_LNHd, -positions_N)
         start = 0
         for part in captures:
             stop = start + len(part.slots)
@@ -210,9 +213,14 @@ class RowStore:
         pairs = [self._gather(chunks_N, offsets_N, part) for part in (0, 1)]
         slots_N = torch.tensor(fill.slots)
         positions_N = torch.arange(fill.first, fill.first + len(slots_N))
-        self._cache.write(self.rope.turn(pairs[0], positions_N), pairs[1], slots_N)
+        self._cache.write(self._turned(pairs[0], positions_N), pairs[1], slots_N)
         self._count.fills += 1
         self._count.rows_filled += len(slots_N)
+
+    def _turned(self, keys_LNHd: Tensor, by_N: Tensor) -> Tensor:
+        rows = max(1, _SERIAL // (keys_LNHd.shape[2] * keys_LNHd.shape[3]))
+        parts = zip(torch.split(keys_LNHd, rows, dim=1), torch.split(by_N, rows), strict=True)
+        return torch.cat([self.rope.turn(*part) for part in parts], dim=1)
 
     def _gather(self, chunks_N: Tensor, offsets_N: Tensor, part: int) -> Tensor:
         rows_LNHd = self._cache.zeros(len(chunks_N))
