@@ -10,7 +10,7 @@ from small_banks import MODEL, make_banks
 
 from raymem.serving.server import bind
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(400)]
 
 BANK = "team/notes"
 
