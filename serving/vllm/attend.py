@@ -214,7 +214,9 @@ class Attender:
                 "prompt_logprobs of a request that attends need vLLM's V1 model runner: start the engine with "
                 "VLLM_USE_V2_MODEL_RUNNER=0, or leave them out"
             )
-        room = self._longest - request.num_tokens - 1
+        left = self._longest - request.num_tokens
+        # vLLM's servers ask for all that is left where a caller names no length: rows take half of it at most
+        room = max(left - request.max_tokens, left // 2)
         if room < 1:
             raise InvalidInput(
                 f"a prompt of {request.num_tokens} tokens leaves no room for rows in {self._longest}: shorten it"

@@ -230,8 +230,8 @@ def test_a_request_without_memory_is_the_plain_one_and_says_why(engine, texts, p
 def test_rows_take_the_room_that_the_context_has_left(engine, texts):
     ids = engine.tokens(topics["operator-summary"], LENGTH - 101)
     (output,) = attend(engine, [ids], ["lab/seen"], max_tokens=50)
-    assert said(output)["attended"]["rows"] == 100
-    assert len(tokens_of(output)) == 1
+    assert said(output)["attended"]["rows"] == 51
+    assert len(tokens_of(output)) == 50
     (full,) = attend(engine, [engine.tokens(topics["operator-summary"], LENGTH - 1)], ["lab/seen"], max_tokens=50)
     assert "no room" in said(full)["refused"]
 

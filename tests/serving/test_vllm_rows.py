@@ -41,7 +41,7 @@ class Scheduler:
         init_none_hash(sha256)
         self.requests += 1
         hasher = get_request_block_hasher(BLOCK, sha256)
-        sampling = SamplingParams(max_tokens=30, extra_args=params, **fields)
+        sampling = SamplingParams(**{"max_tokens": 6} | fields, extra_args=params)
         return Request(f"r{self.requests}", list(tokens), sampling, None, block_hasher=hasher)
 
     def admit(self, tokens, params=None, **fields):
@@ -233,7 +233,7 @@ def test_a_detached_removed_or_unknown_bank_is_refused_and_costs_nothing(schedul
     scheduler.index.set_live("lab/a", live=False)
     for bank, error in (("lab/a", BankDetached), ("lab/c", BankNotFound)):
         request, before = scheduler.admit(range(10), asks(bank))
-        assert (before, list(request.all_token_ids), request.max_tokens) == (0, list(range(10)), 30)
+        assert (before, list(request.all_token_ids), request.max_tokens) == (0, list(range(10)), 6)
         assert scheduler.attender.finish(request)["raymem"]["code"] == error.code
         request, _ = scheduler.admit(range(10), asks(bank, required=True))
         assert request.max_tokens == 1
@@ -241,8 +241,10 @@ def test_a_detached_removed_or_unknown_bank_is_refused_and_costs_nothing(schedul
     assert scheduler.admit(range(10), asks("lab/a", rows=8))[1] == 8
 
 
-def test_rows_take_the_room_that_is_left(scheduler):
-    assert scheduler.admit(range(LONGEST - 6), asks("lab/a", rows=16))[1] == 5
+def test_rows_leave_room_for_the_answer(scheduler):
+    assert scheduler.admit(range(LONGEST - 6), asks("lab/a", rows=16), max_tokens=2)[1] == 4
+    # of a caller that names no length vLLM's servers ask for all that is left
+    assert scheduler.admit(range(LONGEST - 6), asks("lab/a", rows=16), max_tokens=6)[1] == 3
     request, before = scheduler.admit(range(LONGEST - 1), asks("lab/a", rows=16))
     assert before == 0
     assert "no room" in scheduler.attender.finish(request)["raymem"]["refused"]
