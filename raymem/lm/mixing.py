@@ -66,8 +66,8 @@ class Mixture:
 
     def gains(self) -> Tensor:
         """What memory adds to each candidate's log-probability `[Q, k]`."""
-        # a token that both rule out says nothing
-        return (self.mixed_Qk - self.own_Qk).nan_to_num(nan=0.0)
+        # a token that the model rules out can't have come by its own choice: it says nothing of the memory
+        return (self.mixed_Qk - self.own_Qk).nan_to_num(nan=0.0, posinf=0.0)
 
     def gains_of(self, following_Q: Tensor) -> Tensor:
         """What memory adds to the log-probability of one token a row `[Q]`."""

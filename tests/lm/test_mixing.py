@@ -162,6 +162,16 @@ def test_a_token_that_the_model_rules_out_spoils_no_row():
     torch.testing.assert_close(found.exp().sum(1), torch.ones(2), atol=1e-5, rtol=0)
 
 
+def test_a_candidate_that_the_model_rules_out_says_nothing_of_the_memory():
+    own = logits(1)
+    own[:, [3, 41]] = -math.inf
+    found = Mixer().mix(own, readout([[41, 5]], [[0.9, 0.8]]))
+    assert found.gains()[0, 0] == 0
+    assert float(found.gains_of(torch.tensor([41]))[0]) == 0
+    # one that is no candidate loses what all others lose
+    assert found.gains_of(torch.tensor([7])) == found.rest_Q
+
+
 def test_a_batch_is_mixed_as_its_rows_are():
     own, answer = (
         logits(5),
