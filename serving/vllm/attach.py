@@ -128,7 +128,8 @@ def _requests(plan: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
 
     if refused := plan.get("refused"):
         raise RaymemError.from_wire(refused)
-    prompts = [{"prompt_token_ids": tokens} for tokens, _ in plan["requests"]]
+    # what a pass leaves in the prefix cache is found by no other request: its text may be private
+    prompts = [{"prompt_token_ids": tokens, "cache_salt": uuid.uuid4().hex} for tokens, _ in plan["requests"]]
     extras = [{"kv_transfer_params": order} for _, order in plan["requests"]]
     params = [SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra) for extra in extras]
     return prompts, params

@@ -7,6 +7,8 @@ they are. Its blocks are found again in the prefix cache only by requests with t
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
@@ -241,7 +243,9 @@ class Attender:
     def _salt(self, found: _Attended) -> None:
         given = found.request.cache_salt or ""
         key = uuid.uuid4().hex if found.private else found.rows.key
-        vllm_internals.set_salt(found.request, f"raymem {self._secret} {key} {given}")
+        # events of the cache publish it
+        salt = hashlib.sha256(json.dumps([self._secret, key, given]).encode()).hexdigest()
+        vllm_internals.set_salt(found.request, f"raymem {salt}")
 
     def _replace(self, found: _Attended, dropped: Collection[int]) -> None:
         """Put other rows in the place of those that are gone."""
@@ -281,6 +285,12 @@ class Attender:
         for part in self._tracker.step(scheduled):
             captured = self._captured.get(part.run)
             if captured is None:
+                continue
+            if not self._index.has(captured.chunk):
+                # rows of it were erased, or attached again, since its pass began
+                del self._captured[part.run]
+                reason = f"rows of bank {captured.order.bank!r} changed while they were computed: attach it again"
+                self._answers[part.run] = {"refused": reason, "code": "unavailable"}
                 continue
             order, places = captured.order, captured.places
             at = [place for place in range(part.seq, part.seq + len(part.slots)) if place in places]

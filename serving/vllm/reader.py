@@ -76,10 +76,7 @@ class MemoryReader:
         from raymem.serving.vllm.rebuild import plan
 
         try:
-            connector = _connector(alone=True)
-            worker: Any = self
-            vllm_internals.score_prompts_alone(worker.model_runner, connector.rows_before)
-            return plan(connector, check_bank_name(name), store)
+            return plan(_attending(self), check_bank_name(name), store)
         except RaymemError as error:
             return {"refused": error.to_wire()}
 
@@ -92,7 +89,10 @@ class MemoryReader:
         """
         from raymem.serving.vllm.rebuild import replacement
 
-        return replacement(_connector(alone=True), check_bank_name(name), store, rows)
+        try:
+            return replacement(_attending(self), check_bank_name(name), store, rows)
+        except RaymemError as error:
+            return {"refused": error.to_wire()}
 
     def rows_kept(self, name: str, store: str | None, part: int) -> Any:
         """Hand out the rows that this worker keeps of a bank, part by part; `rows_kept` of `attach.py` calls it.
@@ -212,6 +212,13 @@ class _WorkerMemory:
             neighbours=NEIGHBOURS,
         )
         self._tap = tap
+
+
+def _attending(worker: Any) -> RaymemConnector:
+    """The connector of a worker that is about to keep rows; from now on it scores prompts without those before them."""
+    connector = _connector(alone=True)
+    vllm_internals.score_prompts_alone(worker.model_runner, connector.rows_before)
+    return connector
 
 
 def _connector(alone: bool = False) -> RaymemConnector:

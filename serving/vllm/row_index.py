@@ -118,30 +118,35 @@ class RowIndex:
         pos_N, tokens_N = torch.tensor(listed(order.pos)), torch.tensor(tokens)
         assert len(pos_N) == len(tokens_N), "a signed order whose rows and positions don't match"
         with self._lock:
-            kept = sum(len(chunk.pos_N) for chunk in self._chunks.values())
-            if (kept + len(pos_N)) * self._row_bytes > self._budget:
-                raise TooLarge(
-                    f"{len(pos_N)} rows of bank {order.bank!r}, of {self._row_bytes} bytes each, don't fit beside the "
-                    f"{kept} that are kept: rows_bytes is {self._budget}; raise it in kv_connector_extra_config, or "
-                    "detach another bank's rows"
-                )
             bank = self._banks.get(order.bank)
             made = order.do == "replace"
-            if (
+            anew = (
                 bank is None
                 or made
                 or bank.about_T is not None
                 or (bank.store, bank.id, bank.generation) != (order.store, order.id, order.generation)
-            ):
+            )
+            before = [] if bank is None else bank.chunks
+            again = [at for at in before if anew or bool(torch.isin(self._chunks[at].pos_N, pos_N).any())]
+            self._require_room(order.bank, len(pos_N), again)
+            self._drop(again)
+            if bank is None or anew:
                 self._release(order.bank)
                 bank = self._banks[order.bank] = KeptBank(order.store, order.id, order.kind, order.generation)
                 bank.about_T = torch.tensor(order.about) if made else None
-            again = [at for at in bank.chunks if bool(torch.isin(self._chunks[at].pos_N, pos_N).any())]
-            self._drop(again)
             self._next += 1
             bank.chunks.append(self._next)
             self._chunks[self._next] = Chunk(order.bank, pos_N, tokens_N, made=made)
             return self._next
+
+    def _require_room(self, name: str, rows: int, going: Collection[int]) -> None:
+        kept = sum(len(chunk.pos_N) for at, chunk in self._chunks.items() if at not in going)
+        if (kept + rows) * self._row_bytes > self._budget:
+            raise TooLarge(
+                f"{rows} rows of bank {name!r}, of {self._row_bytes} bytes each, don't fit beside the "
+                f"{kept} that are kept: rows_bytes is {self._budget}; raise it in kv_connector_extra_config, or "
+                "detach another bank's rows"
+            )
 
     def complete(self, chunk: int) -> None:
         """Offer the rows of a chunk, all of which the workers have by the time that a later step asks for them."""
@@ -150,15 +155,21 @@ class RowIndex:
                 found.whole = True
                 self._banks[found.bank].held = None
 
+    def has(self, chunk: int) -> bool:
+        """Whether a chunk was not forgotten."""
+        with self._lock:
+            return chunk in self._chunks
+
     def drop(self, chunks: Collection[int]) -> None:
         """Forget chunks."""
         with self._lock:
             self._drop(chunks)
 
-    def release(self, name: str) -> bool:
-        """Forget a bank; say whether it was there."""
+    def release(self, name: str, bank_id: str | None = None) -> bool:
+        """Forget a bank, of this id alone where one is given; say whether it was there."""
         with self._lock:
-            return self._release(name)
+            there = self._banks.get(name) if bank_id is None else self._of_id(name, bank_id)
+            return there is not None and self._release(name)
 
     def take_dropped(self) -> list[int]:
         """Chunks that were forgotten since the last call."""
@@ -171,16 +182,21 @@ class RowIndex:
         with self._lock:
             return dict(self._banks)
 
-    def set_live(self, name: str, live: bool) -> None:
-        """Note whether a bank is attached to its store."""
+    def set_live(self, name: str, bank_id: str, live: bool) -> None:
+        """Note whether a bank is attached to its store; nothing where the bank of this id is gone."""
         with self._lock:
-            if bank := self._banks.get(name):
+            if bank := self._of_id(name, bank_id):
                 bank.live = live
 
-    def erased(self, name: str, generation: int, positions_E: Tensor) -> None:
-        """Forget the chunks with rows that were erased: what came after them in their pass has seen them."""
+    def erased(self, name: str, bank_id: str, generation: int, positions_E: Tensor) -> None:
+        """Forget the chunks with rows that were erased: what came after them in their pass has seen them.
+
+        Nothing where the bank of this id is gone.
+        """
         with self._lock:
-            bank = self._banks[name]
+            bank = self._of_id(name, bank_id)
+            if bank is None:
+                return
             bank.generation = generation
             kept = [(at, self._chunks[at]) for at in bank.chunks]
             self._drop([at for at, part in kept if part.made or bool(torch.isin(part.pos_N, positions_E).any())])
@@ -209,6 +225,10 @@ class RowIndex:
                 found.append(Chosen([], [], [], max(matches)))
         chunks, offsets, tokens = ([each for part in found for each in getattr(part, name)] for name in _COLUMNS)
         return Chosen(chunks, offsets, tokens, max(part.relevance for part in found))
+
+    def _of_id(self, name: str, bank_id: str) -> KeptBank | None:
+        bank = self._banks.get(name)
+        return bank if bank is not None and bank.id == bank_id else None
 
     def _attendable(self, name: str) -> KeptBank:
         bank = self._banks.get(name)

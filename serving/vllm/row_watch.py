@@ -6,18 +6,20 @@ import threading
 
 import torch
 
-from raymem.errors import BankNotFound, RaymemError
+from raymem.errors import BankNotFound
 from raymem.logs import WarnOnce, get_logger
 from raymem.serving.vllm.row_index import KeptBank, RowIndex
 from raymem.storage.store import ColdStore
 
 log = get_logger("raymem.vllm")
+# a store that hangs holds up no shutdown
+_CLOSE_S = 5.0
 
 
 class RowWatch:
     """Brings an index up to date with its banks' stores: erasures, banks that were removed, detached or attached again.
 
-    A store that can't be reached changes nothing: the rows are in the workers.
+    A store that can't be reached changes nothing, and is asked again: the rows are in the workers.
 
     Args:
         index: what is attended.
@@ -39,18 +41,20 @@ class RowWatch:
             self._thread.start()
 
     def close(self) -> None:
-        """Stop."""
+        """Stop; a look that is under way gets five seconds to end."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSE_S)
 
     def look(self) -> None:
         """Bring everything up to date now."""
         for name, bank in self._index.followed().items():
             try:
                 self._look(name, bank)
-            except RaymemError as error:
-                self._once.warn((name, error.code), "can't watch bank", bank=name, reason=error.message)
+            # whatever one bank's store raises, the others' erasures must be seen
+            except Exception as error:  # noqa: BLE001
+                reason = f"{type(error).__name__}: {error}"
+                self._once.warn((name, type(error).__name__), "can't watch bank", bank=name, reason=reason)
 
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):
@@ -63,14 +67,14 @@ class RowWatch:
         try:
             entry = cold.catalog.get(name)
         except BankNotFound:
-            self._index.release(name)
+            self._index.release(name, bank.id)
             return
         if entry.id != bank.id:
-            self._index.release(name)
+            self._index.release(name, bank.id)
             return
-        self._index.set_live(name, entry.state == "hot")
+        self._index.set_live(name, bank.id, entry.state == "hot")
         if entry.generation != bank.generation:
             ranges = cold.journal(entry).tombstones().ranges_R2.tolist()
             empty = [torch.zeros(0, dtype=torch.int64)]
             positions_E = torch.cat(empty + [torch.arange(start, stop) for start, stop in ranges])
-            self._index.erased(name, entry.generation, positions_E)
+            self._index.erased(name, bank.id, entry.generation, positions_E)

@@ -7,12 +7,14 @@ import torch
 
 from raymem.errors import BankDetached, BankNotFound, FingerprintMismatch, TooLarge, Unavailable, Unsupported
 from raymem.lm.attending import Rope
-from raymem.serving.vllm.attach import _said
+from raymem.serving.vllm import reader, rebuild, vllm_internals
+from raymem.serving.vllm.attach import _requests, _said
 from raymem.serving.vllm.attend import Attender
 from raymem.serving.vllm.orders import Order, ranges
 from raymem.serving.vllm.params import ConnectorConfig, raymem_params
 from raymem.serving.vllm.row_index import RowIndex
 from raymem.serving.vllm.row_store import Capture, Fill, Load, RowStore
+from raymem.serving.vllm.row_watch import RowWatch
 from raymem.serving.vllm.vllm_internals import AttentionGroup
 
 BLOCK, LONGEST, SECRET = 4, 64, "engine"
@@ -216,7 +218,7 @@ def test_erased_rows_give_way_in_running_requests_and_in_those_that_wait(schedul
     assert running.cache_salt == waiting.cache_salt
     table = scheduler.begin(running)
     scheduler.step(running)
-    scheduler.index.erased("lab/a", 1, torch.tensor([3]))
+    scheduler.index.erased("lab/a", "", 1, torch.tensor([3]))
     done = scheduler.step(running)
     assert done.dropped == [1]
     (fill,) = done.fills
@@ -230,14 +232,14 @@ def test_erased_rows_give_way_in_running_requests_and_in_those_that_wait(schedul
 
 
 def test_a_detached_removed_or_unknown_bank_is_refused_and_costs_nothing(scheduler):
-    scheduler.index.set_live("lab/a", live=False)
+    scheduler.index.set_live("lab/a", "", live=False)
     for bank, error in (("lab/a", BankDetached), ("lab/c", BankNotFound)):
         request, before = scheduler.admit(range(10), asks(bank))
         assert (before, list(request.all_token_ids), request.max_tokens) == (0, list(range(10)), 6)
         assert scheduler.attender.finish(request)["raymem"]["code"] == error.code
         request, _ = scheduler.admit(range(10), asks(bank, required=True))
         assert request.max_tokens == 1
-    scheduler.index.set_live("lab/a", live=True)
+    scheduler.index.set_live("lab/a", "", live=True)
     assert scheduler.admit(range(10), asks("lab/a", rows=8))[1] == 8
 
 
@@ -320,6 +322,115 @@ def test_a_bank_that_was_made_anew_replaces_the_one_before(scheduler):
     assert scheduler.admit(range(10), asks("lab/a", rows=20))[1] == 5
 
 
+def test_rows_that_an_order_replaces_count_for_nothing_beside_it():
+    scheduler = Scheduler(budget=100)
+    scheduler.attach("lab/a", range(9), range(9))
+    done, said = scheduler.attach("lab/a", range(8), range(8))
+    assert (said, done.dropped) == ({"captured": 8}, [1])
+    done, said = scheduler.attach("lab/a", range(10), range(10), generation=1)
+    assert (said, done.dropped) == ({"captured": 10}, [2])
+    assert scheduler.attach("lab/a", range(11), range(11), generation=2)[1]["code"] == "too_large"
+    assert scheduler.admit(range(5), asks("lab/a", rows=20))[1] == 10
+
+
+def test_no_other_request_finds_what_passes_leave_in_the_prefix_cache():
+    order = Order(do="capture", bank="lab/a").signed([1], SECRET)
+    prompts, _ = _requests({"requests": [([1], order), ([1], order)]})
+    salts = {prompt["cache_salt"] for prompt in prompts}
+    assert len(salts) == 2
+    assert all(len(salt) == 32 for salt in salts)
+
+
+def test_salts_say_nothing_of_the_secret(scheduler):
+    request, _ = scheduler.admit(range(10), asks("lab/a", rows=8))
+    assert SECRET not in request.cache_salt
+
+
+def test_rows_that_are_erased_while_they_are_computed_are_not_kept():
+    scheduler = Scheduler()
+    order = Order(do="capture", bank="lab/a", pos=[(0, 8)], at=[(0, 8)])
+    request, _ = scheduler.admit(range(8), {"kv_transfer_params": order.signed(range(8), SECRET)})
+    new = SimpleNamespace(req_id=request.request_id, block_ids=(scheduler.begin(request),), num_computed_tokens=0)
+    none = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
+    counts = {request.request_id: 4}
+    step = SimpleNamespace(scheduled_new_reqs=[new], scheduled_cached_reqs=none, num_scheduled_tokens=counts)
+    assert len(scheduler.attender.step(step).captures) == 1
+    scheduler.index.erased("lab/a", "", 1, torch.tensor([2]))
+    rest = SimpleNamespace(
+        req_ids=[request.request_id], new_block_ids=[None], num_computed_tokens=[4], resumed_req_ids=set()
+    )
+    step = SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=rest, num_scheduled_tokens=counts)
+    done = scheduler.attender.step(step)
+    assert (done.captures, done.dropped) == ([], [1])
+    with pytest.raises(Unavailable, match="changed while they were computed"):
+        _said(scheduler.attender.finish(request))
+
+
+def test_what_has_ended_leaves_nothing_behind(scheduler):
+    aborted, _ = scheduler.admit(range(10), asks("lab/a", rows=8, refresh=4))
+    scheduler.begin(aborted)
+    scheduler.step(aborted)
+    waiting, _ = scheduler.admit(range(10), asks("lab/b", rows=8))
+    order = Order(do="capture", bank="lab/c", pos=[(0, 8)], at=[(0, 8)])
+    passing, _ = scheduler.admit(range(8), {"kv_transfer_params": order.signed(range(8), SECRET)})
+    refused, _ = scheduler.admit(range(8), asks("lab/nowhere"))
+    for request in (aborted, waiting, passing, refused):
+        scheduler.attender.finish(request)
+    scheduler.step()
+    attender = scheduler.attender
+    assert [attender._attended, attender._captured, attender._answers, attender._begun] == [{}] * 4
+    assert not attender._loads
+
+
+class Catalog:
+    """Says of banks what a test has it say."""
+
+    def __init__(self, **said):
+        self.said = said
+
+    def get(self, name):
+        return self.said[name.replace("/", "_")]()
+
+
+def test_the_watch_goes_on_whatever_one_bank_does(scheduler):
+    scheduler.attach("lab/c", range(4), range(4))
+
+    def gone():
+        raise OSError("disk")
+
+    def detached_meanwhile():
+        scheduler.index.release("lab/b")
+        return SimpleNamespace(id="", state="hot", generation=3)
+
+    def attached_anew_meanwhile():
+        scheduler.attach("lab/c", range(5), range(5), id="new")
+        return SimpleNamespace(id="old", state="cold", generation=3)
+
+    watch = RowWatch(scheduler.index, 60)
+    catalog = Catalog(lab_a=gone, lab_b=detached_meanwhile, lab_c=attached_anew_meanwhile)
+    none = SimpleNamespace(ranges_R2=torch.zeros(0, 2, dtype=torch.int64))
+    journal = SimpleNamespace(tombstones=lambda: none)
+    watch._stores[""] = SimpleNamespace(catalog=catalog, journal=lambda _entry: journal)
+    watch.look()
+    assert set(scheduler.index.followed()) == {"lab/a", "lab/c"}
+    assert scheduler.admit(range(5), asks("lab/c", rows=20))[1] == 5
+
+
+def test_rows_to_replace_prepare_the_worker_and_refuse_as_those_to_rebuild(monkeypatch):
+    def refuse(*_):
+        raise Unsupported("windows")
+
+    prepared = []
+    monkeypatch.setattr(reader, "_connector", lambda alone: SimpleNamespace(rows_before={}))
+    monkeypatch.setattr(vllm_internals, "score_prompts_alone", lambda runner, before: prepared.append(runner))
+    monkeypatch.setattr(rebuild, "replacement", refuse)
+    worker = SimpleNamespace(model_runner="runner")
+    plan = reader.MemoryReader.rows_to_replace(worker, "lab/a", None, {})
+    assert prepared == ["runner"]
+    with pytest.raises(Unsupported, match="windows"):
+        _requests(plan)
+
+
 class Cache:
     """The paged cache of a worker as a dictionary of slots."""
 
@@ -386,7 +497,7 @@ def test_rows_made_of_a_bank_stand_in_its_place_until_something_is_erased():
     scheduler.attach("lab/a", range(20), range(100, 120))
     assert scheduler.admit([105], asks("lab/a", rows=50))[1] == 20
     scheduler.admit([0], {"kv_transfer_params": order.signed([0], SECRET)})
-    scheduler.index.erased("lab/a", 1, torch.tensor([400]))
+    scheduler.index.erased("lab/a", "", 1, torch.tensor([400]))
     assert scheduler.admit([105], asks("lab/a", rows=50))[1] == 0
 
 
