@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from raymem.encode.calibration import Calibration
-from raymem.errors import InvalidInput, StoreClosed
+from raymem.errors import Corrupt, InvalidInput, StoreClosed
+from raymem.logs import get_logger
 from raymem.memory.base import Shown
 from raymem.memory.choice import SINKS, Held
 from raymem.memory.showing import Asked, choose_shown
@@ -26,6 +27,7 @@ from raymem.types import AttendQuery, Fingerprint, MemoryTokens
 # a bank's first rows; it doubles when it is full
 _FIRST_ROWS = 1024
 _ANSWER_BYTES = 2**30
+_log = get_logger(__name__)
 _SHAPES = {"keys": "LNHd", "values": "LNHd", "key_scales": "LNH", "value_scales": "LNH"}
 
 
@@ -215,7 +217,7 @@ def chosen_layer(query: AttendQuery, fingerprint: Fingerprint) -> int:
 
 
 def fetched(cold: ColdStore, parts: Sequence[Entry], chosen: MemoryTokens) -> MemoryTokens:
-    """Rows that were chosen, with the keys and values that their bank keeps; without, if it lacks those of any.
+    """Rows that were chosen, with the keys and values that their bank keeps; without, if any lack or are damaged.
 
     Args:
         cold: the store.
@@ -223,7 +225,7 @@ def fetched(cold: ColdStore, parts: Sequence[Entry], chosen: MemoryTokens) -> Me
         chosen: without keys and values.
 
     Raises:
-        TooLarge: they don't fit into one answer. Corrupt: a piece doesn't match its checksum.
+        TooLarge: they don't fit into one answer.
     """
     found: dict[str, Any] = {}
     partition_N = torch.zeros_like(chosen.pos_N) if chosen.partition_N is None else chosen.partition_N
@@ -231,7 +233,11 @@ def fetched(cold: ColdStore, parts: Sequence[Entry], chosen: MemoryTokens) -> Me
         slot_N = torch.nonzero(partition_N == index)[:, 0]
         if not len(slot_N):
             continue
-        rows = cold.attended(part).get(chosen.pos_N[slot_N], _ANSWER_BYTES // len(parts))
+        try:
+            rows = cold.attended(part).get(chosen.pos_N[slot_N], _ANSWER_BYTES // len(parts))
+        except Corrupt as error:
+            _log.warning("rows without keys and values", bank=part.name, reason=error.message)
+            return chosen
         if rows is None or any(name in found and _unlike(found[name], rows[name]) for name in rows):
             return chosen
         for name, tensor in rows.items():

@@ -56,6 +56,8 @@ _SCHEMA = pa.schema(
 )
 # fragments of so many bytes are left alone, and so many smaller ones are merged
 _FRAGMENT_BYTES, _LOOSE = 64 * 2**20, 32
+# old versions go after so many calls, or sooner where they may take as much as what is kept
+_VERSIONS = 32
 # what is decoded at a time
 _READ_BYTES = 32 * 2**20
 # a reader that opened a version this long ago may still read it to the end
@@ -131,11 +133,23 @@ class _Table:
 
     def pieces(self, records: Sequence[int]) -> Iterator[_Piece]:
         """Records by their numbers, checked, some megabytes at a time."""
+        yield from map(self._piece, self._taken(records))
+
+    def sound(self, records: Sequence[int]) -> Iterator[_Piece | None]:
+        """As `pieces`, with None in the place of one that is damaged."""
+        for record in self._taken(records):
+            try:
+                yield self._piece(record)
+            except Corrupt as error:
+                _log.warning("keys and values left out", reason=error.message)
+                yield None
+
+    def _taken(self, records: Sequence[int]) -> Iterator[dict[str, Any]]:
         at_once = max(1, _READ_BYTES // (PIECE_ROWS * self.format.row_bytes))
         for start in range(0, len(records), at_once):
             with reading(f"read {self.what}"):
                 found = self.dataset.take([int(record) for record in records[start : start + at_once]])
-            yield from map(self._piece, found.to_pylist())
+            yield from found.to_pylist()
 
     def keys(self) -> list[tuple[str, str, int]]:
         """Stream, run and number of each record's piece."""
@@ -147,7 +161,7 @@ class _Table:
         blobs = {name: record[name] for name in _TENSORS if record[name] is not None}
         place = f"{self.what}: rows from {record['seq']} on of run {record['run']!r} of stream {record['stream']!r}"
         if _crc(blobs.values()) != record["crc32c"]:
-            raise Corrupt(f"{place} don't match their checksum; put them again, or detach and rebuild them")
+            raise Corrupt(f"{place} don't match their checksum; put their keys and values again")
         layers, heads, width, _, dtype = self.format
         shape = (layers, len(record["seqs"]), heads)
         kinds: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(blobs, ("float32", shape))
@@ -172,6 +186,8 @@ class Attended:
         self._name = attended_table(entry.id, entry.generation)
         self._what = f"keys and values of {entry.name}"
         self._sync: FolderSync | None = tables.folder_sync(self._name)
+        # calls and rows since old versions went; another owner may have left some, so the first call looks
+        self._calls, self._rows = _VERSIONS, 0
 
     def extent(self, upto: int = COUNT_END) -> AttendedExtent:
         """How many rows before position `upto` have keys and values, inherited ones too, and their bytes."""
@@ -237,27 +253,25 @@ class Attended:
         new = [*_cut(rows, positions)]
         there = {} if kept is None else {key: at for at, key in enumerate(kept.keys()) if key in set(map(_key, new))}
         if kept is not None and there:
-            # a piece that is there keeps the rows that are not given again
-            old = dict(zip(there, kept.pieces(list(there.values())), strict=True))
-            new = [piece.over(old[_key(piece)]) if _key(piece) in old else piece for piece in new]
-        self._require_room(kept, new, set(there.values()), rows.format.row_bytes, most_bytes)
+            new = [*_merged(new, kept, there)]
+        stays = self._require_room(kept, new, set(there.values()), rows.format.row_bytes, most_bytes)
         self._commit(new, rows.format, replace=bool(there))
-        if self._catalog.by_id(entry.id) is None or self._catalog.get(entry.name).generation != entry.generation:
-            # a folder that was dropped meanwhile has come back with what was just added
-            self._tables.drop(self._name)
-            raise NotOwner(f"bank {entry.name} was removed or rewritten meanwhile; nothing was kept")
-        self._tidy(rows.format)
+        self._require_ours(entry)
+        self._tidy(rows.format, stays, sum(len(piece.seq_N) for piece in new))
         return self.extent()
 
     def of_stream(self, stream: str) -> Iterator[AttendedRows]:
-        """What the bank itself keeps of a stream, some megabytes of a run's rows at a time."""
+        """What the bank itself keeps of a stream, some megabytes of a run's rows at a time.
+
+        A damaged piece is left out, with a warning.
+        """
         table = self._open(self.entry)
         if table is None:
             return
         keys = table.keys()
         records = sorted((at for at, key in enumerate(keys) if key[0] == stream), key=lambda at: keys[at][1:])
         most, waiting = max(1, _READ_BYTES // table.format.row_bytes), list[_Piece]()
-        for part in (part for piece in table.pieces(records) for part in piece.ranges()):
+        for part in (part for piece in table.sound(records) if piece is not None for part in piece.ranges()):
             if waiting and (sum(len(each.seq_N) for each in waiting) >= most or not part.follows(waiting[-1])):
                 yield _as_rows(waiting, table.format.rope)
                 waiting = []
@@ -268,7 +282,7 @@ class Attended:
     def rewrite(self, target: Entry, gone: Tombstones) -> None:
         """Write the rows but those at `gone` to the table of a new generation; a bank that is no fork takes along all.
 
-        Nothing is written where nothing is kept.
+        Nothing is written where nothing is kept. A damaged piece is left out, with a warning.
         """
         tables = [*self._found(COUNT_END)]
         if target.parent is not None:
@@ -309,9 +323,20 @@ class Attended:
                 f"({len(missing)} of {len(rows)} aren't): write the rows first, then their keys and values"
             )
 
+    def _require_ours(self, entry: Entry) -> None:
+        """After a commit: the bank is still there, its journal was not rewritten, and no other owner has it."""
+        now = self._catalog.by_id(entry.id)
+        if now is None or now.generation > entry.generation:
+            # a folder that was dropped meanwhile has come back with what was just added
+            self._tables.drop(self._name)
+            raise NotOwner(f"bank {entry.name} was removed or rewritten meanwhile; nothing was kept")
+        if now.epoch != entry.epoch:
+            raise NotOwner(f"bank {now.name} has another owner since; put the keys and values again")
+
     def _require_room(
         self, kept: _Table | None, new: Sequence[_Piece], replaced: set[int], row_bytes: int, most_bytes: int
-    ) -> None:
+    ) -> int:
+        """How many rows stay as they are, once there is room for the new ones."""
         stay = 0 if kept is None else int((~np.isin(kept.record_R, list(replaced))).sum())
         needed = row_bytes * (stay + sum(len(piece.seq_N) for piece in new))
         if needed > most_bytes:
@@ -321,6 +346,7 @@ class Attended:
                 needed=needed,
                 limit=most_bytes,
             )
+        return stay
 
     def _commit(self, pieces: Sequence[_Piece], form: RowFormat, *, replace: bool) -> None:
         schema = _schema(form)
@@ -337,20 +363,24 @@ class Attended:
                 table.add(rows)
         self._make_durable()
 
-    def _tidy(self, form: RowFormat) -> None:
+    def _tidy(self, form: RowFormat, stay: int, new: int) -> None:
         """Merge small fragments, and drop what only older versions need; the rows are durable already."""
+        self._calls, self._rows = self._calls + 1, self._rows + new
         target = max(1, _FRAGMENT_BYTES // (PIECE_ROWS * form.row_bytes))
         try:
             with writing(f"compact {self._what}"):
                 dataset = self._tables.open(self._name).to_lance()
                 counts = [fragment.metadata.physical_rows for fragment in dataset.get_fragments()]
-                if sum(count < target for count in counts) < _LOOSE:
+                is_loose = sum(count < target for count in counts) >= _LOOSE
+                is_large = self._rows > max(stay + new, target * PIECE_ROWS)
+                if not (is_loose or is_large or self._calls >= _VERSIONS):
                     return
                 dataset.optimize.compact_files(target_rows_per_fragment=target, materialize_deletions_threshold=0.0)
             # the new files must be on disk before the old ones go
             self._make_durable()
             with writing(f"clean up {self._what}"):
                 dataset.cleanup_old_versions(older_than=_KEEP_VERSIONS)
+            self._calls = self._rows = 0
         except (Conflict, StorageError) as error:
             # the next call tries again
             _log.warning("not compacted", bank=self.entry.name, reason=error.message)
@@ -377,6 +407,17 @@ def _cut(rows: AttendedRows, positions: dict[int, int]) -> Iterator[_Piece]:
         pos_N = np.array([positions[number] for number in range(first, last)], dtype=np.int64)
         tensors = {name: tensor[:, first - rows.seq : last - rows.seq] for name, tensor in rows.tensors().items()}
         yield _Piece(rows.stream, rows.run, seq, seq_N, pos_N, tensors)
+
+
+def _merged(new: Sequence[_Piece], kept: _Table, there: dict[tuple[str, str, int], int]) -> Iterator[_Piece]:
+    """New pieces with the rows that are kept and not given again; those of a damaged piece are lost."""
+    covered = {_key(piece): piece.pos_N for piece in new}
+    # a piece whose rows are all given again is not read
+    read = {key: at for key, at in there.items() if not np.isin(kept.pos_R[kept.record_R == at], covered[key]).all()}
+    old = dict(zip(read, kept.sound(list(read.values())), strict=True))
+    for piece in new:
+        former = old.get(_key(piece))
+        yield piece if former is None else piece.over(former)
 
 
 def _as_rows(parts: Sequence[_Piece], rope: str) -> AttendedRows:
@@ -410,9 +451,11 @@ def _together(tables: Sequence[tuple[_Table, int]], gone: Tombstones) -> Iterato
         loaded = dict[tuple[int, int], _Piece]()
         for number, (table, end) in enumerate(tables):
             records = [record for each in places for of, record in each if of == number]
-            for record, piece in zip(records, table.pieces(records), strict=True):
-                loaded[number, record] = piece.pick(~gone.has(piece.pos_N) & (piece.pos_N < end))
-        whole = [functools.reduce(_Piece.over, [loaded[place] for place in each]) for each in places]
+            for record, piece in zip(records, table.sound(records), strict=True):
+                if piece is not None:
+                    loaded[number, record] = piece.pick(~gone.has(piece.pos_N) & (piece.pos_N < end))
+        sound = ([loaded[place] for place in each if place in loaded] for each in places)
+        whole = [functools.reduce(_Piece.over, parts) for parts in sound if parts]
         yield [piece for piece in whole if len(piece.seq_N)]
 
 

@@ -112,6 +112,18 @@ def test_keys_and_values_come_with_the_rows_once_all_have_them(bank, tiny):
     assert bank.attend(*query(tiny, "c"), rows=36).keys_LNHd is None
 
 
+def test_rows_come_without_keys_and_values_that_are_damaged_until_these_are_put_again(bank, tiny, file_store):
+    asked = query(tiny, "a")
+    bank.put_rows(kv(100, stream="a", run="r1"))
+    cold = file_store._async.backend.cold
+    cold.tables.open(f"attended-{cold.catalog.get(bank.name).id}").update("seq = 64", {"crc32c": 7})
+    found = bank.attend(*asked, rows=36)
+    assert len(found) == 36
+    assert found.keys_LNHd is None
+    bank.put_rows(kv(36, 64, stream="a", run="r1"))
+    assert bank.attend(*asked, rows=36).keys_LNHd is not None
+
+
 def test_a_past_a_fork_and_a_bank_that_went_back_have_their_rows(bank, tiny, file_store):
     bank.put_rows(kv(60, stream="a", run="r1"))
     bank.tag("first")

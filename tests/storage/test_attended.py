@@ -1,6 +1,7 @@
 """Keys and values beside the journal: put, read back by position, inherited, erased, with the real LanceDB."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,72 @@ def test_a_damaged_piece_is_noticed(store, kept, put):
     assert kept.get(torch.arange(32)) is not None
     with pytest.raises(Corrupt, match="rows from 32 on of run 'r'"):
         kept.get(torch.tensor([0, 35]))
+
+
+def damage(store: ColdStore, kept: Attended) -> None:
+    store.tables.open(f"attended-{kept.entry.id}").update("seq = 32", {"crc32c": 7})
+
+
+def test_a_damaged_piece_is_repaired_by_putting_its_rows_again(store, kept, put):
+    put(made(100))
+    damage(store, kept)
+    assert put(made(32, 32)).rows == 100
+    assert torch.equal(kept.get(torch.arange(100))["keys"], made(100).checked().keys_LNHd)
+    # what can't be read of it can't be kept either
+    damage(store, kept)
+    assert put(made(30, 32)).rows == 98
+    assert kept.get(torch.tensor([62])) is None
+    assert put(made(2, 62)).rows == 100
+
+
+def test_a_damaged_piece_is_left_out_where_the_others_go_on(store, kept, put):
+    put(made(100))
+    damage(store, kept)
+    assert [(rows.seq, len(rows)) for rows in kept.of_stream("s")] == [(0, 32), (64, 36)]
+    _, receipt = erased(store, Selection("s", "r", 0, 10))
+    assert receipt.status == "complete"
+    present = store.attended(store.catalog.get("lab/a"))
+    assert present.extent().rows == 58
+    assert torch.equal(present.get(torch.arange(64, 100))["keys"], made(100).checked().keys_LNHd[:, 64:])
+
+
+def during_the_commit(monkeypatch, happens: Callable[[], object]) -> None:
+    commit = Attended._commit
+
+    def then(self: Attended, *args: object, **kwargs: object) -> None:
+        commit(self, *args, **kwargs)
+        happens()
+
+    monkeypatch.setattr(Attended, "_commit", then)
+
+
+def test_a_bank_that_another_takes_over_during_a_put_keeps_its_rows(store, kept, put, monkeypatch):
+    put(made(10))
+    during_the_commit(monkeypatch, lambda: store.catalog.claim("lab/a", "another", kept.entry.epoch))
+    with pytest.raises(NotOwner, match="has another owner since"):
+        put(made(20))
+    assert kept.extent().rows >= 10
+
+
+def test_a_bank_that_is_removed_during_a_put_leaves_nothing(store, kept, put, monkeypatch):
+    put(made(10))
+    during_the_commit(monkeypatch, lambda: store.remove("lab/a"))
+    with pytest.raises(NotOwner, match="removed or rewritten"):
+        put(made(20))
+    assert not list(Path(store.uri).glob("attended-*"))
+
+
+def test_rows_that_are_put_again_and_again_take_bounded_space(store, kept, put, monkeypatch):
+    monkeypatch.setattr("raymem.storage.attended._KEEP_VERSIONS", timedelta(0))
+    monkeypatch.setattr("raymem.storage.attended._FRAGMENT_BYTES", 1)
+    folder = Path(store.uri) / f"attended-{kept.entry.id}.lance" / "data"
+    put(made(100))
+    once = sum(file.stat().st_size for file in folder.iterdir())
+    most = 0
+    for seed in range(8):
+        put(made(100, seed=seed))
+        most = max(most, sum(file.stat().st_size for file in folder.iterdir()))
+    assert most < 3.5 * once
 
 
 def test_an_earlier_owner_keeps_nothing(store, kept, put):
