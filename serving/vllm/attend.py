@@ -197,7 +197,7 @@ class Attender:
         if load:
             # rows that were made of others are at no position
             pos = order.pos if order.do == "load" else []
-            self._loads.append(Load(order.bank, pos, chunk, order.staged))
+            self._loads.append(Load(order.id, pos, chunk, order.staged))
             self._index.complete(chunk)
             self._answers[request.request_id] = {"loaded": len(order.tokens)}
             return
@@ -297,7 +297,7 @@ class Attender:
             if not at:
                 continue
             slots = [part.slots[place - part.seq] for place in at]
-            found.append(Capture(order.bank, order.pos, captured.chunk, len(places), places[at[0]], at, slots))
+            found.append(Capture(order.id, order.pos, captured.chunk, len(places), places[at[0]], at, slots))
             if places[at[-1]] == len(places) - 1:
                 captured.whole = True
                 self._index.complete(captured.chunk)

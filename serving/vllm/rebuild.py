@@ -46,10 +46,9 @@ def plan(connector: RaymemConnector, name: str, store: str | None) -> dict[str, 
     rows = connector.row_store()
     cold, base = _base(connector, name, store)
     entry = cold.catalog.get(name)
-    stored, kept, requests = cold.attended(entry), rows.kept(name), []
-    shown = _shown(cold, entry)
-    missing = shown - kept
-    runs = _runs(cold, entry)
+    runs, shown = _runs(cold, entry), _shown(cold, entry)
+    kept = rows.kept(entry.id, [at for run in runs for at in run.pos])
+    stored, missing, requests = cold.attended(entry), shown - kept, []
     for run in runs:
         for start in range(0, len(run.pos), connector.longest - 1):
             part = slice(start, start + connector.longest - 1)
@@ -100,21 +99,25 @@ def replacement(connector: RaymemConnector, name: str, store: str | None, rows: 
 def kept_parts(connector: RaymemConnector, name: str, store: str | None, part: int) -> Any:
     """How many parts a bank's rows come in, for a part of -1; else that part, run by run, for `AttendedRows`.
 
+    They are the rows of the bank's journal as it is now; rows that were made in their place are not given.
+
     Raises:
         Unsupported: other workers have some of the layers or heads. BankNotFound: the bank is not there.
     """
     rows = connector.row_store()
-    parts, rope = list(rows.rows_of(name)), rope_name(rows.rope)
+    cold = ColdStore.open(store or connector.cold_uri())
+    entry, rope = cold.catalog.get(name).whole(), rope_name(rows.rope)
+    names = {
+        at: (run.stream, run.name, seq) for run in _runs(cold, entry) for at, seq in zip(run.pos, run.seq, strict=True)
+    }
+    parts = list(rows.rows_of(entry.id, names))
     if part < 0:
         return len(parts)
-    pos, *pair = parts[part]
-    cold = ColdStore.open(store or connector.cold_uri())
-    names = {
-        at: (run.stream, run.name, seq)
-        for run in _runs(cold, cold.catalog.get(name))
-        for at, seq in zip(run.pos, run.seq, strict=True)
-    }
     found: list[dict[str, Any]] = []
+    # rows may have been erased since the parts were counted
+    if part >= len(parts):
+        return found
+    pos, *pair = parts[part]
     for first, last in _following([names[at] for at in pos]):
         stream, run, seq = names[pos[first]]
         tensors = [each[:, first:last] for each in pair]

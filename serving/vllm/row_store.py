@@ -8,7 +8,7 @@ Shape legend: L attention layers, N rows, H key and value heads of this rank, d 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -27,7 +27,7 @@ _SERIAL = 2**15
 class Capture:
     """Rows of a chunk that this step computes: row `first + i` is the pass's token `positions[i]`, in `slots[i]`.
 
-    `pos` are the positions of the whole chunk in its bank's journal, as ranges, end exclusive.
+    `bank` is the bank's id; `pos` are the positions of the whole chunk in its journal, as ranges, end exclusive.
     """
 
     bank: str
@@ -41,7 +41,10 @@ class Capture:
 
 @dataclass(frozen=True)
 class Load:
-    """A chunk whose rows this worker has read from their store, and holds under a name."""
+    """A chunk whose rows this worker holds under a name: read from their bank's store, or made of the bank.
+
+    `bank` is the bank's id. Rows that were made are at no position of its journal: `pos` is empty.
+    """
 
     bank: str
     pos: list[tuple[int, int]]
@@ -162,24 +165,33 @@ class RowStore:
             self._keep(part, keys_LNHd[:, start:stop], values_LNHd[:, start:stop])
             start = stop
 
-    def rows_of(self, bank: str) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Each chunk of a bank: positions in its journal, position-free keys, and values `[L, N, H, d]`.
+    def rows_of(self, bank: str, journal: Collection[int]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Each chunk of a bank's own rows: positions in its journal, position-free keys, and values `[L, N, H, d]`.
+
+        Args:
+            bank: its id.
+            journal: the positions that its journal has. A chunk that has others is left out: its rows may have seen
+                those that were erased.
 
         Raises:
             Unsupported: other workers have some of the layers or heads.
         """
         self._cache.require_whole()
-        for chunk, (name, pos) in list(self._sources.items()):
-            if name == bank:
-                yield listed(pos), *self._chunks[chunk]
+        for chunk, pos in self._own(bank, journal):
+            yield pos, *self._chunks[chunk]
 
-    def kept(self, bank: str) -> set[int]:
-        """The positions of a bank's journal whose rows are here."""
-        return {at for name, pos in self._sources.values() if name == bank for at in listed(pos)}
+    def kept(self, bank: str, journal: Collection[int]) -> set[int]:
+        """The positions of the rows that `rows_of` gives."""
+        return {at for _, pos in self._own(bank, journal) for at in pos}
 
     def stats(self) -> dict[str, int]:
         """The counters."""
         return asdict(self._count)
+
+    def _own(self, bank: str, journal: Collection[int]) -> list[tuple[int, list[int]]]:
+        there = set(journal)
+        chunks = [(chunk, listed(pos)) for chunk, (of, pos) in list(self._sources.items()) if of == bank]
+        return [(chunk, pos) for chunk, pos in chunks if pos and there.issuperset(pos)]
 
     def _keep(self, part: Capture, keys_LnHd: Tensor, values_LnHd: Tensor) -> None:
         if part.chunk not in self._chunks:

@@ -5,17 +5,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import raymem
 from raymem.errors import BankDetached, BankNotFound, FingerprintMismatch, TooLarge, Unavailable, Unsupported
 from raymem.lm.attending import Rope
 from raymem.serving.vllm import reader, rebuild, vllm_internals
-from raymem.serving.vllm.attach import _requests, _said
+from raymem.serving.vllm.attach import _requests, _said, rows_kept
 from raymem.serving.vllm.attend import Attender
 from raymem.serving.vllm.orders import Order, ranges
 from raymem.serving.vllm.params import ConnectorConfig, raymem_params
+from raymem.serving.vllm.rebuild import kept_parts, plan, replacement
 from raymem.serving.vllm.row_index import RowIndex
 from raymem.serving.vllm.row_store import Capture, Fill, Load, RowStore
 from raymem.serving.vllm.row_watch import RowWatch
 from raymem.serving.vllm.vllm_internals import AttentionGroup
+from raymem.tensors import dtype_name, to_bytes
 
 BLOCK, LONGEST, SECRET = 4, 64, "engine"
 LAYERS, HEADS, WIDTH = 2, 1, 4
@@ -92,7 +95,7 @@ def scheduler():
 def test_a_capture_lists_the_slots_of_the_rows_to_keep():
     done, said = Scheduler().attach("lab/a", [5, 6, 9], range(8), at=[2, 3, 7])
     assert said == {"captured": 3}
-    assert done.captures == [Capture("lab/a", [(5, 7), (9, 10)], 1, 3, 0, [2, 3, 7], [2, 3, 7])]
+    assert done.captures == [Capture("", [(5, 7), (9, 10)], 1, 3, 0, [2, 3, 7], [2, 3, 7])]
 
 
 def test_rows_stand_before_the_prompt_and_their_slots_are_filled(scheduler):
@@ -461,10 +464,10 @@ class Cache:
 
 def test_rows_of_a_store_are_kept_without_a_pass():
     scheduler = Scheduler()
-    order = Order(do="load", bank="lab/a", pos=[(3, 6)], tokens=[7, 8, 9], staged="s", kind="spalm")
+    order = Order(do="load", bank="lab/a", id="a", pos=[(3, 6)], tokens=[7, 8, 9], staged="s", kind="spalm")
     request, _ = scheduler.admit([0], {"kv_transfer_params": order.signed([0], SECRET)})
     done = scheduler.step(new=[(request, scheduler.begin(request))])
-    assert (done.loads, done.captures) == ([Load("lab/a", [(3, 6)], 1, "s")], [])
+    assert (done.loads, done.captures) == ([Load("a", [(3, 6)], 1, "s")], [])
     assert scheduler.attender.finish(request)["raymem"] == {"loaded": 3}
     asking, before = scheduler.admit(range(5), asks("lab/a", rows=9))
     assert (before, list(asking.all_token_ids[:3])) == (3, [7, 8, 9])
@@ -473,7 +476,7 @@ def test_rows_of_a_store_are_kept_without_a_pass():
     store.stage("s", keys_LNHd, values_LNHd)
     store.begin([], [Fill("r", 0, [5], [1], [2])], [], done.loads)
     assert torch.equal(store._cache.rows[5][1], values_LNHd[:, 2])
-    ((pos, keys, _),) = store.rows_of("lab/a")
+    ((pos, keys, _),) = store.rows_of("a", range(9))
     assert (pos, store.stats()["rows_loaded"]) == ([3, 4, 5], 3)
     assert torch.equal(keys, keys_LNHd)
     # the same order once more finds nothing, and is no error
@@ -489,7 +492,7 @@ def test_rows_made_of_a_bank_stand_in_its_place_until_something_is_erased():
     order = Order(do="replace", bank="lab/a", pos=[(0, 6)], staged="s", **told)
     request, _ = scheduler.admit([0], {"kv_transfer_params": order.signed([0], SECRET)})
     done = scheduler.step(new=[(request, scheduler.begin(request))])
-    assert (done.dropped, done.loads) == ([1], [Load("lab/a", [], 2, "s")])
+    assert (done.dropped, done.loads) == ([1], [Load("", [], 2, "s")])
     asking, before = scheduler.admit([105, 106, 107], asks("lab/a", rows=9))
     assert (before, scheduler.admit([5, 6, 7], asks("lab/a", rows=9))[1]) == (6, 0)
     assert scheduler.admit([110, 111], asks("lab/a", rows=9))[0].cache_salt == asking.cache_salt
@@ -511,7 +514,7 @@ def test_rows_that_were_kept_are_turned_to_the_slots_in_which_they_are_attended(
     store.end()
     store.begin([Capture("lab/a", [(0, 6)], 7, 6, 4, [4, 5], [14, 15])], [], [])
     store.end()
-    assert store.kept("lab/a") == set(range(6))
+    assert store.kept("lab/a", range(9)) == set(range(6))
     assert store.stats()["rows"] == store.stats()["rows_captured"] == 6
     store.begin([], [Fill("r", 2, [40, 41, 42], [7, -1, 7], [5, 0, 1])], [])
     wanted_LNHd = rope.turn(plain_LNHd[:, [5, 1]], torch.tensor([2, 4]))
@@ -520,4 +523,99 @@ def test_rows_that_were_kept_are_turned_to_the_slots_in_which_they_are_attended(
     assert not cache.rows[41][0].any()
     assert torch.equal(cache.rows[42][1], values_LNHd[:, 1])
     store.begin([], [], [7])
-    assert (store.kept("lab/a"), store.stats()["rows"], store.stats()["bytes"]) == (set(), 0, 0)
+    assert (store.kept("lab/a", range(9)), store.stats()["rows"], store.stats()["bytes"]) == (set(), 0, 0)
+
+
+class Worker:
+    """What plans and carries out orders for the banks of a store, in place of a connector and its engine."""
+
+    longest, secret = LONGEST, SECRET
+
+    def __init__(self, uri):
+        self.uri = uri
+        self.cache = Cache()
+        self.rows = RowStore(self.cache, Rope(torch.zeros(LAYERS, 2)))
+        self.scheduler = Scheduler()
+
+    def row_store(self):
+        return self.rows
+
+    def cold_uri(self):
+        return self.uri
+
+    def require_model(self, fingerprint):
+        pass
+
+    def attach(self, bank):
+        """Make the rows that are missing; return how many the bank shows, were kept, loaded and computed."""
+        planned = plan(self, bank, None)
+        before = self.rows.stats()
+        self.carry_out(planned)
+        after = self.rows.stats()
+        made = [after[name] - before[name] for name in ("rows_loaded", "rows_captured")]
+        return (planned["rows"], planned["kept"], *made)
+
+    def replace(self, bank, keys_LNHd, values_LNHd):
+        kinds = [
+            (dtype_name(each.dtype), list(each.shape), to_bytes(each).tobytes()) for each in (keys_LNHd, values_LNHd)
+        ]
+        tokens = [-1] * keys_LNHd.shape[1]
+        self.carry_out(replacement(self, bank, None, {"keys": kinds[0], "values": kinds[1], "tokens": tokens}))
+
+    def carry_out(self, planned):
+        for tokens, params in planned["requests"]:
+            request, _ = self.scheduler.admit(tokens, {"kv_transfer_params": params})
+            done = self.scheduler.step(new=[(request, self.scheduler.begin(request))])
+            assert "refused" not in self.scheduler.attender.finish(request)["raymem"]
+            self.rows.begin(done.captures, done.fills, done.dropped, done.loads)
+            for part in done.captures:
+                self.cache.write(*torch.randn(2, LAYERS, len(part.slots), HEADS, WIDTH), torch.tensor(part.slots))
+            self.rows.end()
+
+    def kept(self, bank):
+        """Stream, first number and length of what `rows_kept` gives."""
+        llm = SimpleNamespace(collective_rpc=lambda name, args: [kept_parts(self, *args)])
+        return sorted((rows.stream, rows.seq, len(rows)) for rows in rows_kept(llm, bank))
+
+
+@pytest.fixture
+def store(tmp_path, tiny):
+    with raymem.connect(tmp_path / "memory") as opened:
+        opened.put_calibration(tiny.calibration)
+        yield opened
+
+
+@pytest.fixture
+def worker(tmp_path, store, tiny):
+    bank = store.create("lab/told", tiny.spec("spalm"))
+    for stream in "ab":
+        bank.write(tiny.talk(stream, 20))
+    made = Worker(str(tmp_path / "memory"))
+    assert made.attach("lab/told") == (40, 0, 0, 40)
+    assert made.kept("lab/told") == [("a", 0, 20), ("b", 0, 20)]
+    return made
+
+
+def test_rows_made_of_a_bank_are_not_handed_out_as_its_own(worker):
+    worker.replace("lab/told", *torch.randn(2, LAYERS, 6, HEADS, WIDTH))
+    assert worker.rows.stats()["rows"] == 6
+    assert worker.kept("lab/told") == []
+    assert worker.attach("lab/told") == (40, 0, 0, 40)
+    assert worker.kept("lab/told") == [("a", 0, 20), ("b", 0, 20)]
+
+
+def test_rows_of_a_bank_that_was_removed_are_not_those_of_the_next_of_its_name(worker, store, tiny):
+    store.delete("lab/told")
+    store.create("lab/told", tiny.spec("spalm")).write(tiny.talk("c", 30))
+    assert worker.kept("lab/told") == []
+    assert worker.attach("lab/told") == (30, 0, 0, 30)
+    assert worker.kept("lab/told") == [("c", 0, 30)]
+
+
+def test_rows_are_handed_out_without_the_passes_that_have_seen_what_was_erased(worker, store):
+    store.bank("lab/told").erase(stream="a", run="r1", seq_from=3, seq_to=5)
+    # though the scheduler has not noticed yet
+    assert worker.kept("lab/told") == [("b", 0, 20)]
+    RowWatch(worker.scheduler.index, 1).look()
+    assert worker.attach("lab/told") == (38, 20, 0, 18)
+    assert worker.kept("lab/told") == [("a", 0, 3), ("a", 5, 15), ("b", 0, 20)]
