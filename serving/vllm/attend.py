@@ -175,6 +175,10 @@ class Attender:
         loads, self._loads = self._loads, []
         return AttendStep(self._captures(scheduled), loads, [fill for fill in fills if fill], dropped, begun)
 
+    def lose(self, chunks: Collection[int]) -> None:
+        """Attend no longer to chunks that some worker hasn't got."""
+        self._index.drop(chunks)
+
     def finish(self, request: Any) -> dict[str, Any] | None:
         """End a request; what its output says about it."""
         self._tracker.finish(request)

@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -60,6 +61,18 @@ class StepMetadata(KVConnectorMetadata):
     slices: list[RunSlice] = field(default_factory=list)
     refused: list[tuple[str, RaymemError]] = field(default_factory=list)
     rows: AttendStep = field(default_factory=AttendStep)
+
+
+@dataclass
+class LostChunks(KVConnectorWorkerMetadata):
+    """What a worker tells the scheduler's side after a step: chunks that some worker hasn't got."""
+
+    chunks: list[int]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> LostChunks:
+        """Those of both."""
+        assert isinstance(other, LostChunks)
+        return LostChunks(sorted({*self.chunks, *other.chunks}))
 
 
 class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
@@ -241,7 +254,17 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._attender is not None, "asked on a worker's side"
         self._attender.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
+    def update_connector_output(self, connector_output: Any) -> None:
+        lost = connector_output.kv_connector_worker_meta
+        if isinstance(lost, LostChunks):
+            assert self._attender is not None, "asked on a worker's side"
+            self._attender.lose(lost.chunks)
+
     # in each worker
+
+    def build_connector_worker_meta(self) -> LostChunks | None:
+        lost = [] if self._rows is None else self._rows.take_lost()
+        return LostChunks(lost) if lost else None
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         if not self.layers:
@@ -271,7 +294,8 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
             if isinstance(self._attention, RaymemError):
                 raise self._attention
             cache = vllm_internals.AttentionCache(self._vllm_config, self._attention.layer_names)
-            self._rows = RowStore(cache, vllm_internals.rope_of(self._vllm_config, cache.numbers))
+            rope = vllm_internals.rope_of(self._vllm_config, cache.numbers)
+            self._rows = RowStore(cache, rope, self.config.rows_bytes)
         return self._rows
 
     def kept_rows(self) -> dict[str, int]:

@@ -108,7 +108,10 @@ class MemoryReader:
         """Make the request that lets this engine forget a bank's rows; `detach_rows` calls it, and sends it."""
         from raymem.serving.vllm.rebuild import release
 
-        return release(_connector(alone=True), check_bank_name(name))
+        try:
+            return release(_connector(alone=True), check_bank_name(name))
+        except RaymemError as error:
+            return {"refused": error.to_wire()}
 
     def memory_stats(self) -> dict[str, Any]:
         """Return what was streamed, shed and mixed so far, and the position of each attached bank."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raymem.bank.replica import Replica
+from raymem.errors import TooLarge
 from raymem.host.backend import detached
 from raymem.lm.attending import dequantize
 from raymem.lm.rebuilding import rope_name
@@ -44,6 +45,8 @@ def plan(connector: RaymemConnector, name: str, store: str | None) -> dict[str, 
             `MemoryReader.rows_to_rebuild`.
     """
     rows = connector.row_store()
+    # of an earlier plan, whose orders may never come
+    rows.unstage(name)
     cold, base = _base(connector, name, store)
     entry = cold.catalog.get(name)
     runs, shown = _runs(cold, entry), _shown(cold, entry)
@@ -57,9 +60,10 @@ def plan(connector: RaymemConnector, name: str, store: str | None) -> dict[str, 
             if not at:
                 continue
             order = base.model_copy(update={"at": ranges(at), "pos": ranges([pos[place] for place in at])})
-            if found := stored.get(torch.tensor(listed(order.pos))):
+            found = stored.get(torch.tensor(listed(order.pos)))
+            if found and (load := _staged(connector, order, [tokens[place] for place in at], found)):
                 # any token does
-                tokens, order = [0], _staged(connector, order, [tokens[place] for place in at], found)
+                tokens, order = [0], load
             requests.append((tokens, order.signed(tokens, connector.secret)))
     return {"requests": requests, "rows": len(shown), "kept": len(shown & kept)}
 
@@ -74,6 +78,7 @@ def replacement(connector: RaymemConnector, name: str, store: str | None, rows: 
         rows: `keys` and `values` as dtype, shape and bytes, and their `tokens`, -1 for a row of several.
 
     Raises:
+        TooLarge: they don't fit `rows_bytes`.
         BankNotFound, BankDetached, FingerprintMismatch, ConfigError, Unsupported, UnsupportedModel: see `plan`.
     """
     cold, base = _base(connector, name, store)
@@ -81,7 +86,8 @@ def replacement(connector: RaymemConnector, name: str, store: str | None, rows: 
     count = len(rows["tokens"])
     pair = [from_bytes(bytearray(blob), *kind) for *kind, blob in (rows["keys"], rows["values"])]
     staged = uuid.uuid5(uuid.NAMESPACE_OID, f"{base.id} {hashlib.sha256(rows['keys'][2]).hexdigest()}").hex
-    connector.row_store().stage(staged, *pair)
+    connector.row_store().unstage(name)
+    connector.row_store().stage(name, staged, *pair)
     order = base.model_copy(
         update={
             "do": "replace",
@@ -127,19 +133,31 @@ def kept_parts(connector: RaymemConnector, name: str, store: str | None, part: i
 
 
 def release(connector: RaymemConnector, name: str) -> dict[str, Any]:
-    """The request that lets the engine forget a bank's rows."""
+    """The request that lets the engine forget a bank's rows; those that wait for orders are forgotten now.
+
+    Raises:
+        Unsupported, UnsupportedModel: this engine can't attend to rows.
+    """
+    connector.row_store().unstage(name)
     # any token does
     return {"requests": [([0], Order(do="release", bank=name).signed([0], connector.secret))]}
 
 
-def _staged(connector: RaymemConnector, order: Order, tokens: list[int], found: dict[str, torch.Tensor]) -> Order:
+def _staged(
+    connector: RaymemConnector, order: Order, tokens: list[int], found: dict[str, torch.Tensor]
+) -> Order | None:
+    """The order that loads stored rows, which wait for it from now on; None where there is no room for them."""
     pairs = [found[name] for name in ("keys", "values")]
     if "key_scales" in found:
         scales = [found[name] for name in ("key_scales", "value_scales")]
         pairs = [dequantize(rows, scale, torch.float32) for rows, scale in zip(pairs, scales, strict=True)]
     # the same on all ranks of an engine, which each stage their share
     name = f"{order.id} {order.generation} {order.pos}"
-    connector.row_store().stage(name, *pairs)
+    try:
+        connector.row_store().stage(order.bank, name, *pairs)
+    except TooLarge:
+        # they are computed, if the budget has room for them
+        return None
     return order.model_copy(update={"do": "load", "tokens": tokens, "staged": name})
 
 

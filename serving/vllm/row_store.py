@@ -15,10 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from raymem.errors import FingerprintMismatch
+from raymem.errors import FingerprintMismatch, TooLarge
 from raymem.lm.attending import Rope
+from raymem.logs import get_logger
 from raymem.serving.vllm.orders import listed
 
+log = get_logger("raymem.vllm")
 # torch shares larger operations among threads, which wait for each other, milliseconds each on a busy machine
 _SERIAL = 2**15
 
@@ -72,6 +74,8 @@ class RowCounters:
 
     rows: int = 0
     bytes: int = 0
+    staged_bytes: int = 0
+    chunks_lost: int = 0
     rows_captured: int = 0
     rows_loaded: int = 0
     rows_filled: int = 0
@@ -96,8 +100,11 @@ class PagedCache(Protocol):
     def watch(self, slots_N: Tensor) -> None:
         """Keep what the next pass writes into these slots."""
 
-    def seen(self) -> tuple[Tensor, Tensor]:
-        """Turned keys and values `[L, N, H, d]` of the watched slots, on the host; watching ends."""
+    def seen(self) -> tuple[Tensor, Tensor] | None:
+        """Turned keys and values `[L, N, H, d]` of the watched slots, on the host; watching ends.
+
+        None where the pass did not show them: one that a CUDA graph replays calls no backend.
+        """
 
 
 class RowStore:
@@ -106,22 +113,29 @@ class RowStore:
     Args:
         cache: the engine's paged cache.
         rope: turns keys back to position 0, and to the slots in which they are attended.
+        staged_bytes: of the rows that wait for their orders, beside those in chunks, at most.
     """
 
-    def __init__(self, cache: PagedCache, rope: Rope) -> None:
+    def __init__(self, cache: PagedCache, rope: Rope, staged_bytes: int) -> None:
         self._cache = cache
+        self._most_staged = staged_bytes
         self.rope = rope
         self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
         self._sources: dict[int, tuple[str, list[tuple[int, int]]]] = {}
+        # by the name that an order says, which is of one bank alone
         self._staged: dict[str, tuple[Tensor, Tensor]] = {}
+        self._staged_of: dict[str, str] = {}
+        # under which name a chunk's rows were staged
+        self._loaded: dict[int, str] = {}
+        self._lost: list[int] = []
         self._watched: list[Capture] = []
         self._count = RowCounters()
 
-    def stage(self, name: str, keys_LNHd: Tensor, values_LNHd: Tensor) -> None:
-        """Hold rows from a bank's store, of the whole model, until an order says which chunk they are.
+    def stage(self, bank: str, name: str, keys_LNHd: Tensor, values_LNHd: Tensor) -> None:
+        """Hold rows of a bank, of the whole model, until an order says which chunk they are.
 
         Raises:
-            FingerprintMismatch: another model's.
+            FingerprintMismatch: another model's. TooLarge: they don't fit beside those that wait already.
         """
         wanted = self._cache.zeros(keys_LNHd.shape[1])
         own = [self._cache.own_share(rows).to(wanted.dtype) for rows in (keys_LNHd, values_LNHd)]
@@ -131,7 +145,20 @@ class RowStore:
                 "another model's; forget them with detach_rows, or use another bank",
                 fields=["rows"],
             )
-        self._staged[name] = own[0], own[1]
+        size, before = sum(rows.nbytes for rows in own), self._staged.get(name, ())
+        held = self._count.staged_bytes - sum(rows.nbytes for rows in before)
+        if held + size > self._most_staged:
+            raise TooLarge(
+                f"{size} bytes of rows of bank {bank!r} don't fit beside the {held} that wait to be attended: "
+                f"rows_bytes is {self._most_staged}; raise it in kv_connector_extra_config, or detach another bank"
+            )
+        self._staged[name], self._staged_of[name] = (own[0], own[1]), bank
+        self._count.staged_bytes = held + size
+
+    def unstage(self, bank: str) -> None:
+        """Forget the rows of a bank that wait for their orders."""
+        for name in [name for name, of in self._staged_of.items() if of == bank]:
+            self._take(name)
 
     def begin(
         self,
@@ -156,7 +183,11 @@ class RowStore:
         if not self._watched:
             return
         captures, self._watched = self._watched, []
-        keys_LNHd, values_LNHd = self._cache.seen()
+        seen = self._cache.seen()
+        if seen is None:
+            self._lose([part.chunk for part in captures], "the pass that computed them did not show them")
+            return
+        keys_LNHd, values_LNHd = seen
         positions_N = torch.tensor([at for part in captures for at in part.positions])
         keys_LNHd = self._turned(keys_LNHd, -positions_N)
         start = 0
@@ -184,6 +215,11 @@ class RowStore:
         """The positions of the rows that `rows_of` gives."""
         return {at for _, pos in self._own(bank, journal) for at in pos}
 
+    def take_lost(self) -> list[int]:
+        """Chunks since the last call that can't be attended: their rows did not come."""
+        lost, self._lost = self._lost, []
+        return lost
+
     def stats(self) -> dict[str, int]:
         """The counters."""
         return asdict(self._count)
@@ -202,11 +238,28 @@ class RowStore:
         self._count.rows_captured += len(part.slots)
 
     def _load(self, load: Load) -> None:
-        staged = self._staged.pop(load.staged, None)
-        # an order that came twice finds nothing more: its rows are zeros
-        if staged is not None:
-            self._add(load, *staged)
-            self._count.rows_loaded += staged[0].shape[1]
+        # two attaches at once stage the same rows once
+        same = [self._chunks[chunk] for chunk, name in self._loaded.items() if name == load.staged]
+        rows = self._take(load.staged) or (same[0] if same else None)
+        if rows is None:
+            self._lose([load.chunk], "they were detached, or attached again, before their order came")
+            return
+        self._add(load, *rows)
+        self._loaded[load.chunk] = load.staged
+        self._count.rows_loaded += rows[0].shape[1]
+
+    def _take(self, name: str) -> tuple[Tensor, Tensor] | None:
+        staged = self._staged.pop(name, None)
+        self._staged_of.pop(name, None)
+        self._count.staged_bytes -= sum(rows.nbytes for rows in staged or ())
+        return staged
+
+    def _lose(self, chunks: Sequence[int], reason: str) -> None:
+        for chunk in chunks:
+            self._drop(chunk)
+        self._lost += chunks
+        self._count.chunks_lost += len(chunks)
+        log.warning("rows of a bank are lost: attach it again", reason=reason, chunks=list(chunks))
 
     def _add(self, part: Capture | Load, keys_LNHd: Tensor, values_LNHd: Tensor) -> None:
         self._sources[part.chunk] = part.bank, part.pos
@@ -216,6 +269,7 @@ class RowStore:
 
     def _drop(self, chunk: int) -> None:
         self._sources.pop(chunk, None)
+        self._loaded.pop(chunk, None)
         if rows := self._chunks.pop(chunk, None):
             self._count.rows -= rows[0].shape[1]
             self._count.bytes -= sum(each.nbytes for each in rows)

@@ -296,11 +296,15 @@ class AttentionCache:
             self._watching = True
         self._wanted_N, self._index_N, self._seen = slots_N, None, {}
 
-    def seen(self) -> tuple[Tensor, Tensor]:
-        """Turned keys and values `[L, N, H, d]` of the watched slots, on the host; watching ends."""
+    def seen(self) -> tuple[Tensor, Tensor] | None:
+        """Turned keys and values `[L, N, H, d]` of the watched slots, on the host; watching ends.
+
+        None where a layer wrote its cache unseen: a full CUDA graph, replayed, calls no backend.
+        """
         self._wanted_N = None
         seen, self._seen = self._seen, {}
-        assert len(seen) == len(self._layers), f"{len(seen)} of {len(self._layers)} layers wrote their cache"
+        if len(seen) < len(self._layers):
+            return None
         pairs = [seen[place] for place in range(len(self._layers))]
         return torch.stack([keys for keys, _ in pairs]), torch.stack([values for _, values in pairs])
 

@@ -1,5 +1,6 @@
 """Rows before prompts without an engine: vLLM's requests, a scheduler of a few lines, a cache that is a dictionary."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from raymem.lm.attending import Rope
 from raymem.serving.vllm import reader, rebuild, vllm_internals
 from raymem.serving.vllm.attach import _requests, _said, rows_kept
 from raymem.serving.vllm.attend import Attender
+from raymem.serving.vllm.connector import LostChunks
 from raymem.serving.vllm.orders import Order, ranges
 from raymem.serving.vllm.params import ConnectorConfig, raymem_params
 from raymem.serving.vllm.rebuild import kept_parts, plan, replacement
@@ -471,18 +473,62 @@ def test_rows_of_a_store_are_kept_without_a_pass():
     assert scheduler.attender.finish(request)["raymem"] == {"loaded": 3}
     asking, before = scheduler.admit(range(5), asks("lab/a", rows=9))
     assert (before, list(asking.all_token_ids[:3])) == (3, [7, 8, 9])
-    store = RowStore(Cache(), Rope(torch.zeros(LAYERS, 2)))
+    store = RowStore(Cache(), Rope(torch.zeros(LAYERS, 2)), 10**6)
     keys_LNHd, values_LNHd = torch.randn(2, LAYERS, 3, HEADS, WIDTH)
-    store.stage("s", keys_LNHd, values_LNHd)
+    store.stage("lab/a", "s", keys_LNHd, values_LNHd)
     store.begin([], [Fill("r", 0, [5], [1], [2])], [], done.loads)
     assert torch.equal(store._cache.rows[5][1], values_LNHd[:, 2])
     ((pos, keys, _),) = store.rows_of("a", range(9))
     assert (pos, store.stats()["rows_loaded"]) == ([3, 4, 5], 3)
     assert torch.equal(keys, keys_LNHd)
-    # the same order once more finds nothing, and is no error
-    store.begin([], [Fill("r", 0, [5], [9], [2])], [], done.loads)
+    # another attach of the same rows, whose chunk takes the place of the first
+    store.begin([], [Fill("r", 0, [6], [2], [2])], [1], [replace(done.loads[0], chunk=2)])
+    assert torch.equal(store._cache.rows[6][1], values_LNHd[:, 2])
+    assert (store.stats()["rows"], store.stats()["staged_bytes"], store.take_lost()) == (3, 0, [])
     with pytest.raises(FingerprintMismatch, match="another model"):
-        store.stage("s", keys_LNHd[:1], values_LNHd[:1])
+        store.stage("lab/a", "s", keys_LNHd[:1], values_LNHd[:1])
+
+
+def test_rows_that_wait_for_their_orders_are_bounded_counted_and_forgotten():
+    keys_LNHd, values_LNHd = torch.randn(2, LAYERS, 3, HEADS, WIDTH)
+    size = keys_LNHd.nbytes + values_LNHd.nbytes
+    store = RowStore(Cache(), Rope(torch.zeros(LAYERS, 2)), 2 * size)
+    for bank, name in (("lab/a", "s"), ("lab/a", "s"), ("lab/b", "t")):
+        store.stage(bank, name, keys_LNHd, values_LNHd)
+    assert store.stats()["staged_bytes"] == 2 * size
+    with pytest.raises(TooLarge, match=f"the {2 * size} that wait.*rows_bytes is {2 * size}"):
+        store.stage("lab/c", "u", keys_LNHd, values_LNHd)
+    store.unstage("lab/a")
+    assert store.stats()["staged_bytes"] == size
+    store.stage("lab/c", "u", keys_LNHd, values_LNHd)
+    # the order that finds nothing: its chunk is reported, and no chunk of zeros stays
+    store.begin([], [], [], [Load("lab/a", [(0, 3)], 4, "s"), Load("lab/b", [(0, 3)], 5, "t")])
+    assert (store.take_lost(), store.take_lost(), list(store._chunks)) == ([4], [], [5])
+    assert store.stats()["staged_bytes"] == size
+
+
+def test_rows_that_a_pass_did_not_show_are_lost_and_attended_no_longer():
+    scheduler = Scheduler()
+    done, _ = scheduler.attach("lab/a", range(8), range(8))
+    store = RowStore(Cache(), Rope(torch.zeros(LAYERS, 2)), 10**6)
+    store._cache.seen = lambda: None
+    store.begin(done.captures, [], [])
+    store.end()
+    assert (store._chunks, store.stats()["chunks_lost"]) == ({}, 1)
+    assert scheduler.admit(range(5), asks("lab/a", rows=8))[1] == 8
+    found = LostChunks([7]).aggregate(LostChunks(store.take_lost()))
+    assert found == LostChunks([1, 7])
+    scheduler.attender.lose(found.chunks)
+    assert scheduler.admit(range(5), asks("lab/a", rows=8))[1] == 0
+
+
+def test_stored_rows_for_which_there_is_no_room_are_computed():
+    rows = torch.zeros(LAYERS, 2, HEADS, WIDTH)
+    store = RowStore(Cache(), Rope(torch.zeros(LAYERS, 2)), 2 * rows.nbytes)
+    connector, found = SimpleNamespace(row_store=lambda: store), {"keys": rows, "values": rows}
+    order = Order(do="capture", bank="lab/a", pos=[(0, 2)])
+    assert rebuild._staged(connector, order, [1, 2], found).do == "load"
+    assert rebuild._staged(connector, order.model_copy(update={"pos": [(2, 4)]}), [1, 2], found) is None
 
 
 def test_rows_made_of_a_bank_stand_in_its_place_until_something_is_erased():
@@ -506,7 +552,7 @@ def test_rows_made_of_a_bank_stand_in_its_place_until_something_is_erased():
 
 def test_rows_that_were_kept_are_turned_to_the_slots_in_which_they_are_attended():
     rope, cache = Rope(torch.tensor([[1.0, 0.1]] * LAYERS)), Cache()
-    store = RowStore(cache, rope)
+    store = RowStore(cache, rope, 10**6)
     plain_LNHd, values_LNHd = torch.randn(2, LAYERS, 6, HEADS, WIDTH)
     positions_N = torch.arange(6)
     store.begin([Capture("lab/a", [(0, 6)], 7, 6, 0, [0, 1, 2, 3], [10, 11, 12, 13])], [], [])
