@@ -17,9 +17,10 @@ import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from raymem.errors import FingerprintMismatch, InvalidInput, InvalidSpec, InvalidTrace
+from raymem.errors import FingerprintMismatch, InvalidInput, InvalidSpec, InvalidTrace, TooLarge
 from raymem.inputs import (
     COUNT_END,
+    MOST_ASKED,
     MOST_ATTENDED,
     Check,
     Label,
@@ -286,7 +287,15 @@ class AttendQuery:
         hidden_QLD = None if self.hidden_QLD is None else numbers("queries", self.hidden_QLD, dtype)
         rows = named("rows", whole, self.rows, 1, MOST_ATTENDED)
         layer = None if self.layer is None else named("layer", count, self.layer)
-        return replace(self, hidden_QLD=hidden_QLD, tokens_Q=tokens_Q, rows=rows, layer=layer)
+        made = replace(self, hidden_QLD=hidden_QLD, tokens_Q=tokens_Q, rows=rows, layer=layer)
+        made.require_bounded()
+        return made
+
+    def require_bounded(self) -> None:
+        """Raise TooLarge where there are more states or tokens than a bank compares at once."""
+        for what, tensor in (("hidden states", self.hidden_QLD), ("tokens", self.tokens_Q)):
+            if tensor is not None and tensor.dim() and len(tensor) > MOST_ASKED:
+                raise TooLarge(f"{len(tensor)} {what} to choose by; give at most {MOST_ASKED}, such as the last ones")
 
 
 @dataclass(frozen=True)

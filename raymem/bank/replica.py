@@ -20,7 +20,7 @@ from raymem.encode.keys import ContextRows
 from raymem.errors import Corrupt, StoreClosed, TooLarge
 from raymem.inputs import check_hidden
 from raymem.logs import get_logger
-from raymem.memory.base import EncodedRows, Found, State
+from raymem.memory.base import EncodedRows, Found, State, shows_rows, unshown
 from raymem.memory.learned import Learned
 from raymem.rows import JournalRows
 from raymem.storage.catalog import part_of
@@ -182,9 +182,10 @@ class Replica:
         Raises:
             StoreClosed: it is no longer `wanted`.
             InvalidInput: another layer, or nothing to choose by. InvalidTrace, NonFinite: the states don't fit.
-            TooLarge: the keys and values of so many rows don't fit into one answer.
+            TooLarge: too many states or tokens, or keys and values that don't fit into one answer.
+            Unsupported: the bank's kind keeps no rows.
         """
-        layer = chosen_layer(query, self.spec.fingerprint)
+        layer = self._attendable(query)
         if query.hidden_QLD is not None:
             check_hidden(query.hidden_QLD, self.spec.fingerprint)
         rows, query_QD = self._choosable(query, layer, wanted)
@@ -195,9 +196,10 @@ class Replica:
 
     def attend_bytes(self, query: AttendQuery) -> int:
         """About how many bytes the states that a query is compared with will take more than now."""
-        fingerprint = self.spec.fingerprint
-        states = self._held.get(chosen_layer(query, fingerprint))
-        return max(0, HeldStates.row_bytes(fingerprint.width) * self.pos - (0 if states is None else states.nbytes))
+        states = self._held.get(self._attendable(query))
+        return max(
+            0, HeldStates.row_bytes(self.spec.fingerprint.width) * self.pos - (0 if states is None else states.nbytes)
+        )
 
     def tensors(self) -> State:
         """The whole state as named tensors on the CPU: the encoder's and the mechanism's."""
@@ -227,6 +229,13 @@ class Replica:
         """Bytes of the mechanism's state, and of the states that choosing rows compares."""
         return self.memory.nbytes(self.state) + self.held_bytes
 
+    def _attendable(self, query: AttendQuery) -> int:
+        """The layer whose states are compared, once the query is one that this bank can answer."""
+        if not shows_rows(self.spec.kind):
+            raise unshown(self.spec.kind)
+        query.require_bounded()
+        return chosen_layer(query, self.spec.fingerprint)
+
     def _choosable(self, query: AttendQuery, layer: int, wanted: Wanted) -> tuple[HeldRows, Tensor | None]:
         """The rows that attention may see, and a query's states as they are compared with theirs."""
         span = self.spec.key.window if self.spec.key.function == "span" else 1
@@ -234,14 +243,16 @@ class Replica:
             states = self._held.get(layer)
             if states is None:
                 states = self._held[layer] = HeldStates(self.calibration, layer)
-            states.follow(self.journal, self.pos, wanted)
-            with self.lock, self._here:
-                # what came meanwhile is little, and the state must know no row that is not here
+            try:
                 states.follow(self.journal, self.pos, wanted)
-                rows = states.rows(self.pos)
-                given_N = rows.encoded(span)
-                shown = self.memory.shown(self.state, given_N.to(self.device))
-            self.held_bytes = sum(each.nbytes for each in self._held.values())
+                with self.lock, self._here:
+                    # what came meanwhile is little, and the state must know no row that is not here
+                    states.follow(self.journal, self.pos, wanted)
+                    rows = states.rows(self.pos)
+                    given_N = rows.encoded(span)
+                    shown = self.memory.shown(self.state, given_N.to(self.device))
+            finally:
+                self.held_bytes = sum(each.nbytes for each in self._held.values())
         query_QD = None if query.hidden_QLD is None else states.unit(query.hidden_QLD)
         return rows.left(given_N, shown, span), query_QD
 

@@ -19,7 +19,7 @@ from raymem.bank.owner import BankOwner, GroupCommit
 from raymem.bank.primary import Executor, Primary, Standing, run_now
 from raymem.bank.replica import Replica
 from raymem.config import HostSettings, Settings
-from raymem.errors import FingerprintMismatch, Moved, NotOwner, Overloaded, RaymemError, StoreClosed, TooLarge
+from raymem.errors import Corrupt, InvalidInput, Moved, NotOwner, Overloaded, RaymemError, StoreClosed, TooLarge
 from raymem.host.backend import detached
 from raymem.host.lease import Lease, clock
 from raymem.host.maintenance import Maintenance
@@ -303,8 +303,10 @@ class Host:
         Raises:
             Overloaded: the caller has too much in flight. NotOwner: the lease ran out meanwhile; try again.
             InvalidInput, FingerprintMismatch, TooLarge: refused, nothing kept.
+            Reassigned: the bank is a partition, and the stream lives in another.
         """
-        owner, lease = self._owner(name), self.ownership.lease
+        owner = await self._home(name, lambda streams: streams.require(rows.stream))
+        lease = self.ownership.lease
         with self._limiter.admit(caller, rows.nbytes):
             kept = await owner.call(lambda: owner.primary.put_rows(rows, self.settings.cold.attended_bytes))
         if clock() >= lease.deadline:
@@ -350,23 +352,26 @@ class Host:
             owner = await self._home(name, lambda streams: streams.expect(stream))
             acks = await asyncio.gather(*map(owner.write, part.traces()))
             copied += sum(ack.rows for ack in acks)
-        if not start:
-            await self._pull_attended(name, journal.entry, stream)
+        await self._pull_attended(name, journal.entry, stream, end)
         if clock() >= lease.deadline:
             raise self._silent(name, lease)
         self._memory.watch(name)
         return copied, end
 
-    async def _pull_attended(self, name: str, source: Entry, stream: str) -> None:
-        """Copy a stream's keys and values too; those that find no room are left to be rebuilt."""
-        kept = self.cold.attended(source).of_stream(stream)
-        try:
-            while (rows := await self._executor.run(next, kept, None)) is not None:
+    async def _pull_attended(self, name: str, source: Entry, stream: str, end: int) -> None:
+        """Copy keys and values of a stream's rows before `end` too; those that can't be kept are left to be rebuilt."""
+        there = self.cold.attended(self._owner(name).primary.entry)
+        kept = self.cold.attended(source).of_stream(stream, end, there)
+        while True:
+            try:
+                if (rows := await self._executor.run(next, kept, None)) is None:
+                    return
                 owner = await self._home(name, lambda streams: streams.expect(stream))
                 put = partial(owner.primary.put_rows, rows, self.settings.cold.attended_bytes)
                 await owner.call(put)
-        except (TooLarge, FingerprintMismatch) as error:
-            log.warning("keys and values left behind", bank=name, reason=error.message)
+            except (Corrupt, InvalidInput) as error:
+                # too many, of another format, damaged, or of rows that were erased meanwhile
+                log.warning("keys and values left behind", bank=name, reason=error.message)
 
     async def digest(self, name: str) -> str:
         """sha256 of the bank's whole state, after the writes queued so far."""

@@ -212,10 +212,7 @@ class Memory(nn.Module, ABC):
         Raises:
             Unsupported: the kind keeps no rows.
         """
-        raise Unsupported(
-            f"a {self.kind} bank keeps no rows that attention could see, only what it learned of them: mix it "
-            "(bank.read), or attend to a bank of another kind"
-        )
+        raise unshown(self.kind)
 
     @abstractmethod
     def merge(self, states: Sequence[Any]) -> Any:
@@ -314,6 +311,14 @@ def keeps_rows(kind: str) -> bool:
         InvalidSpec: unknown kind.
     """
     return class_of(kind).keeps_rows
+
+
+def unshown(kind: str) -> Unsupported:
+    """Why a bank of this kind can't be attended."""
+    return Unsupported(
+        f"a {kind} bank keeps no rows that attention could see, only what it learned of them: mix it "
+        "(bank.read), or attend to a bank of another kind"
+    )
 
 
 def shows_rows(kind: str) -> bool:

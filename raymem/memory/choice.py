@@ -26,6 +26,8 @@ _K1, _B = 1.2, 0.75
 FLOOR = 0.7
 # rows of a bank that say how well its text matches itself, and the pieces that a bank must have for that
 _SAMPLE, _LEAST_PIECES = 64, 4
+# numbers that are compared at a time, of a few bytes each
+_BLOCK = 2**25
 
 
 class Held(NamedTuple):
@@ -93,9 +95,9 @@ def choose(
         scores_P = _summed(scores_P, by_tokens_P)
     states_TD = held.states_TD
     if method in ("fused", "states") and states_TD is not None and query_states_QD is not None and len(query_states_QD):
-        cosines_QT = (query_states_QD.to(states_TD.dtype) @ states_TD.T).float()
-        scores_P = _summed(scores_P, _late_interaction(cosines_QT, pieces))
-        relevance = _relevance(states_TD, pieces, cosines_QT, sinks)
+        by_states_P, matched = _late_interaction(states_TD, pieces, query_states_QD, sinks)
+        scores_P = _summed(scores_P, by_states_P)
+        relevance = _relevance(states_TD, pieces, matched, sinks)
         if relevance < floor and pieces.pieces >= _LEAST_PIECES:
             none_N = held.pos_T[:0]
             return Choice(none_N, none_N, relevance)
@@ -139,37 +141,53 @@ def _summed(scores_P: Tensor | None, more_P: Tensor) -> Tensor | None:
     return standard_P if scores_P is None else scores_P + standard_P
 
 
-def _late_interaction(cosines_QT: Tensor, pieces: _Pieces) -> Tensor:
-    best_QP = pieces.spread(cosines_QT, -1.0).amax(-1)
-    return (best_QP - best_QP.mean(1, keepdim=True)).mean(0)
+def _late_interaction(states_TD: Tensor, pieces: _Pieces, query_states_QD: Tensor, sinks: int) -> tuple[Tensor, Tensor]:
+    """Each piece's score [P], and how well the question matches the rows behind the sinks, on average []."""
+    scores_P, best = torch.zeros(pieces.pieces), list[Tensor]()
+    for block_QD in torch.split(query_states_QD.to(states_TD.dtype), max(1, _BLOCK // len(states_TD))):
+        cosines_QT = (block_QD @ states_TD.T).float()
+        best_QP = pieces.spread(cosines_QT, -1.0).amax(-1)
+        scores_P += (best_QP - best_QP.mean(1, keepdim=True)).sum(0)
+        best.append(cosines_QT[:, _behind(sinks, len(states_TD)) :].amax(1))
+    return scores_P / len(query_states_QD), torch.cat(best).mean()
 
 
-def _relevance(states_TD: Tensor, pieces: _Pieces, cosines_QT: Tensor, sinks: int) -> float:
+def _behind(sinks: int, total: int) -> int:
+    """The first row that relevance looks at: the states of first tokens are like each other, whatever the text."""
+    return sinks if total > sinks else 0
+
+
+def _relevance(states_TD: Tensor, pieces: _Pieces, matched: Tensor, sinks: int) -> float:
     """How well a question matches, as a share of how well a sample of the bank's own rows does in other pieces."""
     total = len(states_TD)
-    # the states of first tokens are like each other, whatever the text
-    sinks = sinks if total > sinks else 0
-    matched = cosines_QT[:, sinks:].amax(1).mean()
+    sinks = _behind(sinks, total)
     if pieces.pieces < _LEAST_PIECES:
         return float(matched.clamp(0, 1))
     sample_S = torch.arange(sinks, total, max(1, (total - sinks) // _SAMPLE))[:_SAMPLE]
-    own_ST = (states_TD[sample_S] @ states_TD.T).float()
-    # what stands beside a row is like it in any text
-    near_ST = (pieces.piece_T[sample_S, None] - pieces.piece_T).abs() <= 1
-    own = own_ST.masked_fill_(near_ST, -1.0)[:, sinks:].amax(1).mean()
+    best = list[Tensor]()
+    for part_S in torch.split(sample_S, max(1, _BLOCK // total)):
+        own_ST = (states_TD[part_S] @ states_TD.T).float()
+        # what stands beside a row is like it in any text
+        near_ST = (pieces.piece_T[part_S, None] - pieces.piece_T).abs() <= 1
+        best.append(own_ST.masked_fill_(near_ST, -1.0)[:, sinks:].amax(1))
+    own = torch.cat(best).mean()
     return float((matched / own.clamp_min(1e-6)).clamp(0, 1)) if float(own) > 0 else float(matched.clamp(0, 1))
 
 
 def _bm25(tokens_T: Tensor, pieces: _Pieces, tokens_Q: Tensor) -> tuple[Tensor, float]:
     asked_U, times_U = torch.unique(tokens_Q, return_counts=True)
-    hits_UP = pieces.spread((tokens_T == asked_U[:, None]).float(), 0.0).sum(-1)
     length_P = torch.bincount(pieces.piece_T, minlength=pieces.pieces).float()
-    having_U = (hits_UP > 0).sum(1)
-    weight_U = torch.log1p((pieces.pieces - having_U + 0.5) / (having_U + 0.5))
     room_P = _K1 * (1 - _B + _B * length_P / length_P.mean())
-    parts_UP = weight_U[:, None] * hits_UP * (_K1 + 1) / (hits_UP + room_P)
-    covered = float((weight_U * times_U * (having_U > 0)).sum() / (weight_U * times_U).sum().clamp_min(1e-12))
-    return (times_U[:, None] * parts_UP).sum(0), covered
+    scores_P, total, covered = torch.zeros(pieces.pieces), 0.0, 0.0
+    size = max(1, _BLOCK // len(tokens_T))
+    for part_U, often_U in zip(torch.split(asked_U, size), torch.split(times_U, size), strict=True):
+        hits_UP = pieces.spread((tokens_T == part_U[:, None]).float(), 0.0).sum(-1)
+        having_U = (hits_UP > 0).sum(1)
+        weight_U = often_U * torch.log1p((pieces.pieces - having_U + 0.5) / (having_U + 0.5))
+        scores_P += (weight_U[:, None] * hits_UP * (_K1 + 1) / (hits_UP + room_P)).sum(0)
+        total += float(weight_U.sum())
+        covered += float(weight_U[having_U > 0].sum())
+    return scores_P, covered / max(total, 1e-12)
 
 
 def _fill(pieces: _Pieces, scores_P: Tensor | None, rows: int, sinks: int) -> Tensor:

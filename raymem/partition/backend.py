@@ -219,7 +219,9 @@ class PartitionedBackend(ContentVerbs):
             except Partitioned:
                 layout = await self._partitioned(name)
         try:
-            return await self._write(layout, trace, durable)
+            if (layout.id, trace.stream) not in self._assignments:
+                trace.validate(layout.entry.spec.fingerprint)
+            return await self._at_home(layout, trace.stream, lambda part: self.write_part(part, trace, durable))
         except BankNotFound:
             # another bank may have the name now
             del self._layouts[name]
@@ -227,19 +229,18 @@ class PartitionedBackend(ContentVerbs):
                 raise
             return await self.write(name, trace, durable)
 
-    async def _write(self, layout: Layout, trace: Trace, durable: bool) -> Ack:
-        if (layout.id, trace.stream) not in self._assignments:
-            trace.validate(layout.entry.spec.fingerprint)
+    async def _at_home(self, layout: Layout, stream: str, call: Callable[[str], Awaitable[T]]) -> T:
+        """Call the part that a stream lives in, once it is not just moving."""
         began = time.monotonic()
         while True:
-            part = await self._assignments.part_of(layout, trace.stream)
+            part = await self._assignments.part_of(layout, stream)
             try:
-                return await _as_one(layout.name, self.write_part(part, trace, durable))
+                return await _as_one(layout.name, call(part))
             except Reassigned:
                 waited_s = time.monotonic() - began
                 if waited_s > 2 * _HOLD_S:
                     raise
-                await self._assignments.look_again(layout, trace.stream, cancel=waited_s > _HOLD_S)
+                await self._assignments.look_again(layout, stream, cancel=waited_s > _HOLD_S)
                 await asyncio.sleep(_PAUSE_S)
 
     async def read(
@@ -285,8 +286,11 @@ class PartitionedBackend(ContentVerbs):
     async def put_rows(self, name: str, rows: AttendedRows) -> AttendedExtent:
         """Keep keys and values of rows beside the journal of the part that their stream lives in."""
         layout, _ = await self._look(name)
-        part = await asyncio.to_thread(self._partitions.part_of, layout, rows.stream)
-        return await _as_one(name, self.put_rows_part(part, rows))
+        if layout.whole:
+            return await _as_one(name, self.put_rows_part(name, rows))
+        if await asyncio.to_thread(self._partitions.find, layout.id, rows.stream) is None:
+            raise InvalidInput(f"stream {rows.stream!r} has no row in bank {name}: write the rows first")
+        return await self._at_home(layout, rows.stream, lambda part: self.put_rows_part(part, rows))
 
     async def _ask_parts(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raymem.bank.held import HeldColumns, HeldRows, HeldStates
 from raymem.memory import blend
+from raymem.memory.choice import FLOOR
 from raymem.storage.erasure.reach import LISTED, beyond
 from raymem.storage.history import common_tags
 from raymem.types import AttendQuery, BankInfo, BankSpec, EraseReceipt, FileCheck, MemoryTokens, Readout
@@ -55,7 +56,8 @@ def merge_readouts(answers: Mapping[int, Readout], spec: BankSpec, k: int, missi
 def merge_memories(answers: Mapping[int, MemoryTokens], query: AttendQuery, states: HeldStates) -> MemoryTokens:
     """The rows that a query chooses among those that each partition chose: their pieces compete with one another.
 
-    A row on its way between two partitions may be in both answers: it counts once.
+    A row on its way between two partitions may be in both answers: it counts once. Where the question has nothing to
+    do with any partition nothing is chosen, though the rows of a small one would be.
 
     Args:
         answers: of partitions, by their numbers; at least one, with the states of their rows.
@@ -75,7 +77,16 @@ def merge_memories(answers: Mapping[int, MemoryTokens], query: AttendQuery, stat
     rows = HeldRows(HeldColumns(*(column[first_N] for column in columns)), list(sources))
     query_QD = None if query.hidden_QLD is None else states.unit(query.hidden_QLD)
     chosen, place_N = rows.choose(query, query_QD, next(iter(answers.values())).kind)
+    best = max(answer.relevance for answer in answers.values())
+    # a partition that chose nothing and matches somewhat is one that the floor kept out
+    if best < FLOOR and any(answer.relevance > 0 and not len(answer) for answer in answers.values()):
+        return _nothing(chosen, best)
     return dataclasses.replace(chosen, partition_N=torch.cat(partitions)[first_N][place_N], states_ND=None)
+
+
+def _nothing(chosen: MemoryTokens, relevance: float) -> MemoryTokens:
+    none_N = chosen.pos_N[:0]
+    return MemoryTokens(none_N, none_N, none_N, none_N, (), relevance, chosen.kind, partition_N=none_N)
 
 
 def combine(name: str, parts: Sequence[BankInfo]) -> BankInfo:

@@ -151,6 +151,12 @@ class _Table:
                 found = self.dataset.take([int(record) for record in records[start : start + at_once]])
             yield from found.to_pylist()
 
+    def contents(self) -> list[tuple[str, str, int, int]]:
+        """Stream, run, number and checksum of each record's piece."""
+        with reading(f"read {self.what}"):
+            found = self.dataset.to_table(columns=[*_KEY, "crc32c"])
+        return list(zip(*(found[name].to_pylist() for name in [*_KEY, "crc32c"]), strict=True))
+
     def keys(self) -> list[tuple[str, str, int]]:
         """Stream, run and number of each record's piece."""
         with reading(f"read {self.what}"):
@@ -260,18 +266,20 @@ class Attended:
         self._tidy(rows.format, stays, sum(len(piece.seq_N) for piece in new))
         return self.extent()
 
-    def of_stream(self, stream: str) -> Iterator[AttendedRows]:
-        """What the bank itself keeps of a stream, some megabytes of a run's rows at a time.
+    def of_stream(self, stream: str, upto: int, other: Attended) -> Iterator[AttendedRows]:
+        """What the bank itself keeps of a stream's rows before position `upto`, some megabytes of a run at a time.
 
-        A damaged piece is left out, with a warning.
+        Pieces that another bank has just so are left out; so is a damaged one, with a warning.
         """
-        table = self._open(self.entry)
+        table, there = self._open(self.entry), other._open(other.entry)
         if table is None:
             return
-        keys = table.keys()
-        records = sorted((at for at, key in enumerate(keys) if key[0] == stream), key=lambda at: keys[at][1:])
+        keys, alike = table.contents(), set[tuple[str, str, int, int]]() if there is None else set(there.contents())
+        wanted = (at for at, key in enumerate(keys) if key[0] == stream and key not in alike)
+        records = sorted(wanted, key=lambda at: keys[at][1:])
         most, waiting = max(1, _READ_BYTES // table.format.row_bytes), list[_Piece]()
-        for part in (part for piece in table.sound(records) if piece is not None for part in piece.ranges()):
+        early = (piece.pick(piece.pos_N < upto) for piece in table.sound(records) if piece is not None)
+        for part in (part for piece in early if len(piece.seq_N) for part in piece.ranges()):
             if waiting and (sum(len(each.seq_N) for each in waiting) >= most or not part.follows(waiting[-1])):
                 yield _as_rows(waiting, table.format.rope)
                 waiting = []

@@ -1,11 +1,23 @@
 """Choosing the rows that a model attends to, and keys and values kept for that, in one process with real LanceDB."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from raymem import AttendedRows, Bank, MemoryTokens, Settings, Store, connect
 from raymem.config import ColdSettings, HostSettings
-from raymem.errors import BankDetached, InvalidInput, InvalidTrace, NonFinite, TagNotFound, TooLarge, Unsupported
+from raymem.errors import (
+    BankDetached,
+    InvalidInput,
+    InvalidTrace,
+    NonFinite,
+    Reassigned,
+    TagNotFound,
+    TooLarge,
+    Unsupported,
+)
+from raymem.host.host import Host
 from raymem.types import AttendedExtent
 
 LAYERS, HEADS, WIDTH = 3, 2, 4
@@ -77,6 +89,8 @@ def test_what_is_written_is_chosen_by_the_next_call(bank, tiny):
         ({"queries": torch.full((2, 2, 24), float("nan")).bfloat16()}, NonFinite, "NaN"),
         ({"queries": torch.zeros(2, 2, 23).bfloat16()}, InvalidTrace, "width 24"),
         ({"tokens": torch.zeros(2, 2, dtype=torch.int64)}, InvalidTrace, r"tokens are \[2, 2\]"),
+        ({"tokens": torch.zeros(4097, dtype=torch.int64)}, TooLarge, "4097 tokens to choose by; give at most 4096"),
+        ({"queries": torch.zeros(4097, 2, 24).bfloat16()}, TooLarge, "4097 hidden states to choose by"),
         ({"as_of": "never"}, TagNotFound, "no tag 'never'"),
     ],
 )
@@ -230,8 +244,11 @@ def test_a_tape_shows_what_followed_a_match_and_a_ring_does_not(tiny, file_store
 def test_a_kind_that_holds_no_rows_is_refused_by_name(tiny, file_store, kind):
     made = file_store.create(f"attend/{kind}", tiny.spec(kind))
     made.write(tiny.talk("a", 40))
+    before = made.info().bytes
     with pytest.raises(Unsupported, match=f"a {kind} bank"):
         made.attend(*query(tiny))
+    # nothing was read for it
+    assert made.info().bytes == before
 
 
 def test_pieces_of_all_partitions_compete(tiny, file_store):
@@ -269,6 +286,69 @@ def test_a_stream_that_moves_takes_its_keys_and_values_along(tiny, file_store):
         for slot, row in enumerate(found.rows()):
             expected = kv(100, stream=row.stream, run="r1").checked().keys_LNHd[:, row.seq]
             assert torch.equal(found.keys_LNHd[:, slot], expected)
+
+
+def test_rows_that_are_put_while_their_stream_moves_are_kept(tiny, file_store, monkeypatch):
+    parts = file_store.create("attend/put-moving", tiny.spec("spalm"), partitions=2)
+    for stream in "abcd":
+        parts.write(tiny.talk(stream, 100))
+        parts.put_rows(kv(100, stream=stream, run="r1"))
+    parts.grow(3)
+    backend, ends, pull, copy = file_store._async.backend, dict[str, int](), Host.pull, Host._pull_attended
+
+    async def write_and_put(stream: str) -> None:
+        seq = ends.setdefault(stream, 100)
+        ends[stream] = seq + 10
+        await backend.write(parts.name, tiny.talk(stream, 10, seq=seq), True)
+        await backend.put_rows(parts.name, kv(10, seq, stream=stream, run="r1").checked())
+
+    async def pulled(self, name, source, stream, start):
+        found = await pull(self, name, source, stream, start)
+        if not start:
+            # after the first copy
+            await write_and_put(stream)
+        return found
+
+    async def copied(self, name, source, stream, end):
+        if stream not in ends:
+            # the target has not seen these rows yet
+            await write_and_put(stream)
+        await copy(self, name, source, stream, end)
+
+    monkeypatch.setattr(Host, "pull", pulled)
+    monkeypatch.setattr(Host, "_pull_attended", copied)
+    report = parts.rebalance()
+    assert report.failed == {}
+    assert report.streams == len(ends) >= 1
+    assert set(ends.values()) == {120}
+    assert parts.info().attended_rows == 400 + 20 * len(ends)
+    # a caller that knew the old home asks again, and the old home takes none
+    stream = next(iter(ends))
+    assert parts.put_rows(kv(120, stream=stream, run="r1")).rows >= 120
+    with pytest.raises(InvalidInput, match="stream 'new' has no row"):
+        parts.put_rows(kv(1, stream="new", run="r1"))
+    for part in parts.info().partitions:
+        layout = backend.cold.partitions.get(parts.name)
+        if part.name != backend.cold.partitions.part_of(layout, stream):
+            with pytest.raises(Reassigned):
+                file_store._loop.run(backend.put_rows_part(part.name, kv(1, stream=stream, run="r1").checked()))
+
+
+def test_partitions_that_match_nothing_choose_nothing(tiny, file_store):
+    whole = file_store.create("attend/whole", tiny.spec("spalm"))
+    parts = file_store.create("attend/unlike", tiny.spec("spalm"), partitions=2)
+    for bank in (whole, parts):
+        # one that is like itself, and one of under four pieces
+        for run in ("r1", "r2"):
+            bank.write(dataclasses.replace(tiny.talk("a", 150), run=run))
+        bank.write(tiny.talk("b", 40))
+    hidden = tiny.trace(8, seed=5).hidden
+    for method in ("states", "fused"):
+        asked = {"rows": 40, "method": method, "fetch": False}
+        assert len(whole.attend(hidden, None, **asked)) == 0
+        found = parts.attend(hidden, None, **asked)
+        assert len(found) == 0
+        assert 0 < found.relevance < 0.7
 
 
 def test_states_that_are_compared_count_as_memory(tiny, tmp_path):

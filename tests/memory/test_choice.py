@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from raymem.errors import InvalidInput
+from raymem.memory import choice
 from raymem.memory.choice import Held, choose
 
 WIDTH = 16
@@ -114,6 +115,26 @@ def test_without_a_question_or_a_match_rows_are_spread_evenly():
         gaps = found.place_N[4:].diff()
         assert 9 <= int(gaps.min()) <= int(gaps.max()) <= 12
         assert found.relevance == 0
+
+
+@pytest.mark.parametrize("method", ["fused", "states", "bm25"])
+def test_a_long_question_is_compared_in_blocks_with_the_same_result(method, monkeypatch):
+    bank, sizes, spread = held(400), list[int](), choice._Pieces.spread
+    generator = torch.Generator().manual_seed(3)
+    states = normalize(torch.randn(90, bank.states_TD.shape[1], generator=generator), dim=-1)
+    asked = (states, torch.randint(0, 50, (90,), generator=generator), 100)
+    whole = choose(bank, *asked, method=method, floor=0.0)
+
+    def watched(self, found_QT, empty):
+        sizes.append(found_QT.numel())
+        return spread(self, found_QT, empty)
+
+    monkeypatch.setattr(choice._Pieces, "spread", watched)
+    monkeypatch.setattr(choice, "_BLOCK", 4000)
+    blocks = choose(bank, *asked, method=method, floor=0.0)
+    assert torch.equal(blocks.place_N, whole.place_N)
+    assert blocks.relevance == pytest.approx(whole.relevance, abs=1e-6)
+    assert max(sizes) <= 4000
 
 
 def test_recent_rows_are_the_sinks_and_the_last():
