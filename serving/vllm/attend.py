@@ -108,7 +108,7 @@ class Attender:
         self._refusal = group if isinstance(group, RaymemError) else None
         self._group, self._size = (0, 1) if isinstance(group, RaymemError) else (group.number, group.block_size)
         self._longest = longest
-        self._secret = secret
+        self.secret = secret
         self._scores = scores
         self._follow = follow
         self._attended: dict[str, _Attended] = {}
@@ -124,7 +124,7 @@ class Attender:
         """Take in a new request that attends, or carries an order; return how many rows stand before its prompt."""
         wish: Attending | None = None
         try:
-            order = order_of(request.kv_transfer_params, request.prompt_token_ids, self._secret)
+            order = order_of(request.kv_transfer_params, request.prompt_token_ids, self.secret)
             wish = None if order else banks_to_attend(request.kv_transfer_params)
             if (order or wish) and self._refusal:
                 raise self._refusal
@@ -248,7 +248,7 @@ class Attender:
         given = found.request.cache_salt or ""
         key = uuid.uuid4().hex if found.private else found.rows.key
         # events of the cache publish it
-        salt = hashlib.sha256(json.dumps([self._secret, key, given]).encode()).hexdigest()
+        salt = hashlib.sha256(json.dumps([self.secret, key, given]).encode()).hexdigest()
         vllm_internals.set_salt(found.request, f"raymem {salt}")
 
     def _replace(self, found: _Attended, dropped: Collection[int]) -> None:

@@ -7,6 +7,7 @@ bank.
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from dataclasses import asdict, dataclass, field
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from prometheus_client import Counter
 from torch import Tensor
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
@@ -64,6 +67,13 @@ class StepMetadata(KVConnectorMetadata):
 
 
 @dataclass
+class OrderKey(KVConnectorHandshakeMetadata):
+    """What a worker signs orders with; the scheduler's side gets it when the engine starts, and nothing logs it."""
+
+    secret: str = field(repr=False)
+
+
+@dataclass
 class LostChunks(KVConnectorWorkerMetadata):
     """What a worker tells the scheduler's side after a step: chunks that some worker hasn't got."""
 
@@ -94,6 +104,8 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         self._attention = vllm_internals.attention_group(vllm_config, kv_cache_config)
         self._rows: RowStore | None = None
         self._attender: Attender | None = None
+        # signs orders
+        self.secret = secrets.token_hex(32)
         if role is KVConnectorRole.SCHEDULER:
             self._say_policy()
             self._attender = self._make_attender()
@@ -122,11 +134,6 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
         from raymem.serving.vllm.sink import StoreSink
 
         return StoreSink(self.config, self.require, self.made_by)
-
-    @property
-    def secret(self) -> str:
-        """What this engine's processes alone know of one another."""
-        return str(self._kv_transfer_config.engine_id)
 
     @property
     def longest(self) -> int:
@@ -206,6 +213,13 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
             follow=self._watch.start,
         )
 
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        # the front end carries out the first worker's plans
+        first = metadata[min(metadata)]
+        if isinstance(first, OrderKey):
+            assert self._attender is not None, "asked on a worker's side"
+            self.secret = self._attender.secret = first.secret
+
     def on_new_request(self, request: Any) -> None:
         assert self._attender is not None, "asked on a worker's side"
         before = self._attender.admit(request)
@@ -261,6 +275,11 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
             self._attender.lose(lost.chunks)
 
     # in each worker
+
+    def get_handshake_metadata(self) -> OrderKey | None:
+        # beside other connectors nothing is attended, and a MultiConnector would hand this to them
+        alone = has_kv_transfer_group() and get_kv_transfer_group() is self
+        return OrderKey(self.secret) if alone else None
 
     def build_connector_worker_meta(self) -> LostChunks | None:
         lost = [] if self._rows is None else self._rows.take_lost()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -150,9 +150,11 @@ def _refusing(plain: Handler, _memory: RequestMemory) -> Handler:
         if given is None and raw_request is not None:
             # this parser drops what it doesn't know; the body was parsed already
             given = await raw_request.json()
-        if FIELD in (given or {}):
+        transfer = getattr(request, "kv_transfer_params", None) or (given or {}).get("kv_transfer_params")
+        asked = FIELD if FIELD in (given or {}) else "kv_transfer_params['raymem']"
+        if asked == FIELD or (isinstance(transfer, Mapping) and "raymem" in transfer):
             return _refusal(
-                InvalidInput(f"{FIELD} is taken by /v1/chat/completions and /v1/completions, not by this address")
+                InvalidInput(f"{asked} is taken by /v1/chat/completions and /v1/completions, not by this address")
             )
         return await plain(request, raw_request)
 

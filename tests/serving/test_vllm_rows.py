@@ -5,85 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from row_parts import BLOCK, HEADS, LAYERS, LONGEST, SECRET, WIDTH, Cache, Scheduler, asks
 
 import raymem
 from raymem.errors import BankDetached, BankNotFound, FingerprintMismatch, TooLarge, Unavailable, Unsupported
 from raymem.lm.attending import Rope
-from raymem.serving.vllm import reader, rebuild, vllm_internals
-from raymem.serving.vllm.attach import _requests, _said, rows_kept
-from raymem.serving.vllm.attend import Attender
-from raymem.serving.vllm.connector import LostChunks
-from raymem.serving.vllm.orders import Order, ranges
-from raymem.serving.vllm.params import ConnectorConfig, raymem_params
+from raymem.serving.vllm.attach import _said, rows_kept
+from raymem.serving.vllm.orders import Order
 from raymem.serving.vllm.rebuild import kept_parts, plan, replacement
-from raymem.serving.vllm.row_index import RowIndex
 from raymem.serving.vllm.row_store import Capture, Fill, Load, RowStore
 from raymem.serving.vllm.row_watch import RowWatch
-from raymem.serving.vllm.vllm_internals import AttentionGroup
 from raymem.tensors import dtype_name, to_bytes
-
-BLOCK, LONGEST, SECRET = 4, 64, "engine"
-LAYERS, HEADS, WIDTH = 2, 1, 4
-
-
-class Scheduler:
-    """Admits requests, gives them blocks, and says what was scheduled."""
-
-    def __init__(self, budget=10**6, refusal=None, scores=True, floor=0.0):
-        self.index = RowIndex(budget, 10, floor=floor, ignored={0})
-        config = ConnectorConfig(store="x", attend_banks=("lab/*",))
-        group = refusal or AttentionGroup(0, BLOCK, 10, ())
-        self.attender = Attender(
-            config, self.index, group, longest=LONGEST, secret=SECRET, scores=scores, follow=lambda: None
-        )
-        self.blocks = 0
-        self.requests = 0
-
-    def request(self, tokens, params=None, **fields):
-        from vllm import SamplingParams
-        from vllm.utils.hashing import sha256
-        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-        from vllm.v1.request import Request
-
-        init_none_hash(sha256)
-        self.requests += 1
-        hasher = get_request_block_hasher(BLOCK, sha256)
-        sampling = SamplingParams(**{"max_tokens": 6} | fields, extra_args=params)
-        return Request(f"r{self.requests}", list(tokens), sampling, None, block_hasher=hasher)
-
-    def admit(self, tokens, params=None, **fields):
-        request = self.request(tokens, params, **fields)
-        return request, self.attender.admit(request)
-
-    def begin(self, request, hit=0):
-        """Give a request its blocks, as many as its tokens take, after so many that the prefix cache had."""
-        claimed = self.attender.claimed(request, hit)
-        count = -(-request.num_tokens // BLOCK)
-        table = list(range(self.blocks, self.blocks + count))
-        self.blocks += count
-        self.attender.allocated(request, (table,), claimed or 0)
-        return table
-
-    def step(self, *running, new=()):
-        """One step: `new` are requests with their tables, `running` those that decode a token."""
-        fresh = [SimpleNamespace(req_id=r.request_id, block_ids=(table,), num_computed_tokens=0) for r, table in new]
-        cached = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
-        counts = {r.request_id: r.num_tokens for r, _ in new} | {r.request_id: 1 for r in running}
-        return self.attender.step(
-            SimpleNamespace(scheduled_new_reqs=fresh, scheduled_cached_reqs=cached, num_scheduled_tokens=counts)
-        )
-
-    def attach(self, bank, pos, tokens, *, at=None, **fields):
-        """Carry out an order to keep rows; return the step that computes them."""
-        at = range(len(tokens)) if at is None else at
-        order = Order(do="capture", bank=bank, pos=ranges(pos), at=ranges(at), **{"kind": "spalm"} | fields)
-        request, _ = self.admit(tokens, {"kv_transfer_params": order.signed(tokens, SECRET)})
-        done = self.step(new=[(request, self.begin(request))])
-        return done, self.attender.finish(request)["raymem"]
-
-
-def asks(*banks, **options):
-    return raymem_params(attend=banks, **options)
 
 
 @pytest.fixture
@@ -327,143 +259,6 @@ def test_a_bank_that_was_made_anew_replaces_the_one_before(scheduler):
     assert scheduler.admit(range(10), asks("lab/a", rows=20))[1] == 5
 
 
-def test_rows_that_an_order_replaces_count_for_nothing_beside_it():
-    scheduler = Scheduler(budget=100)
-    scheduler.attach("lab/a", range(9), range(9))
-    done, said = scheduler.attach("lab/a", range(8), range(8))
-    assert (said, done.dropped) == ({"captured": 8}, [1])
-    done, said = scheduler.attach("lab/a", range(10), range(10), generation=1)
-    assert (said, done.dropped) == ({"captured": 10}, [2])
-    assert scheduler.attach("lab/a", range(11), range(11), generation=2)[1]["code"] == "too_large"
-    assert scheduler.admit(range(5), asks("lab/a", rows=20))[1] == 10
-
-
-def test_no_other_request_finds_what_passes_leave_in_the_prefix_cache():
-    order = Order(do="capture", bank="lab/a").signed([1], SECRET)
-    prompts, _ = _requests({"requests": [([1], order), ([1], order)]})
-    salts = {prompt["cache_salt"] for prompt in prompts}
-    assert len(salts) == 2
-    assert all(len(salt) == 32 for salt in salts)
-
-
-def test_salts_say_nothing_of_the_secret(scheduler):
-    request, _ = scheduler.admit(range(10), asks("lab/a", rows=8))
-    assert SECRET not in request.cache_salt
-
-
-def test_rows_that_are_erased_while_they_are_computed_are_not_kept():
-    scheduler = Scheduler()
-    order = Order(do="capture", bank="lab/a", pos=[(0, 8)], at=[(0, 8)])
-    request, _ = scheduler.admit(range(8), {"kv_transfer_params": order.signed(range(8), SECRET)})
-    new = SimpleNamespace(req_id=request.request_id, block_ids=(scheduler.begin(request),), num_computed_tokens=0)
-    none = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
-    counts = {request.request_id: 4}
-    step = SimpleNamespace(scheduled_new_reqs=[new], scheduled_cached_reqs=none, num_scheduled_tokens=counts)
-    assert len(scheduler.attender.step(step).captures) == 1
-    scheduler.index.erased("lab/a", "", 1, torch.tensor([2]))
-    rest = SimpleNamespace(
-        req_ids=[request.request_id], new_block_ids=[None], num_computed_tokens=[4], resumed_req_ids=set()
-    )
-    step = SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=rest, num_scheduled_tokens=counts)
-    done = scheduler.attender.step(step)
-    assert (done.captures, done.dropped) == ([], [1])
-    with pytest.raises(Unavailable, match="changed while they were computed"):
-        _said(scheduler.attender.finish(request))
-
-
-def test_what_has_ended_leaves_nothing_behind(scheduler):
-    aborted, _ = scheduler.admit(range(10), asks("lab/a", rows=8, refresh=4))
-    scheduler.begin(aborted)
-    scheduler.step(aborted)
-    waiting, _ = scheduler.admit(range(10), asks("lab/b", rows=8))
-    order = Order(do="capture", bank="lab/c", pos=[(0, 8)], at=[(0, 8)])
-    passing, _ = scheduler.admit(range(8), {"kv_transfer_params": order.signed(range(8), SECRET)})
-    refused, _ = scheduler.admit(range(8), asks("lab/nowhere"))
-    for request in (aborted, waiting, passing, refused):
-        scheduler.attender.finish(request)
-    scheduler.step()
-    attender = scheduler.attender
-    assert [attender._attended, attender._captured, attender._answers, attender._begun] == [{}] * 4
-    assert not attender._loads
-
-
-class Catalog:
-    """Says of banks what a test has it say."""
-
-    def __init__(self, **said):
-        self.said = said
-
-    def get(self, name):
-        return self.said[name.replace("/", "_")]()
-
-
-def test_the_watch_goes_on_whatever_one_bank_does(scheduler):
-    scheduler.attach("lab/c", range(4), range(4))
-
-    def gone():
-        raise OSError("disk")
-
-    def detached_meanwhile():
-        scheduler.index.release("lab/b")
-        return SimpleNamespace(id="", state="hot", generation=3)
-
-    def attached_anew_meanwhile():
-        scheduler.attach("lab/c", range(5), range(5), id="new")
-        return SimpleNamespace(id="old", state="cold", generation=3)
-
-    watch = RowWatch(scheduler.index, 60)
-    catalog = Catalog(lab_a=gone, lab_b=detached_meanwhile, lab_c=attached_anew_meanwhile)
-    none = SimpleNamespace(ranges_R2=torch.zeros(0, 2, dtype=torch.int64))
-    journal = SimpleNamespace(tombstones=lambda: none)
-    watch._stores[""] = SimpleNamespace(catalog=catalog, journal=lambda _entry: journal)
-    watch.look()
-    assert set(scheduler.index.followed()) == {"lab/a", "lab/c"}
-    assert scheduler.admit(range(5), asks("lab/c", rows=20))[1] == 5
-
-
-def test_rows_to_replace_prepare_the_worker_and_refuse_as_those_to_rebuild(monkeypatch):
-    def refuse(*_):
-        raise Unsupported("windows")
-
-    prepared = []
-    monkeypatch.setattr(reader, "_connector", lambda alone: SimpleNamespace(rows_before={}))
-    monkeypatch.setattr(vllm_internals, "score_prompts_alone", lambda runner, before: prepared.append(runner))
-    monkeypatch.setattr(rebuild, "replacement", refuse)
-    worker = SimpleNamespace(model_runner="runner")
-    plan = reader.MemoryReader.rows_to_replace(worker, "lab/a", None, {})
-    assert prepared == ["runner"]
-    with pytest.raises(Unsupported, match="windows"):
-        _requests(plan)
-
-
-class Cache:
-    """The paged cache of a worker as a dictionary of slots."""
-
-    def __init__(self):
-        self.rows = {}
-        self.wanted = None
-
-    def write(self, keys_LNHd, values_LNHd, slots_N):
-        for place, slot in enumerate(slots_N.tolist()):
-            self.rows[slot] = keys_LNHd[:, place], values_LNHd[:, place]
-
-    def own_share(self, rows_LNHd):
-        return rows_LNHd
-
-    def require_whole(self):
-        pass
-
-    def zeros(self, rows):
-        return torch.zeros(LAYERS, rows, HEADS, WIDTH)
-
-    def watch(self, slots_N):
-        self.wanted = slots_N
-
-    def seen(self):
-        found = [self.rows[slot] for slot in self.wanted.tolist()]
-        return torch.stack([keys for keys, _ in found], 1), torch.stack([values for _, values in found], 1)
-
-
 def test_rows_of_a_store_are_kept_without_a_pass():
     scheduler = Scheduler()
     order = Order(do="load", bank="lab/a", id="a", pos=[(3, 6)], tokens=[7, 8, 9], staged="s", kind="spalm")
@@ -487,48 +282,6 @@ def test_rows_of_a_store_are_kept_without_a_pass():
     assert (store.stats()["rows"], store.stats()["staged_bytes"], store.take_lost()) == (3, 0, [])
     with pytest.raises(FingerprintMismatch, match="another model"):
         store.stage("lab/a", "s", keys_LNHd[:1], values_LNHd[:1])
-
-
-def test_rows_that_wait_for_their_orders_are_bounded_counted_and_forgotten():
-    keys_LNHd, values_LNHd = torch.randn(2, LAYERS, 3, HEADS, WIDTH)
-    size = keys_LNHd.nbytes + values_LNHd.nbytes
-    store = RowStore(Cache(), Rope(torch.zeros(LAYERS, 2)), 2 * size)
-    for bank, name in (("lab/a", "s"), ("lab/a", "s"), ("lab/b", "t")):
-        store.stage(bank, name, keys_LNHd, values_LNHd)
-    assert store.stats()["staged_bytes"] == 2 * size
-    with pytest.raises(TooLarge, match=f"the {2 * size} that wait.*rows_bytes is {2 * size}"):
-        store.stage("lab/c", "u", keys_LNHd, values_LNHd)
-    store.unstage("lab/a")
-    assert store.stats()["staged_bytes"] == size
-    store.stage("lab/c", "u", keys_LNHd, values_LNHd)
-    # the order that finds nothing: its chunk is reported, and no chunk of zeros stays
-    store.begin([], [], [], [Load("lab/a", [(0, 3)], 4, "s"), Load("lab/b", [(0, 3)], 5, "t")])
-    assert (store.take_lost(), store.take_lost(), list(store._chunks)) == ([4], [], [5])
-    assert store.stats()["staged_bytes"] == size
-
-
-def test_rows_that_a_pass_did_not_show_are_lost_and_attended_no_longer():
-    scheduler = Scheduler()
-    done, _ = scheduler.attach("lab/a", range(8), range(8))
-    store = RowStore(Cache(), Rope(torch.zeros(LAYERS, 2)), 10**6)
-    store._cache.seen = lambda: None
-    store.begin(done.captures, [], [])
-    store.end()
-    assert (store._chunks, store.stats()["chunks_lost"]) == ({}, 1)
-    assert scheduler.admit(range(5), asks("lab/a", rows=8))[1] == 8
-    found = LostChunks([7]).aggregate(LostChunks(store.take_lost()))
-    assert found == LostChunks([1, 7])
-    scheduler.attender.lose(found.chunks)
-    assert scheduler.admit(range(5), asks("lab/a", rows=8))[1] == 0
-
-
-def test_stored_rows_for_which_there_is_no_room_are_computed():
-    rows = torch.zeros(LAYERS, 2, HEADS, WIDTH)
-    store = RowStore(Cache(), Rope(torch.zeros(LAYERS, 2)), 2 * rows.nbytes)
-    connector, found = SimpleNamespace(row_store=lambda: store), {"keys": rows, "values": rows}
-    order = Order(do="capture", bank="lab/a", pos=[(0, 2)])
-    assert rebuild._staged(connector, order, [1, 2], found).do == "load"
-    assert rebuild._staged(connector, order.model_copy(update={"pos": [(2, 4)]}), [1, 2], found) is None
 
 
 def test_rows_made_of_a_bank_stand_in_its_place_until_something_is_erased():
@@ -580,7 +333,7 @@ class Worker:
     def __init__(self, uri):
         self.uri = uri
         self.cache = Cache()
-        self.rows = RowStore(self.cache, Rope(torch.zeros(LAYERS, 2)))
+        self.rows = RowStore(self.cache, Rope(torch.zeros(LAYERS, 2)), 10**6)
         self.scheduler = Scheduler()
 
     def row_store(self):
