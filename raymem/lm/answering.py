@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from raymem.lm.passes import losses
 from raymem.lm.questions import AskedQuestion, QuestionSet, read_questions
 from raymem.lm.rebuilding import Rebuilder
 from raymem.memory.choice import SINKS
+from raymem.rows import Trace
 from raymem.types import ChoiceMethod, MemoryTokens
 
 # what the model reads before it answers, in every way the same
@@ -161,7 +163,10 @@ class Remembered:
             places = {part.id: (end - len(own), end) for part, own, end in zip(parts, encoded, ends, strict=True)}
             tokens_T = torch.cat(encoded)
             model.check_length(len(tokens_T), f"stream {name!r}")
-            bank.write(model.trace(tokens_T, layers, stream=name, run=_RUN))
+            read = model.trace(tokens_T, layers, stream=name, run=_RUN)
+            for time, said in groupby(parts, lambda part: part.time):
+                found = [places[part.id] for part in said]
+                bank.write(_between(read, found[0][0], found[-1][1], time))
             self._streams[name] = _Stream(tokens_T, places)
 
     def ask(self, question: AskedQuestion, rows: int, method: ChoiceMethod) -> Iterator[tuple[str, Tensor, int]]:
@@ -204,6 +209,12 @@ class Remembered:
             sources.append((name, _RUN))
         source_N, seq_N, tokens_N = torch.tensor(found, dtype=torch.int64).T
         return MemoryTokens(torch.full_like(seq_N, -1), tokens_N, seq_N, source_N, tuple(sources), 1.0)
+
+
+def _between(read: Trace, start: int, stop: int, time: float | None) -> Trace:
+    """Rows of a pass, with the time at which they were said, if it is known."""
+    part = replace(read, hidden=read.hidden[start:stop], tokens=read.tokens[start:stop], seq=start)
+    return part if time is None else replace(part, time=time)
 
 
 def _counting(texts: QuestionSet, most: int | None) -> list[AskedQuestion]:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from raymem.errors import InvalidInput, NotFound
-from raymem.inputs import shown
+from raymem.inputs import TIME_END, shown
 
 _Words = Annotated[str, Field(min_length=1)]
 
@@ -30,7 +30,7 @@ class WrittenText(BaseModel):
     stream: _Words
     id: _Words
     text: _Words
-    time: float | None = None
+    time: float | None = Field(default=None, ge=0, lt=TIME_END, allow_inf_nan=False)
 
 
 class AskedQuestion(BaseModel):

@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from raymem import Bank
 from raymem.cli.app import app
 from raymem.errors import InvalidInput, NotFound, RaymemError, Unsupported
 from raymem.lm.answering import WAYS, AnswerSettings, evaluate_answers
@@ -63,6 +64,20 @@ def test_what_was_written_helps_to_answer_as_text_and_attended(facts):
     assert found.tokens["evidence_text"] < found.tokens["evidence_attended"] <= found.tokens["evidence_text"] + 4
 
 
+def test_rows_have_the_time_at_which_they_were_said(file, monkeypatch):
+    written, write = [], Bank.write
+
+    def watched(self, trace, **how):
+        written.append((trace.seq, trace.seq + len(trace), trace.time))
+        return write(self, trace, **how)
+
+    monkeypatch.setattr(Bank, "write", watched)
+    said = [text(number, f"word {number}", stream="s", time=10.0 * (number // 2)) for number in range(4)]
+    evaluate_answers(AnswerSettings(data=file(*said, question("Which?", "word", ["t0"])), rows=8))
+    first, second = written
+    assert (first[0], first[1], first[2], second[2]) == (0, second[0], 0.0, 10.0)
+
+
 def test_the_command_prints_and_writes_the_figures(facts, tmp_path):
     out = tmp_path / "qa.json"
     done = CliRunner().invoke(
@@ -87,6 +102,7 @@ def test_a_kind_that_keeps_no_rows_is_refused(facts):
         ([text(0, "a"), "{"], ":2: line: Invalid JSON"),
         ([text(0, "a"), '{"kind": "answer"}'], ":2: line: .*'text', 'question'"),
         ([text(0, "")], ":1: text.text: .*at least 1"),
+        ([text(0, "a", time=-1)], ":1: text.time: .*greater than or equal to 0"),
         ([text(0, "a", more=1)], ":1: text.more: Extra"),
         ([text(0, "a"), text(0, "b")], ":2: id 't0' is in bank 'ann' already"),
         ([text(0, "a")], "asks nothing"),
