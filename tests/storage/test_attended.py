@@ -1,5 +1,6 @@
 """Keys and values beside the journal: put, read back by position, inherited, erased, with the real LanceDB."""
 
+import dataclasses
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -173,7 +174,10 @@ def test_a_damaged_piece_is_repaired_by_putting_its_rows_again(store, kept, put)
 def test_a_damaged_piece_is_left_out_where_the_others_go_on(store, kept, put):
     put(made(100))
     damage(store, kept)
-    assert [(rows.seq, len(rows)) for rows in kept.of_stream("s")] == [(0, 32), (64, 36)]
+    none = store.attended(dataclasses.replace(kept.entry, generation=7))
+    assert [(rows.seq, len(rows)) for rows in kept.of_stream("s", 90, none)] == [(0, 32), (64, 26)]
+    # another that has all of it
+    assert [*kept.of_stream("s", 90, kept)] == []
     _, receipt = erased(store, Selection("s", "r", 0, 10))
     assert receipt.status == "complete"
     present = store.attended(store.catalog.get("lab/a"))
