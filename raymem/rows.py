@@ -462,7 +462,7 @@ class AttendedRows:
 
     `keys_LNHd` and `values_LNHd` are [attention layers, rows, key/value heads, head width], keys as they are before
     RoPE turns them: floats, or int8 with the float32 scales [L, N, H] by which they are multiplied. `seq` is the run's
-    index of the first row. `rope` says how the model turns keys.
+    index of the first row. `rope` says how the model turns keys: what `raymem.lm.rebuilding.rope_name` gives.
     """
 
     stream: str
@@ -538,8 +538,14 @@ class AttendedRows:
             values_LNHd=dense["values"],
             key_scales_LNH=dense.get("key_scales"),
             value_scales_LNH=dense.get("value_scales"),
-            rope=named("rope", text, self.rope, InvalidTrace),
+            rope=named("rope", _rope, self.rope),
         )
+
+
+def _rope(value: object) -> str:
+    if not (found := text(value, InvalidTrace)):
+        raise InvalidTrace(f"{shown(value)}; say how the model turns keys, as raymem.lm.rebuilding.rope_name does")
+    return found
 
 
 def quantize_rows(rows_LNHd: Tensor) -> tuple[Tensor, Tensor]:

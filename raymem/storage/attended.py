@@ -202,6 +202,10 @@ class Attended:
         kept = np.unique(np.concatenate([none, *(table.pos_R[table.pos_R < end] for table, end in tables)]))
         return AttendedExtent(len(kept), len(kept) * max((table.format.row_bytes for table, _ in tables), default=0))
 
+    def formats(self) -> set[RowFormat]:
+        """What the keys and values are, inherited ones too: one format, unless a fork's ancestor was given another."""
+        return {table.format for table, _ in self._found(COUNT_END)}
+
     def count(self, gone: Tombstones) -> int:
         """How many of the bank's own keys and values are of rows at these positions."""
         table = self._open(self.entry)

@@ -29,6 +29,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from raymem.errors import ConfigError, InvalidInput, RaymemError, Unauthorized
 from raymem.logs import WarnOnce, get_logger
+from raymem.rows import RowFormat
 from raymem.serving.vllm import vllm_internals
 from raymem.serving.vllm.attend import Attender, AttendStep
 from raymem.serving.vllm.params import ConnectorConfig, write_target
@@ -316,6 +317,14 @@ class RaymemConnector(KVConnectorBase_V1, SupportsHMA):
             rope = vllm_internals.rope_of(self._vllm_config, cache.numbers)
             self._rows = RowStore(cache, rope, self.config.rows_bytes)
         return self._rows
+
+    def row_format(self) -> RowFormat:
+        """What keys and values of rows of this engine's model are.
+
+        Raises:
+            UnsupportedModel: this engine can't attend to rows.
+        """
+        return vllm_internals.row_format(self._vllm_config)
 
     def kept_rows(self) -> dict[str, int]:
         """What this worker keeps of banks."""

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raymem.bank.replica import Replica
-from raymem.errors import TooLarge
+from raymem.errors import FingerprintMismatch, TooLarge
 from raymem.host.backend import detached
 from raymem.lm.attending import dequantize
-from raymem.lm.rebuilding import rope_name
+from raymem.logs import get_logger
+from raymem.rows import RowFormat
 from raymem.serving.vllm.orders import Order, listed, ranges
+from raymem.storage.attended import Attended
 from raymem.storage.store import ColdStore, Entry
 from raymem.tensors import dtype_name, from_bytes, to_bytes
 from raymem.types import AttendQuery
 
 if TYPE_CHECKING:
     from raymem.serving.vllm.connector import RaymemConnector
+
+log = get_logger("raymem.vllm")
 
 
 @dataclass
@@ -38,7 +42,7 @@ def plan(connector: RaymemConnector, name: str, store: str | None) -> dict[str, 
 
     Rows are those that the bank's mechanism lets attention see; they know what came before them in their run. A run
     that is longer than the engine's context is read in parts, each without the ones before. Rows whose keys and values
-    the store keeps are loaded: this worker holds them from now on.
+    the store keeps are loaded: this worker holds them from now on. Those of another shape or RoPE are computed anew.
 
     Raises:
         BankNotFound, BankDetached, FingerprintMismatch, ConfigError, Unsupported, UnsupportedModel: see
@@ -52,6 +56,7 @@ def plan(connector: RaymemConnector, name: str, store: str | None) -> dict[str, 
     runs, shown = _runs(cold, entry), _shown(cold, entry)
     kept = rows.kept(entry.id, [at for run in runs for at in run.pos])
     stored, missing, requests = cold.attended(entry), shown - kept, []
+    loads = _fits(stored, connector.row_format())
     for run in runs:
         for start in range(0, len(run.pos), connector.longest - 1):
             part = slice(start, start + connector.longest - 1)
@@ -60,7 +65,7 @@ def plan(connector: RaymemConnector, name: str, store: str | None) -> dict[str, 
             if not at:
                 continue
             order = base.model_copy(update={"at": ranges(at), "pos": ranges([pos[place] for place in at])})
-            found = stored.get(torch.tensor(listed(order.pos)))
+            found = stored.get(torch.tensor(listed(order.pos))) if loads else None
             if found and (load := _staged(connector, order, [tokens[place] for place in at], found)):
                 # any token does
                 tokens, order = [0], load
@@ -85,6 +90,8 @@ def replacement(connector: RaymemConnector, name: str, store: str | None, rows: 
     runs = _runs(cold, cold.catalog.get(name))
     count = len(rows["tokens"])
     pair = [from_bytes(bytearray(blob), *kind) for *kind, blob in (rows["keys"], rows["values"])]
+    wanted, (layers, _, heads, width) = connector.row_format(), pair[0].shape
+    wanted._replace(layers=layers, heads=heads, width=width).require(wanted)
     staged = uuid.uuid5(uuid.NAMESPACE_OID, f"{base.id} {hashlib.sha256(rows['keys'][2]).hexdigest()}").hex
     connector.row_store().unstage(name)
     connector.row_store().stage(name, staged, *pair)
@@ -110,13 +117,12 @@ def kept_parts(connector: RaymemConnector, name: str, store: str | None, part: i
     Raises:
         Unsupported: other workers have some of the layers or heads. BankNotFound: the bank is not there.
     """
-    rows = connector.row_store()
     cold = ColdStore.open(store or connector.cold_uri())
-    entry, rope = cold.catalog.get(name).whole(), rope_name(rows.rope)
+    entry, rope = cold.catalog.get(name).whole(), connector.row_format().rope
     names = {
         at: (run.stream, run.name, seq) for run in _runs(cold, entry) for at, seq in zip(run.pos, run.seq, strict=True)
     }
-    parts = list(rows.rows_of(entry.id, names))
+    parts = list(connector.row_store().rows_of(entry.id, names))
     if part < 0:
         return len(parts)
     found: list[dict[str, Any]] = []
@@ -141,6 +147,17 @@ def release(connector: RaymemConnector, name: str) -> dict[str, Any]:
     connector.row_store().unstage(name)
     # any token does
     return {"requests": [([0], Order(do="release", bank=name).signed([0], connector.secret))]}
+
+
+def _fits(stored: Attended, wanted: RowFormat) -> bool:
+    """Whether a store's keys and values are those of a model, in whatever dtype."""
+    try:
+        for form in stored.formats():
+            form.require(wanted._replace(dtype=form.dtype))
+    except FingerprintMismatch as error:
+        log.warning("kept rows are computed anew", bank=stored.entry.name, reason=error.message)
+        return False
+    return True
 
 
 def _staged(

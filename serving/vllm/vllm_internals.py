@@ -13,6 +13,8 @@ from torch import Tensor
 from raymem.errors import ConfigError, InvalidInput, ModelNotFound, RaymemError, Unsupported, UnsupportedModel
 from raymem.lm.attending import Rope
 from raymem.lm.identity import Changes, identity, tokenizer_identity
+from raymem.lm.rebuilding import rope_name
+from raymem.rows import RowFormat
 from raymem.serving.vllm.params import METHOD
 from raymem.tensors import dtype_name
 from raymem.types import DTYPES, Fingerprint
@@ -102,6 +104,18 @@ def rope_of(vllm_config: Any, layers: Sequence[int]) -> Rope:
     """
     rope = Rope.of(vllm_config.model_config.hf_config)
     return replace(rope, frequencies_LF=rope.frequencies_LF[list(layers)])
+
+
+def row_format(vllm_config: Any) -> RowFormat:
+    """What keys and values of rows of the engine's model are, of all layers and heads, in the model's dtype.
+
+    Raises:
+        UnsupportedModel: see `rope_of`.
+    """
+    model = vllm_config.model_config
+    rope = Rope.of(model.hf_config)
+    heads, width = model.get_total_num_kv_heads(), model.get_head_size()
+    return RowFormat(len(rope.frequencies_LF), heads, width, rope_name(rope), dtype_name(model.dtype))
 
 
 def _attention_group(vllm_config: Any, kv_cache_config: Any) -> AttentionGroup:

@@ -3,10 +3,15 @@
 import shutil
 
 import pytest
+import torch
 from modelzoo import save_tiny
 
 from raymem.errors import ConfigError, FingerprintMismatch
+from raymem.lm.attending import rebuild
 from raymem.lm.fingerprint import fingerprint_of
+from raymem.lm.models import LanguageModel
+from raymem.lm.rebuilding import rope_name
+from raymem.rows import AttendedRows
 
 LAYERS = (1, 3)
 
@@ -21,13 +26,17 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path / "cache"))
 
 
-def engine(folder, **changes):
+def configured(folder, **changes):
     from vllm.engine.arg_utils import EngineArgs
 
+    args = EngineArgs(model=str(folder), dtype="bfloat16", max_model_len=64, enforce_eager=True, **changes)
+    return args.create_engine_config()
+
+
+def engine(folder, **changes):
     from raymem.serving.vllm.vllm_internals import engine_fingerprint
 
-    args = EngineArgs(model=str(folder), dtype="bfloat16", max_model_len=64, enforce_eager=True, **changes)
-    return engine_fingerprint(args.create_engine_config(), LAYERS)
+    return engine_fingerprint(configured(folder, **changes), LAYERS)
 
 
 def test_an_engine_and_the_models_folder_have_one_fingerprint(folder):
@@ -94,3 +103,12 @@ def test_a_request_with_an_adapter_does_not_stream_and_is_counted():
     ((refused, error),) = scheduler._refused
     assert (scheduler.admitted, refused) == (["plain"], "adapted")
     assert "'poet'" in str(error)
+
+
+def test_an_engine_and_the_model_itself_make_rows_of_one_format(folder):
+    from raymem.serving.vllm.vllm_internals import row_format
+
+    model = LanguageModel.load(str(folder), torch.bfloat16)
+    keys_LTHd, values_LTHd = rebuild(model, torch.arange(5))
+    rows = AttendedRows("s", "r", 0, keys_LTHd, values_LTHd, rope=rope_name(model.rope))
+    assert row_format(configured(folder)) == rows.format._replace(dtype="bfloat16")

@@ -10,6 +10,7 @@ from row_parts import BLOCK, HEADS, LAYERS, LONGEST, SECRET, WIDTH, Cache, Sched
 import raymem
 from raymem.errors import BankDetached, BankNotFound, FingerprintMismatch, TooLarge, Unavailable, Unsupported
 from raymem.lm.attending import Rope
+from raymem.rows import AttendedRows, RowFormat
 from raymem.serving.vllm.attach import _said, rows_kept
 from raymem.serving.vllm.orders import Order
 from raymem.serving.vllm.rebuild import kept_parts, plan, replacement
@@ -342,6 +343,9 @@ class Worker:
     def cold_uri(self):
         return self.uri
 
+    def row_format(self):
+        return RowFormat(LAYERS, HEADS, WIDTH, "engine's", "float32")
+
     def require_model(self, fingerprint):
         pass
 
@@ -418,3 +422,26 @@ def test_rows_are_handed_out_without_the_passes_that_have_seen_what_was_erased(w
     RowWatch(worker.scheduler.index, 1).look()
     assert worker.attach("lab/told") == (38, 20, 0, 18)
     assert worker.kept("lab/told") == [("a", 0, 3), ("a", 5, 15), ("b", 0, 20)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "rope", "loaded"),
+    [
+        ((LAYERS, HEADS, WIDTH), "engine's", 30),
+        ((LAYERS, HEADS, WIDTH), "another", 0),
+        # a worker would take its share of them, and find nothing wrong
+        ((LAYERS + 1, HEADS, WIDTH), "engine's", 0),
+        ((LAYERS, HEADS + 1, WIDTH), "engine's", 0),
+    ],
+)
+def test_kept_rows_of_another_rope_or_shape_are_computed_anew(worker, store, tiny, shape, rope, loaded):
+    bank = store.create("lab/kept", tiny.spec("spalm"))
+    bank.write(tiny.talk("c", 30))
+    keys_LNHd, values_LNHd = torch.randn(2, shape[0], 30, *shape[1:])
+    bank.put_rows(AttendedRows("c", "r1", 0, keys_LNHd, values_LNHd, rope=rope))
+    assert worker.attach("lab/kept") == (30, 0, loaded, 30 - loaded)
+
+
+def test_made_rows_of_another_shape_are_refused(worker):
+    with pytest.raises(FingerprintMismatch, match="layers: the bank's have 3, these 2"):
+        worker.replace("lab/told", *torch.randn(2, LAYERS + 1, 6, HEADS, WIDTH))

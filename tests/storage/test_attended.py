@@ -129,6 +129,7 @@ def test_rows_that_do_not_belong_are_refused_and_nothing_changes(kept, put, give
         ({"keys_LNHd": torch.full((3, 5, 2, 4), float("nan"))}, NonFinite, "keys hold NaN or Inf"),
         ({"key_scales_LNH": torch.zeros(3, 5, 2)}, InvalidTrace, "which come with"),
         ({"seq": -1}, InvalidTrace, "seq is -1"),
+        ({"rope": ""}, InvalidTrace, "rope is ''; say how the model turns keys"),
         ({"keys_LNHd": torch.zeros(3, 5, 2, 4, dtype=torch.int64)}, InvalidTrace, "values are"),
     ],
 )
