@@ -1,6 +1,7 @@
 """An engine's fingerprint is its model's, and what its arguments change in the model changes it."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,11 +90,13 @@ def test_a_request_with_an_adapter_does_not_stream_and_is_counted():
 
         def __init__(self):
             self.config = ConnectorConfig(store="unused", write_banks=["lab/*"])
+            self.layers = (26,)
             self._refused = []
+            self._attender = SimpleNamespace(admit=lambda _request: 0)
             self._tracker = self
             self.admitted = []
 
-        def admit(self, request, target):
+        def admit(self, request, target, before):
             self.admitted.append(request.request_id)
 
     scheduler = Scheduler()
