@@ -19,6 +19,7 @@ _RESAMPLINGS, _SEED = 4000, 0
 _TAIL = 0.025
 
 Interval = tuple[float, float]
+_ATTENDED, _SPEEDS = ("95 %\ninterval", "of what was\nwritten"), ("write\nrows/s", "read\nµs/query")
 
 
 class Perplexity(BaseModel):
@@ -123,9 +124,11 @@ class EvalReport(BaseModel):
             title=f"{len(self.documents)} documents, {self.predicted_tokens:,} tokens predicted", title_justify="left"
         )
         made.add_column("memory")
-        names = ("perplexity", "gap\nclosed", "95 %\ninterval", "of what\nwas written", "wrong\nmemory")
-        for name in (*names, "held of\nMB", "write\nrows/s", "read\nµs/query"):
-            made.add_column(name, justify="right")
+        # 80 columns are too few for all: what attending adds stands in the place of speeds
+        attended = self.written is not None
+        shared = ("perplexity", "gap\nclosed", "wrong\nmemory", "held,\nMB")
+        for name in (*shared, *(_ATTENDED if attended else _SPEEDS)):
+            made.add_column(name, justify="right", no_wrap=True)
         plain = {
             "none": self.base,
             "retrieval 2×128, flattered": self.text_retrieval_2x128,
@@ -139,15 +142,15 @@ class EvalReport(BaseModel):
                 if each.mixed is not None:
                     made.add_row(f"  and {each.mixed_kind} mixed", *_closed(each.mixed))
         for kind, row in self.kinds.items():
-            cells = (_number(row.gap_closed, ".2f"), "", "", _number(row.wrong_memory_ratio, ".3f"), _megabytes(row))
+            cells = (_number(row.gap_closed, ".2f"), _number(row.wrong_memory_ratio, ".3f"), f"{row.bytes / 1e6:.2f}")
             speeds = (f"{row.write_rows_per_s:,.0f}", f"{row.read_us_per_query:,.0f}")
-            made.add_row(kind, f"{row.ppl:.2f}", *cells, *speeds, style="bold")
+            made.add_row(kind, f"{row.ppl:.2f}", *cells, *(() if attended else speeds), style="bold")
             for name, read in row.reads.items():
                 for way in (*read.by_rows.values(), read) if name != "mix" else ():
                     for how, made_so in ((way.compaction, way), *way.by_compaction.items()):
                         ratio, held = _number(made_so.wrong_memory_ratio, ".3f"), f"{made_so.bytes / 1e6:.2f}"
                         called = f"{kind}, {name}, {way.rows} rows{'' if how is None else f' by {how}'}"
-                        made.add_row(called, *_closed(made_so), ratio, held, style="bold")
+                        made.add_row(called, *_closed(made_so, ratio, held), style="bold")
         if self.written is not None:
             made.add_row("all that was written, attended", *_closed(self.written))
         made.add_row("full context", f"{self.full_context.ppl:.2f}", _number(self._gap(self.full_context.ppl), ".2f"))
@@ -219,15 +222,11 @@ def by_document(losses: Sequence[tuple[int, Tensor]], documents: int) -> Tensor:
     return sums_D
 
 
-def _closed(found: Closed) -> tuple[str, str, str, str]:
+def _closed(found: Closed, ratio: str = "", held: str = "") -> tuple[str, ...]:
     interval = "" if found.interval is None else f"{found.interval[0]:.2f}–{found.interval[1]:.2f}"
-    shares = (_number(found.gap_closed, ".2f"), interval, _number(found.gap_closed_written, ".2f"))
-    return (f"{found.ppl:.2f}", *shares)
+    shares = (interval, _number(found.gap_closed_written, ".2f"))
+    return (f"{found.ppl:.2f}", _number(found.gap_closed, ".2f"), ratio, held, *shares)
 
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-def _megabytes(row: KindFigures) -> str:
-    return f"{row.bytes / 1e6:.2f}/{row.budget_bytes / 1e6:.2f}"
