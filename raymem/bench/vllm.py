@@ -20,7 +20,7 @@ from raymem.encode.fit import calibrate
 from raymem.errors import StorageError
 from raymem.lm.fingerprint import fingerprint
 from raymem.lm.models import LanguageModel, model_path
-from raymem.serving.vllm import attach_rows, detach_rows, engine_args, raymem_params, rows_kept
+from raymem.serving.vllm import attach_rows, engine_args, raymem_params
 from raymem.types import BankSpec, KeySpec
 
 BANK, WRITTEN = "bench/read", "bench/written"
@@ -56,7 +56,7 @@ class ServingFigures:
 
     `tokens_mix_over_plain` is mixing over the same engine while nothing is mixed, extraction included. Attending is
     over the same engine with as many tokens of text before the question, prefilled: seconds to the first token, and
-    tokens a second after it. `attach_s` is how long the bank's rows took to come, computed or loaded from the store.
+    tokens a second after it. `attach_s` is how long the bank's rows took to be computed.
     """
 
     tokens_extract_over_plain: float
@@ -64,7 +64,7 @@ class ServingFigures:
     tokens_mix_over_plain: float
     ttft_attend_over_text: float
     tokens_attend_over_text: float
-    attach_s: dict[str, float]
+    attach_s: float
     modes: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -89,7 +89,7 @@ def run(model: str, layers: tuple[int, ...], folder: Path, sizes: ServingSizes, 
         _fill(streaming, text, sizes.bank_rows)
         # every bank is to do with every question here
         attending = stack.enter_context(_engine(model, engine_args(str(folder), stream=False, attend_floor=0.0)))
-        attach_s = _attach(attending, str(folder))
+        attach_s = _attach(attending)
         modes = _modes(plain, streaming, text, sizes) | _attending_modes(attending, text, sizes)
         for work in modes.values():
             # what is compiled or allocated once
@@ -145,7 +145,7 @@ def _decode_rate(answer: Any) -> float:
     return float((stats.num_generation_tokens - 1) / (stats.last_token_ts - stats.first_token_ts))
 
 
-def _figures(taken: dict[str, list[float]], attach_s: dict[str, float]) -> ServingFigures:
+def _figures(taken: dict[str, list[float]], attach_s: float) -> ServingFigures:
     def ratio(above: str, below: str) -> float:
         return statistics.median(a / b for a, b in zip(taken[above], taken[below], strict=True))
 
@@ -223,20 +223,12 @@ def _fill(engine: Any, text: _Text, rows: int) -> None:
         raise StorageError(f"{BANK} has {found['rows']} rows and {rows} were streamed: look at the engine's log")
 
 
-def _attach(engine: Any, uri: str) -> dict[str, float]:
-    """Seconds until all rows are there: computed from the journal's tokens, then loaded from the store."""
-    rebuilt = attach_rows(engine, BANK)
-    with raymem.connect(uri) as store:
-        bank = store.bank(BANK)
-        for rows in rows_kept(engine, BANK):
-            bank.put_rows(rows)
-    detach_rows(engine, BANK)
-    loaded = attach_rows(engine, BANK)
-    if not rebuilt.rebuilt == loaded.loaded == loaded.rows:
-        raise StorageError(
-            f"of {loaded.rows} rows the engine computed {rebuilt.rebuilt} and then loaded {loaded.loaded}"
-        )
-    return {"rebuilt": rebuilt.seconds, "captured": loaded.seconds}
+def _attach(engine: Any) -> float:
+    """Seconds until all rows are there, computed from the journal's tokens."""
+    found = attach_rows(engine, BANK)
+    if found.rebuilt != found.rows:
+        raise StorageError(f"of {found.rows} rows of {BANK} the engine computed {found.rebuilt}")
+    return found.seconds
 
 
 def _generate(engine: Any, prompts: list[list[int]], tokens: int, **asked: Any) -> float:

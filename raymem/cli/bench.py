@@ -121,7 +121,6 @@ def vllm(
 def _served(found: ServingFigures) -> Table:
     ratios = {name: value for name, value in vars(found).items() if isinstance(value, float)}
     rows = [[name, f"{value:.3f}", ""] for name, value in ratios.items()]
-    rows += [[f"attach, {how}", f"{seconds:.1f} s", ""] for how, seconds in found.attach_s.items()]
     rows += [
         [name, f"{mode['median']:.4g}", f"{mode['least']:.4g} to {mode['most']:.4g}"]
         for name, mode in found.modes.items()
